@@ -1,0 +1,100 @@
+"""What ranks say to each other. Alone, every collective is the identity: one code path for both."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Communicator(Protocol):
+    """Collectives of a run. Every method but the properties and `take_counters` is collective: all
+    ranks call it, in the same order. Counts its own calls, bytes and seconds."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_lead(self) -> bool:
+        """Whether this rank's decisions bind the others (rank 0)."""
+        ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; bitwise equal on all of them. Returns `tensor`."""
+        ...
+
+    def from_lead(self, value: T) -> T:
+        """The lead's value (any small picklable object), on every rank."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value (a small picklable object), in rank order, on every rank."""
+        ...
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        ...
+
+    # Sharded vectors: rank r holds elements [r * n, (r + 1) * n) of the vector padded to W * n.
+    def shard_size(self, numel: int) -> int:
+        """n = ceil(numel / W)."""
+        ...
+
+    def sum_to_shard(self, vector: Tensor) -> Tensor:
+        """Reduce-scatter: this rank's shard [n] of the sum over ranks of `vector` [P], zero padded."""
+        ...
+
+    def unshard(self, shard: Tensor, numel: int) -> Tensor:
+        """All-gather: the whole vector [numel] of the ranks' shards [n]."""
+        ...
+
+    def take_counters(self) -> dict[str, float]:
+        """Calls, bytes and seconds by collective since the last take: {"sum_calls": ..,
+        "sum_bytes": .., "seconds": ..}; resets them."""
+        ...
+
+    def close(self) -> None:
+        """Leave the group. Not collective."""
+        ...
+
+
+class SerialCommunicator:
+    """World size one: every collective is the identity."""
+
+    rank = 0
+    world_size = 1
+    is_lead = True
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def from_lead(self, value: T) -> T:
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def barrier(self) -> None:
+        pass
+
+    def shard_size(self, numel: int) -> int:
+        return numel
+
+    def sum_to_shard(self, vector: Tensor) -> Tensor:
+        return vector
+
+    def unshard(self, shard: Tensor, numel: int) -> Tensor:
+        return shard
+
+    def take_counters(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,42 @@
+"""Errors that a person can mend: one message that names what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input. The message names the key or file at fault and the mend.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A job file, an override or an option that does not fit; names the key."""
+
+
+class TaskError(UserError):
+    """A task that cannot be imported, built or differentiated; names the task and the method."""
+
+
+class DataError(UserError):
+    """Data that cannot be batched as asked: empty, or smaller than a batch role."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, incomplete, or of another model; names the file."""
+
+
+class StorageError(UserError):
+    """An output folder that cannot be written: permissions, a full disk."""
+
+
+class ReplicaError(UserError):
+    """Ranks that should hold identical parameters do not; names the ranks."""
+
+    exit_code = 1
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM during a step. Not an error: the run stops as KILLED and can be resumed."""

@@ -1,0 +1,102 @@
+"""What a step returns: values for the caller to log, save or show."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+
+
+class Stop(enum.StrEnum):
+    """Why CG ended; `advice` says what to do about it."""
+
+    PROGRESS = "progress"
+    RESIDUAL = "residual"
+    MAX_ITERATIONS = "max_iterations"
+    NONPOSITIVE_CURVATURE = "nonpositive_curvature"
+    NON_FINITE = "non_finite"
+    ZERO_GRADIENT = "zero_gradient"
+    EXACT_START = "exact_start"
+
+    @property
+    def advice(self) -> str:
+        """One sentence for a person who reads the log."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Stop.PROGRESS: "the quadratic model stopped falling: the usual end.",
+    Stop.RESIDUAL: "the linear system is solved to cg_tol.",
+    Stop.MAX_ITERATIONS: "cg_max_iter was reached: a preconditioner or more damping would need fewer.",
+    Stop.NONPOSITIVE_CURVATURE: "p'Ap <= 0: raise the damping, or use curvature_opt=ggn.",
+    Stop.NON_FINITE: "a product was NaN or infinite: raise the damping, or look for overflow in the model.",
+    Stop.ZERO_GRADIENT: "the gradient is zero: this is a stationary point.",
+    Stop.EXACT_START: "the warm start already solves the system.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One Hessian-free step in numbers. Losses are global means (or sums), regularisation included."""
+
+    step: int
+    """Number of the step, from 0."""
+    loss: float
+    """Loss before the step, on the gradient batch."""
+    final_loss: float
+    """Loss after the step, on the line-search batch; the loss before it if the step was rejected."""
+    accepted: bool
+    alpha: float
+    """Step size; 0 if rejected."""
+    damping: float
+    """Damping that this step used."""
+    next_damping: float
+    """Damping that the next step will use."""
+    reduction_ratio: float
+    """The ratio that adapted the damping; NaN if there was none."""
+    reduction_ratio_undamped: float
+    reduction_ratio_damped: float
+    cg_iterations: int
+    chosen_iterate: int
+    """CG iteration whose iterate was the step."""
+    stop: Stop
+    residual: float
+    """|b - Ax| / |b| at CG's end."""
+    grad_norm: float
+    update_norm: float
+    directional_derivative: float
+    """Gradient times the chosen step, before the line search scales it."""
+    num_products: int
+    num_loss_evaluations: int
+    """Candidate evaluations (backtracking and line search together)."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock seconds by phase: gradient, cg, backtracking, line_search, total."""
+    quadratic: tuple[float, ...] = ()
+    """Damped quadratic model after each CG iteration, from its start: the CG curve."""
+    candidates: tuple[tuple[int, float], ...] = ()
+    """(CG iteration, loss) of every iterate that backtracking evaluated."""
+    communication: dict[str, float] = field(default_factory=dict)
+    """Collective calls, bytes and seconds of the step."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers a step, by the names under which they are recorded; non-finite ones are left out."""
+        values = {
+            "loss": self.loss,
+            "final_loss": self.final_loss,
+            "accepted": float(self.accepted),
+            "alpha": self.alpha,
+            "damping": self.damping,
+            "reduction_ratio": self.reduction_ratio,
+            "reduction_ratio_undamped": self.reduction_ratio_undamped,
+            "reduction_ratio_damped": self.reduction_ratio_damped,
+            "cg_iterations": float(self.cg_iterations),
+            "chosen_iterate": float(self.chosen_iterate),
+            "residual": self.residual,
+            "grad_norm": self.grad_norm,
+            "update_norm": self.update_norm,
+            "products": float(self.num_products),
+            "loss_evaluations": float(self.num_loss_evaluations),
+            **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
+            **{f"communication/{key}": value for key, value in self.communication.items()},
+        }
+        return {key: value for key, value in values.items() if math.isfinite(value)}

@@ -1,0 +1,79 @@
+"""Module parameters <-> one flat vector theta [P]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class ParameterVector:
+    """The trainable tensors of a problem, seen as one vector [P].
+
+    The tensors keep their own storage and dtype; the vector has the widest dtype among them.
+
+    Args:
+        tensors: Leaf tensors on one device, in a fixed order.
+
+    Raises:
+        ValueError: There is none, or they lie on several devices.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors: list[Tensor] = list(tensors)
+        if not self.tensors:
+            raise ValueError("no trainable parameter: unfreeze at least one")
+        devices = {t.device for t in self.tensors}
+        if len(devices) > 1:
+            raise ValueError(
+                f"parameters on several devices ({', '.join(sorted(map(str, devices)))}): "
+                "move the model to one"
+            )
+        self.device = self.tensors[0].device
+        self.dtype = self.tensors[0].dtype
+        for t in self.tensors[1:]:
+            self.dtype = torch.promote_types(self.dtype, t.dtype)
+        self._sizes = [t.numel() for t in self.tensors]
+        self.numel = sum(self._sizes)  # P
+
+    def zeros(self) -> Tensor:
+        """A zero vector [P]."""
+        return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+
+    def flatten(self, tensors: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
+        """Concatenate tensors shaped like the parameters into a vector [P]; None stands for zeros."""
+        out = self.zeros() if out is None else out
+        for piece, t in zip(out.split(self._sizes), tensors):
+            if t is None:
+                piece.zero_()
+            else:
+                piece.view(t.shape).copy_(t)
+        return out
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Pieces of a vector [P], shaped and typed like the parameters; views where the dtype allows."""
+        return [
+            piece.view(t.shape).to(t.dtype)
+            for piece, t in zip(vector.split(self._sizes), self.tensors)
+        ]
+
+    def read(self) -> Tensor:
+        """A copy of the parameters as a vector [P]."""
+        return self.flatten([t.detach() for t in self.tensors])
+
+    @torch.no_grad()
+    def write(self, vector: Tensor) -> None:
+        """Copy a vector [P] into the parameters' own storage."""
+        for piece, t in zip(vector.split(self._sizes), self.tensors):
+            # .data: trial values are no events for autograd's version counters.
+            t.data.copy_(piece.view(t.shape))
+
+    def spread(self, values: Sequence[float]) -> Tensor:
+        """A vector [P] that repeats one value per tensor over that tensor's elements."""
+        return torch.cat(
+            [
+                torch.full((n,), v, dtype=self.dtype, device=self.device)
+                for v, n in zip(values, self._sizes)
+            ]
+        )

@@ -1,0 +1,126 @@
+"""What a run tells the outside world, whatever records it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Status(enum.StrEnum):
+    """How a run ended; MLflow's words."""
+
+    RUNNING = "RUNNING"
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+    KILLED = "KILLED"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What is known of a run at its start."""
+
+    run_id: str
+    name: str
+    run_dir: Path
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved job, flattened: {"optim.damping": 1.0, ...}."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    dataset: Mapping[str, Any] = field(default_factory=dict)
+    """{"name": .., "num_examples": .., "num_eval_examples": .., "digest": ..}."""
+    tracked_as: str | None = None
+    """Identifier that the tracker gave this run before (`Tracker.tracked_as`), on resume."""
+
+
+class Tracker(Protocol):
+    """Only the lead rank holds one that does anything. No method raises because a server is away, and
+    none blocks the caller on the network."""
+
+    @property
+    def tracked_as(self) -> str | None:
+        """The tracker's own identifier of the run (MLflow's run id), once known."""
+        ...
+
+    @property
+    def url(self) -> str | None:
+        """Where a person can look at the run."""
+        ...
+
+    def start(self, info: RunInfo) -> None:
+        """Open the run, or go on with `info.tracked_as`."""
+        ...
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers of one step, stamped with the time of the call."""
+        ...
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """A file of the run."""
+        ...
+
+    def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
+        """The trained torch module with its signature, so that it can be loaded to predict."""
+        ...
+
+    def finish(self, status: Status) -> None:
+        """Deliver what is pending and close the run. Idempotent."""
+        ...
+
+
+class NullTracker:
+    """Records nothing."""
+
+    tracked_as: str | None = None
+    url: str | None = None
+
+    def start(self, info: RunInfo) -> None:
+        pass
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        pass
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        pass
+
+    def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
+        pass
+
+    def finish(self, status: Status) -> None:
+        pass
+
+
+class CompositeTracker:
+    """Tells several trackers the same; the first that knows an identifier or a url gives it."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = list(trackers)
+
+    @property
+    def tracked_as(self) -> str | None:
+        return next((t.tracked_as for t in self._trackers if t.tracked_as), None)
+
+    @property
+    def url(self) -> str | None:
+        return next((t.url for t in self._trackers if t.url), None)
+
+    def start(self, info: RunInfo) -> None:
+        for tracker in self._trackers:
+            tracker.start(info)
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log_metrics(values, step)
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        for tracker in self._trackers:
+            tracker.log_artifact(path, folder)
+
+    def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log_model(model, example_inputs, step)
+
+    def finish(self, status: Status) -> None:
+        for tracker in self._trackers:
+            tracker.finish(status)
