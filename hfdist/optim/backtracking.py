@@ -1,0 +1,45 @@
+"""Choice among CG's iterates by their loss: CG backtracking, [1] sec. 4.6."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+LossOf = Callable[[Sequence[int]], list[float]]
+"""Losses of candidates, by their places in the list of iterates; evaluated together."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate."""
+
+    place: int
+    loss: float
+
+
+def backtrack(num_candidates: int, loss_of: LossOf, rule: str) -> Choice:
+    """Choose a candidate.
+
+    Args:
+        num_candidates: Number of kept iterates, at least 1.
+        loss_of: Their losses; non-finite counts as worse than anything.
+        rule: "efficient": from the last towards the first while the loss falls (a non-finite loss is
+            passed over); "full": the lowest of all.
+    """
+    if rule == "full":
+        losses = [_ordered(loss) for loss in loss_of(range(num_candidates))]
+        place = min(range(num_candidates), key=losses.__getitem__)
+        return Choice(place, losses[place])
+    best = Choice(num_candidates - 1, math.inf)
+    for place in reversed(range(num_candidates)):
+        loss = _ordered(loss_of([place])[0])
+        if loss < best.loss:
+            best = Choice(place, loss)
+        elif math.isfinite(best.loss):
+            break
+    return best
+
+
+def _ordered(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf

@@ -1,0 +1,61 @@
+"""What a step needs to know of the objective, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+Operator = Callable[[Tensor], Tensor]
+"""A symmetric matrix, seen through its product: v [P] -> Av [P]. The result may be reused by the
+operator's next call: copy it to keep it."""
+
+
+class Problem(Protocol):
+    """One step's frozen objective f around theta: the same batches and randomness in every call.
+
+    All values are global (over ranks and microbatches) and contain the L2 term.
+    """
+
+    def loss_and_gradient(self) -> tuple[float, Tensor]:
+        """f(theta) and its gradient [P], on the gradient batch."""
+        ...
+
+    def curvature(self) -> Operator:
+        """Undamped curvature matrix at theta, on the curvature batch."""
+        ...
+
+    def release(self) -> None:
+        """Free what `curvature` keeps: no product will be asked for any more."""
+        ...
+
+    def preconditioner(self, damping: float) -> Operator | None:
+        """Product with an approximation of (B + damping * I)^-1, if there is one."""
+        ...
+
+    @property
+    def damping_scale(self) -> Tensor | None:
+        """Diagonal [P] of the damping metric (parameter groups); None is the identity."""
+        ...
+
+    def start_loss(self) -> float:
+        """f(theta) on the line-search batch; known without evaluation where that is the gradient's."""
+        ...
+
+    def losses(self, steps: Sequence[tuple[float, Tensor]]) -> list[float]:
+        """f(theta + alpha * delta) on the line-search batch for every (alpha, delta [P]).
+
+        theta is unchanged afterwards, bit for bit, also when an evaluation raises.
+        """
+        ...
+
+    def move(self, alpha: float, delta: Tensor) -> None:
+        """theta += alpha * delta, for good."""
+        ...
+
+    def agree(self, decision: T) -> T:
+        """The lead's decision, on every rank."""
+        ...
