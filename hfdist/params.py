@@ -51,6 +51,12 @@ class ParameterVector:
                 piece.view(t.shape).copy_(t)
         return out
 
+    def add(self, vector: Tensor, tensors: Sequence[Tensor | None]) -> None:
+        """vector [P] += the tensors, shaped like the parameters; None stands for zeros."""
+        for piece, t in zip(vector.split(self._sizes), tensors):
+            if t is not None:
+                piece.view(t.shape).add_(t)
+
     def views(self, vector: Tensor) -> list[Tensor]:
         """Pieces of a vector [P], shaped and typed like the parameters; views where the dtype allows."""
         return [

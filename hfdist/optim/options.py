@@ -144,7 +144,9 @@ class HFOptions:
             if value is not None and value < 1:
                 raise ValueError(f"{key} is {value}: it must be at least 1")
         if not 0.0 < self.linesearch_beta < 1.0:
-            raise ValueError(f"linesearch_beta is {self.linesearch_beta}: it must be between 0 and 1")
+            raise ValueError(
+                f"linesearch_beta is {self.linesearch_beta}: it must be between 0 and 1"
+            )
         if not self.cg_grid_gamma > 1.0:
             raise ValueError(f"cg_grid_gamma is {self.cg_grid_gamma}: it must be greater than 1")
         if self.damping_max < self.damping_min:

@@ -1,0 +1,318 @@
+"""One step's objective on real data: sums over microbatches and ranks, divided by a global weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from hfdist.comm import Communicator, SerialCommunicator
+from hfdist.curvature.frozen import Frozen
+from hfdist.curvature.ggn import GGNProduct
+from hfdist.curvature.hessian import HessianProduct
+from hfdist.curvature.microbatch import Evaluation, Microbatch
+from hfdist.errors import DataError
+from hfdist.optim.problem import Operator
+from hfdist.params import ParameterVector
+
+T = TypeVar("T")
+Product = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """This rank's microbatches by what they are used for [2, sec. 12]. The same list object in two
+    roles means the same examples, whose forward pass is then shared."""
+
+    gradient: Sequence[Microbatch]
+    curvature: Sequence[Microbatch]
+    loss: Sequence[Microbatch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """Parts of the objective that the caller computes."""
+
+    gradient: Tensor | None = None
+    """Gradient [P] in place of the derivative of the loss."""
+    product: Operator | None = None
+    """Undamped curvature product in place of autograd's."""
+    preconditioner: Callable[[float], Operator | None] | None = None
+    """damping -> product with an approximate inverse."""
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """What was done, in microbatch passes on this rank."""
+
+    forward_with_graph: int = 0
+    forward: int = 0
+    products: int = 0
+
+
+@dataclass(kw_only=True)
+class Regularisation:
+    """L2 term and damping metric; scalars, or diagonals [P] where parameter groups differ."""
+
+    weight_decay: float | Tensor = 0.0
+    damping_scale: Tensor | None = None
+
+    def loss(self, theta: Tensor) -> float:
+        """sum_i weight_decay_i theta_i^2 / 2."""
+        if isinstance(self.weight_decay, Tensor):
+            return 0.5 * float(torch.dot(self.weight_decay * theta, theta).double())
+        if self.weight_decay == 0.0:
+            return 0.0
+        return 0.5 * self.weight_decay * float(torch.dot(theta, theta).double())
+
+    def add_product(self, out: Tensor, v: Tensor) -> None:
+        """out += weight_decay * v: gradient term for v = theta, curvature term for a direction."""
+        if isinstance(self.weight_decay, Tensor):
+            out.addcmul_(self.weight_decay, v)
+        elif self.weight_decay != 0.0:
+            out.add_(v, alpha=self.weight_decay)
+
+
+@dataclass(kw_only=True)
+class Problem:
+    """The `hfdist.optim.problem.Problem` of a model on batches.
+
+    Values: with reduction "mean", (sum over all ranks and microbatches of the losses) / (sum of the
+    weights), exact for uneven shards; with "sum", that times the weight of the gradient role, so that
+    roles of different size see the same objective; with "plain_sum", the sum alone.
+
+    Raises (from its methods):
+        DataError: The weights of a role add up to nothing.
+    """
+
+    params: ParameterVector
+    roles: Roles
+    comm: Communicator = field(default_factory=SerialCommunicator)
+    curvature_opt: Literal["ggn", "hessian"] = "ggn"
+    reduction: Literal["mean", "sum", "plain_sum"] = "mean"
+    regularisation: Regularisation = field(default_factory=Regularisation)
+    overrides: Overrides = field(default_factory=Overrides)
+    frozen: Frozen | None = None
+
+    def __post_init__(self) -> None:
+        self.work = _Work()
+        self._frozen = self.frozen or Frozen(self.params.device)
+        self._theta = self.params.read()  # [P], the step's start
+        self._trial = torch.empty_like(self._theta)
+        self._reference_weight: float | None = None
+        self._gradient_loss: float | None = None
+        self._start_loss: float | None = None
+        self._products: list[Product] | None = None
+        self._product_weight = 0.0
+
+    # -- gradient --------------------------------------------------------------------------------
+
+    def loss_and_gradient(self) -> tuple[float, Tensor]:
+        """Loss and gradient [P]; one forward pass a microbatch, shared with the curvature's where the
+        examples are the same."""
+        own_gradient = self.overrides.gradient
+        share = self.overrides.product is None and self.roles.curvature is self.roles.gradient
+        g = self.params.zeros()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.params.device)  # loss, weight
+        products: list[Product] = []
+        for microbatch in self.roles.gradient:
+            with_graph = own_gradient is None or share
+            evaluation = self._evaluate(microbatch, graph=with_graph, record=True)
+            if share:
+                gradient, product = self._gradient_and_product(evaluation)
+                products.append(product)
+            elif own_gradient is None:
+                gradient = self._gradient(evaluation)
+            else:
+                gradient = None
+            if gradient is not None:
+                self.params.add(g, gradient)
+            sums += _as_sums(evaluation, sums)
+        self.comm.sum(sums)
+        loss_sum, weight = sums.tolist()
+        _check_weight(weight, "gradient")
+        self._reference_weight = weight
+        scale = self._scale(weight)
+        if own_gradient is None:
+            self.comm.sum(g)
+            g.mul_(scale)
+            self.regularisation.add_product(g, self._theta)
+        else:
+            g = own_gradient.detach().to(self.params.dtype).clone()
+        if share:
+            self._products, self._product_weight = products, weight
+        self._gradient_loss = loss_sum * scale + self.regularisation.loss(self._theta)
+        if self.roles.loss is self.roles.gradient:
+            self._start_loss = self._gradient_loss
+        return self._gradient_loss, g
+
+    def _gradient(self, e: Evaluation) -> Sequence[Tensor | None]:
+        return grad(e.loss_sum, self.params.tensors, allow_unused=True)
+
+    def _gradient_and_product(self, e: Evaluation) -> tuple[Sequence[Tensor | None], Product]:
+        """dL/dtheta, and the product with the curvature of the same forward pass."""
+        tensors = self.params.tensors
+        if self.curvature_opt == "hessian":
+            gradient = grad(e.loss_sum, tensors, create_graph=True, allow_unused=True)
+            return [None if g is None else g.detach() for g in gradient], HessianProduct(
+                gradient, tensors
+            )
+        if not e.outputs:
+            raise ValueError(
+                "the GGN needs the model's outputs: let forward() return (loss, outputs) with outputs "
+                "that depend on the parameters, or use curvature_opt='hessian'"
+            )
+        dz = grad(e.loss_sum, e.loss_inputs, create_graph=True, allow_unused=True)
+        if e.is_split:
+            used = [k for k, d in enumerate(dz) if d is not None]
+            gradient = grad(
+                [e.outputs[k] for k in used],
+                tensors,
+                [dz[k].detach() for k in used],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        else:
+            gradient = grad(e.loss_sum, tensors, retain_graph=True, allow_unused=True)
+        return gradient, GGNProduct(e.outputs, e.loss_inputs, dz, tensors)
+
+    # -- curvature -------------------------------------------------------------------------------
+
+    def curvature(self) -> Operator:
+        """v [P] -> Bv [P]: one vector reduction a product."""
+        if self.overrides.product is not None:
+            return self._own_product(self.overrides.product)
+        if self._products is None:
+            self._build_products()
+        products, weight = self._products or [], self._product_weight
+        out = self.params.zeros()
+
+        def B(v: Tensor) -> Tensor:
+            views = self.params.views(v)
+            out.zero_()
+            for product in products:
+                self.params.add(out, product(views))
+            self.work.products += len(products)
+            self.comm.sum(out)
+            out.mul_(self._scale(weight))
+            self.regularisation.add_product(out, v)
+            return out
+
+        return B
+
+    def _own_product(self, product: Operator) -> Operator:
+        out = self.params.zeros()
+
+        def B(v: Tensor) -> Tensor:
+            return out.copy_(product(v))
+
+        return B
+
+    def _build_products(self) -> None:
+        products: list[Product] = []
+        weight = torch.zeros(1, dtype=torch.float64, device=self.params.device)
+        for microbatch in self.roles.curvature:
+            evaluation = self._evaluate(microbatch, graph=True)
+            products.append(self._gradient_and_product(evaluation)[1])
+            weight += evaluation.weight
+        self.comm.sum(weight)
+        self._products, self._product_weight = products, float(weight)
+        _check_weight(self._product_weight, "curvature")
+
+    def release(self) -> None:
+        self._products = None
+
+    def preconditioner(self, damping: float) -> Operator | None:
+        make = self.overrides.preconditioner
+        return None if make is None else make(damping)
+
+    @property
+    def damping_scale(self) -> Tensor | None:
+        return self.regularisation.damping_scale
+
+    # -- losses ----------------------------------------------------------------------------------
+
+    def start_loss(self) -> float:
+        if self._start_loss is None:
+            self._start_loss = self._losses_at([self._theta], 1)[0]
+        return self._start_loss
+
+    def losses(self, steps: Sequence[tuple[float, Tensor]]) -> list[float]:
+        """All candidates of one call share one scalar reduction."""
+        candidates = (
+            torch.add(self._theta, delta, alpha=alpha, out=self._trial) for alpha, delta in steps
+        )
+        return self._losses_at(candidates, len(steps))
+
+    def _losses_at(self, thetas: Iterable[Tensor], number: int) -> list[float]:
+        sums = torch.zeros(number, 2, dtype=torch.float64, device=self.params.device)
+        penalties: list[float] = []
+        try:
+            for k, theta in enumerate(thetas):
+                self.params.write(theta)
+                penalties.append(self.regularisation.loss(theta))
+                for microbatch in self.roles.loss:
+                    evaluation = self._evaluate(microbatch, graph=False)
+                    sums[k] += _as_sums(evaluation, sums)
+        finally:
+            self.params.write(self._theta)
+        self.comm.sum(sums)
+        rows = sums.tolist()
+        for _, weight in rows:
+            _check_weight(weight, "line_search")
+        return [
+            loss_sum * self._scale(weight) + penalty
+            for (loss_sum, weight), penalty in zip(rows, penalties)
+        ]
+
+    # -- the rest --------------------------------------------------------------------------------
+
+    def move(self, alpha: float, delta: Tensor) -> None:
+        """Move the parameters, and the batch-norm statistics to where this step's gradient saw them."""
+        self.params.write(torch.add(self._theta, delta, alpha=alpha, out=self._trial))
+        moved = self._frozen.moved_buffers()
+        if moved is not None:
+            self._frozen.apply(self.comm.sum(moved))
+
+    def agree(self, decision: T) -> T:
+        return self.comm.from_lead(decision)
+
+    def _scale(self, weight: float) -> float:
+        """Factor on a sum of losses (or of their derivatives) over examples of the given weight."""
+        if self.reduction == "plain_sum":
+            return 1.0
+        if self.reduction == "sum":
+            reference = weight if self._reference_weight is None else self._reference_weight
+            return reference / weight
+        return 1.0 / weight
+
+    def _evaluate(self, microbatch: Microbatch, *, graph: bool, record: bool = False) -> Evaluation:
+        split = graph and self.curvature_opt == "ggn"
+        self.work.forward_with_graph += graph
+        self.work.forward += not graph
+        with (
+            torch.set_grad_enabled(graph),
+            self._frozen.evaluation(microbatch.seed),
+        ):
+            evaluation = microbatch.evaluate(split)
+            if record:
+                self._frozen.record(float(evaluation.weight))
+            return evaluation
+
+
+def _as_sums(e: Evaluation, like: Tensor) -> Tensor:
+    """[2] float64: sum of the losses, weight."""
+    weight = e.weight if isinstance(e.weight, Tensor) else torch.tensor(e.weight)
+    return torch.stack((e.loss_sum.detach().to(like), weight.reshape(()).to(like)))
+
+
+def _check_weight(weight: float, role: str) -> None:
+    if weight == 0:
+        raise DataError(
+            f"the weights of the {role} batch add up to 0 (all targets masked?): "
+            f"make batches.{role} larger, or mask fewer targets"
+        )

@@ -1,0 +1,460 @@
+"""HessianFree: the optimizer for a training loop of one's own.
+
+A drop-in for PyTorchHessianFree's class of the same name, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hfdist.comm import Communicator, current_communicator
+from hfdist.curvature.frozen import Frozen
+from hfdist.curvature.loss_weight import mean_weight
+from hfdist.curvature.microbatch import Microbatch, as_sum, from_closure, from_parts
+from hfdist.curvature.preconditioners import DiagonalPreconditioner, empirical_fisher_diagonal
+from hfdist.curvature.problem import Overrides, Problem, Regularisation, Roles
+from hfdist.optim.options import HFOptions
+from hfdist.optim.problem import Operator
+from hfdist.optim.report import StepReport
+from hfdist.optim.step import HFState, hf_step
+from hfdist.params import ParameterVector
+from hfdist.seeds import mixed
+from hfdist.tasks.task import num_examples
+
+logger = logging.getLogger(__name__)
+
+_OPTION_NAMES = tuple(f.name for f in dataclasses.fields(HFOptions))
+
+
+class HessianFree(torch.optim.Optimizer):
+    """Hessian-free optimization (Martens 2010; Martens & Sutskever 2012).
+
+    Args:
+        params: Parameters, or parameter groups. A group may set `damping_scale` (its factor on the
+            damping), `weight_decay` and `frozen`; every other option is one for all groups.
+        curvature_opt, damping, adapt_damping, cg_max_iter, cg_decay_x0, use_cg_backtracking, lr,
+            use_linesearch: See `hfdist.HFOptions`; as in PyTorchHessianFree.
+        verbose: Log the steps at level INFO instead of DEBUG (logger `hfdist.hessian_free`).
+        preset: "default" (what the literature does) or "seed" (PyTorchHessianFree's rules).
+        communicator: Ranks to sum over. By default all ranks of `torch.distributed` where the program
+            has initialised it, else this process alone. Each rank evaluates its own shard.
+        seed: Seed of the random numbers inside forward passes (dropout); by default torch's.
+        **options: Any further field of `hfdist.HFOptions`.
+
+    Attributes:
+        report: The `StepReport` of the last step, or None.
+        history: The reports of the last 1000 steps.
+
+    The state of a parameter is its warm start `x0`; everything else that resuming needs is in the
+    parameter groups, so `state_dict` carries all of it.
+
+    Raises:
+        ValueError: An option is unknown or out of range, or there is nothing to train.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        curvature_opt: Literal["ggn", "hessian"] = "ggn",
+        damping: float = 1.0,
+        adapt_damping: bool = True,
+        cg_max_iter: int | None = 250,
+        cg_decay_x0: float = 0.95,
+        use_cg_backtracking: bool = True,
+        lr: float = 1.0,
+        use_linesearch: bool = True,
+        verbose: bool = False,
+        *,
+        preset: Literal["default", "seed"] = "default",
+        communicator: Communicator | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        unknown = set(options) - set(_OPTION_NAMES)
+        if unknown:
+            raise ValueError(f"unknown option {sorted(unknown)[0]!r} of HessianFree")
+        if damping == 0.0 and adapt_damping:
+            warnings.warn("damping is 0: it will not be adapted", stacklevel=2)
+            adapt_damping = False
+        resolved = HFOptions.with_preset(
+            preset,
+            curvature_opt=curvature_opt,
+            damping=damping,
+            adapt_damping=adapt_damping,
+            cg_max_iter=cg_max_iter,
+            cg_decay_x0=cg_decay_x0,
+            use_cg_backtracking=use_cg_backtracking,
+            lr=lr,
+            use_linesearch=use_linesearch,
+            **options,
+        )
+        self.verbose = verbose
+        self.report: StepReport | None = None
+        self.history: deque[StepReport] = deque(maxlen=1000)
+        self._communicator = communicator
+        defaults = dataclasses.asdict(resolved) | {
+            "damping_scale": 1.0,
+            "frozen": False,
+            "step": 0,
+            "seed": torch.initial_seed() % 2**63 if seed is None else seed,
+            "has_x0": False,
+        }
+        super().__init__(params, defaults)
+        self._trainable()  # there must be something to train
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it joins at the next step with a zero warm start."""
+        if self.param_groups:
+            first = self.param_groups[0]
+            for key in self.defaults.keys() - {"damping_scale", "weight_decay", "frozen"}:
+                param_group.setdefault(key, first[key])
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["damping_scale"] < 0:
+            raise ValueError(f"damping_scale is {group['damping_scale']}: it must be at least 0")
+        for p in group["params"]:
+            # In the parameter's own dtype, as load_state_dict will cast it.
+            self.state[p]["x0"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+
+    @property
+    def damping(self) -> float:
+        """Damping of the next step."""
+        return self.param_groups[0]["damping"]
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def step(  # type: ignore[override]
+        self,
+        forward: Callable[[], Any] | None = None,
+        grad: Tensor | None = None,
+        mvp: Operator | None = None,
+        M_func: Operator | None = None,
+        test_deterministic: bool = False,
+    ) -> float:
+        """Take one step.
+
+        Args:
+            forward: Returns (loss, outputs), with `outputs` the model's outputs (any pytree) for the
+                GGN, or None for the Hessian. On several ranks: the loss of the rank's own shard, and
+                as a third value the shard's weight (its number of examples) if shards are uneven.
+            grad: Gradient [P] over the trainable parameters, instead of the derivative of the loss.
+            mvp: Product with the undamped curvature matrix, v [P] -> Bv [P], instead of autograd's.
+            M_func: Preconditioner of CG, approximating the inverse of the damped curvature matrix;
+                see `get_preconditioner`.
+            test_deterministic: Check that two evaluations of loss and product agree; warn otherwise.
+
+        Returns:
+            The loss after the step. The whole report is in `self.report`.
+
+        The parameters are unchanged, bit for bit, if the step is rejected or an exception is raised.
+        """
+        if forward is None:
+            raise TypeError("step() needs a function forward() that returns (loss, outputs)")
+        comm = self._comm()
+        seed = self._step_seed(comm)
+        microbatches = [from_closure(forward, mixed(seed, comm.rank))]
+        roles = Roles(gradient=microbatches, curvature=microbatches, loss=microbatches)
+        return self._step(roles, "mean", grad, mvp, M_func, test_deterministic)
+
+    def acc_step(
+        self,
+        model: nn.Module,
+        loss_func: Callable[[Any, Any], Any],
+        loss_datalist: Iterable[tuple[Any, Any]],
+        grad_datalist: Iterable[tuple[Any, Any]] | None = None,
+        mvp_datalist: Iterable[tuple[Any, Any]] | None = None,
+        M_func: Operator | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        test_deterministic: bool = False,
+    ) -> float:
+        """Take one step on lists of minibatches, accumulated so that memory holds one at a time.
+
+        Args:
+            model: The model; it maps `inputs` to outputs.
+            loss_func: Maps (outputs, targets) to a scalar, or to a pair (sum, weight).
+            loss_datalist: (inputs, targets) pairs for backtracking and line search.
+            grad_datalist: Pairs for the gradient; by default those of the loss.
+            mvp_datalist: Pairs for the curvature; by default those of the loss.
+            M_func: Preconditioner of CG.
+            reduction: How `loss_func` reduces over a minibatch ("mean" counts torch's class weights
+                and ignored targets rightly).
+            test_deterministic: As in `step`.
+
+        Returns:
+            The loss after the step.
+        """
+        comm = self._comm()
+        seed = self._step_seed(comm)
+        loss_role = self._microbatches(model, loss_func, loss_datalist, reduction, seed, comm)
+        gradient_role = curvature_role = loss_role
+        if grad_datalist is not None and grad_datalist is not loss_datalist:
+            gradient_role = self._microbatches(
+                model, loss_func, grad_datalist, reduction, seed, comm
+            )
+        if mvp_datalist is not None and mvp_datalist is grad_datalist:
+            curvature_role = gradient_role
+        elif mvp_datalist is not None and mvp_datalist is not loss_datalist:
+            curvature_role = self._microbatches(
+                model, loss_func, mvp_datalist, reduction, seed, comm
+            )
+        roles = Roles(gradient=gradient_role, curvature=curvature_role, loss=loss_role)
+        how = "plain_sum" if reduction == "sum" else "mean"
+        return self._step(roles, how, None, None, M_func, test_deterministic, model)
+
+    def _step(
+        self,
+        roles: Roles,
+        reduction: Literal["mean", "plain_sum"],
+        grad: Tensor | None,
+        mvp: Operator | None,
+        M_func: Operator | None,
+        test_deterministic: bool,
+        model: nn.Module | None = None,
+    ) -> float:
+        options = self.options
+        params = self._trainable()
+        if options.preconditioner != "none" and M_func is None:
+            raise ValueError(
+                "preconditioner needs the model and data: pass M_func=get_preconditioner(...)"
+            )
+        problem = Problem(
+            params=params,
+            roles=roles,
+            comm=self._comm(),
+            curvature_opt=options.curvature_opt,
+            reduction=reduction,
+            regularisation=self._regularisation(params),
+            overrides=Overrides(
+                gradient=grad,
+                product=mvp,
+                preconditioner=None if M_func is None else lambda _: M_func,
+            ),
+            frozen=Frozen(params.device, model),
+        )
+        if test_deterministic:
+            self._test_deterministic(problem)
+        report, state = hf_step(problem, self._get_state(params), options)
+        self._set_state(params, state)
+        self.report = report
+        self.history.append(report)
+        logger.log(
+            logging.INFO if self.verbose else logging.DEBUG,
+            "step %d: loss %.6g -> %.6g, damping %.3g, alpha %.3g, %d CG iterations (%s), ratio %.3g",
+            report.step,
+            report.loss,
+            report.final_loss,
+            report.damping,
+            report.alpha,
+            report.cg_iterations,
+            report.stop,
+            report.reduction_ratio,
+        )
+        return report.final_loss
+
+    # -- what the seed also has ------------------------------------------------------------------
+
+    def get_preconditioner(
+        self,
+        model: nn.Module,
+        loss_func: Callable[[Any, Any], Any],
+        inputs: Any,
+        targets: Any,
+        reduction: Literal["mean", "sum"],
+        exponent: float | None = None,
+        use_backpack: bool = True,
+    ) -> DiagonalPreconditioner:
+        """Empirical Fisher diagonal preconditioner at the current damping, [1] sec. 4.7.
+
+        Args:
+            model, loss_func, inputs, targets, reduction: As in `acc_step`, one minibatch.
+            exponent: By default `preconditioner_exponent` (0.75).
+            use_backpack: Use BackPACK where it supports the model; torch.func elsewhere.
+
+        Returns:
+            v [P] -> v / (diagonal + damping + weight decay)^exponent, for `M_func`.
+        """
+        params = self._trainable()
+        diagonal = empirical_fisher_diagonal(
+            model, loss_func, inputs, targets, reduction, use_backpack=use_backpack, params=params
+        )
+        options = self.options
+        return DiagonalPreconditioner(
+            diagonal.add_(self._regularisation(params).weight_decay),
+            self._damping_diagonal(params),
+            options.preconditioner_exponent if exponent is None else exponent,
+        )
+
+    def test_reduction(
+        self,
+        model: nn.Module,
+        loss_func: Callable[[Any, Any], Any],
+        datalist: Iterable[tuple[Any, Any]],
+        reduction: Literal["mean", "sum"],
+    ) -> None:
+        """Check that accumulating over `datalist` gives what one minibatch of all of it gives.
+
+        Raises:
+            RuntimeError: Loss, gradient or product differ: `reduction` does not describe `loss_func`.
+            ValueError: `datalist` has fewer than two entries.
+        """
+        pairs = list(datalist)
+        if len(pairs) < 2:
+            raise ValueError("test_reduction needs at least two minibatches")
+        whole = [_concatenate(pairs)]
+        params = self._trainable()
+        v = torch.linspace(-1.0, 1.0, params.numel, dtype=params.dtype, device=params.device)
+        results = []
+        for data in (pairs, whole):
+            role = self._microbatches(model, loss_func, data, reduction, 0, self._comm())
+            problem = Problem(
+                params=params,
+                roles=Roles(gradient=role, curvature=role, loss=role),
+                curvature_opt=self.options.curvature_opt,
+                reduction="plain_sum" if reduction == "sum" else "mean",
+                frozen=Frozen(params.device, model),
+            )
+            loss, g = problem.loss_and_gradient()
+            results.append((torch.tensor(loss), g, problem.curvature()(v)))
+        for what, parts, reference in zip(("loss", "gradient", "product"), *results):
+            if not torch.allclose(parts, reference, rtol=1e-4, atol=1e-6):
+                raise RuntimeError(
+                    f"the {what} over the minibatches is not that of the whole batch: "
+                    f"reduction={reduction!r} does not describe the loss function"
+                )
+
+    # -- state -----------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> HFOptions:
+        """The rules in force: those in the first parameter group."""
+        first = self.param_groups[0]
+        return HFOptions(**{name: first[name] for name in _OPTION_NAMES})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()`: options, damping, warm start and counters are all in it."""
+        super().load_state_dict(state_dict)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if "x0" not in self.state[p]:
+                self.state[p]["x0"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+
+    def _trainable(self) -> ParameterVector:
+        return ParameterVector(
+            p
+            for group in self.param_groups
+            if not group["frozen"]
+            for p in group["params"]
+            if p.requires_grad
+        )
+
+    def _groups_of(self, params: ParameterVector) -> list[dict[str, Any]]:
+        """The group of each trainable tensor."""
+        owner = {p: group for group in self.param_groups for p in group["params"]}
+        return [owner[p] for p in params.tensors]
+
+    def _regularisation(self, params: ParameterVector) -> Regularisation:
+        groups = self._groups_of(params)
+
+        def of_groups(key: str, neutral: float) -> float | Tensor:
+            values = [float(group[key]) for group in groups]
+            if all(v == values[0] for v in values) and (key != "damping_scale" or values[0] == 1):
+                return values[0]
+            return params.spread(values)
+
+        scale = of_groups("damping_scale", 1.0)
+        return Regularisation(
+            weight_decay=of_groups("weight_decay", 0.0),
+            damping_scale=scale if isinstance(scale, Tensor) else None,
+        )
+
+    def _damping_diagonal(self, params: ParameterVector) -> float | Tensor:
+        scale = self._regularisation(params).damping_scale
+        return self.damping if scale is None else self.damping * scale
+
+    def _get_state(self, params: ParameterVector) -> HFState:
+        first = self.param_groups[0]
+        x0 = params.flatten([self.state[p]["x0"] for p in params.tensors])
+        return HFState(
+            damping=first["damping"], x0=x0 if first["has_x0"] else None, step=first["step"]
+        )
+
+    def _set_state(self, params: ParameterVector, state: HFState) -> None:
+        x0 = params.zeros() if state.x0 is None else state.x0
+        for p, piece in zip(params.tensors, params.views(x0)):
+            self.state[p]["x0"].copy_(piece)
+        for group in self.param_groups:
+            group["damping"] = state.damping
+            group["step"] = state.step
+            group["has_x0"] = state.x0 is not None
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def _comm(self) -> Communicator:
+        if self._communicator is None:
+            self._communicator = current_communicator(self._trainable().device)
+        return self._communicator
+
+    def _step_seed(self, comm: Communicator) -> int:
+        first = self.param_groups[0]
+        return mixed(comm.from_lead(first["seed"]), first["step"])
+
+    def _microbatches(
+        self,
+        model: nn.Module,
+        loss_func: Callable[[Any, Any], Any],
+        data: Iterable[tuple[Any, Any]],
+        reduction: str,
+        seed: int,
+        comm: Communicator,
+    ) -> Sequence[Microbatch]:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {reduction!r}: it must be 'mean' or 'sum'")
+        device = self._trainable().device
+
+        def microbatch(number: int, pair: tuple[Any, Any]) -> Microbatch:
+            inputs, targets = tree_map(
+                lambda t: t.to(device) if isinstance(t, Tensor) else t, tuple(pair)
+            )
+
+            def loss_of(outputs: Any) -> tuple[Tensor, float | Tensor]:
+                loss = loss_func(outputs, targets)
+                if reduction == "mean" and isinstance(loss, Tensor):
+                    weight = mean_weight(loss_func, (inputs, targets))
+                    loss = (loss * weight, weight)
+                return as_sum(loss, num_examples((inputs, targets)), reduction, "loss_func")
+
+            return from_parts(
+                lambda: model(inputs), loss_of, mixed(seed, comm.rank, number), "loss_func"
+            )
+
+        return [microbatch(number, pair) for number, pair in enumerate(data)]
+
+    def _test_deterministic(self, problem: Problem) -> None:
+        """Two evaluations of loss and product must agree; both are made with frozen randomness, so
+        what differs is state that the forward pass keeps, or nondeterministic kernels."""
+        (first, g), (second, _) = problem.loss_and_gradient(), problem.loss_and_gradient()
+        agree = torch.allclose(torch.tensor(first), torch.tensor(second), equal_nan=True)
+        B = problem.curvature()
+        v = torch.ones_like(g)
+        agree &= torch.allclose(B(v).clone(), B(v), equal_nan=True)
+        if not agree:
+            warnings.warn(
+                "two evaluations of the same loss or product differ: the step is not trustworthy. "
+                "Does forward() draw new data or keep state between calls?",
+                stacklevel=3,
+            )
+
+
+def _concatenate(pairs: list[tuple[Any, Any]]) -> Any:
+    """One minibatch of all the pairs' examples."""
+    return tree_map(
+        lambda *ts: torch.cat(ts) if isinstance(ts[0], Tensor) else ts[0], pairs[0], *pairs[1:]
+    )
