@@ -38,5 +38,18 @@ class ReplicaError(UserError):
     exit_code = 1
 
 
+class PeerError(UserError):
+    """A collective that did not finish because another rank died or stalled. Seldom the cause: the
+    other rank's own error says more."""
+
+    exit_code = 1
+
+
+class WorkerError(UserError):
+    """A worker process that failed: carries its own error, or how the process ended."""
+
+    exit_code = 1
+
+
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM during a step. Not an error: the run stops as KILLED and can be resumed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
 import torch
@@ -25,6 +27,19 @@ class Communicator(Protocol):
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; bitwise equal on all of them. Returns `tensor`."""
+        ...
+
+    def overlapped_sum(self) -> AbstractContextManager[Callable[[Tensor], None]]:
+        """A sum in buckets that runs beside the computation. The context gives `start(bucket)`; on
+        leaving it every started bucket holds its sum over ranks. One sum in the counters.
+
+        Ranks start the same buckets in the same order: a fixed layout, so that bits do not depend on
+        timing. A bucket must be contiguous and is not touched until the context is left.
+        """
+        ...
+
+    def bucketed_sum(self, buckets: Iterable[Tensor]) -> None:
+        """`overlapped_sum` of the buckets, each started when the iterable yields it."""
         ...
 
     def from_lead(self, value: T) -> T:
@@ -53,8 +68,12 @@ class Communicator(Protocol):
         ...
 
     def take_counters(self) -> dict[str, float]:
-        """Calls, bytes and seconds by collective since the last take: {"sum_calls": ..,
-        "sum_bytes": .., "seconds": ..}; resets them."""
+        """Calls, bytes and seconds by kind of collective since the last take; resets them.
+
+        {"sum_calls": .., "sum_bytes": .., "sum_seconds": .., "object_calls": .., ..., "seconds": ..};
+        kinds: sum, object, reduce_scatter, all_gather, barrier. `vector_sums` and `scalar_sums` divide
+        the sums at 64 elements. Seconds are the host's: work queued on a GPU is not waited for.
+        Empty when alone."""
         ...
 
     def close(self) -> None:
@@ -74,6 +93,13 @@ class SerialCommunicator:
 
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def overlapped_sum(self) -> AbstractContextManager[Callable[[Tensor], None]]:
+        return nullcontext(lambda bucket: None)
+
+    def bucketed_sum(self, buckets: Iterable[Tensor]) -> None:
+        for _ in buckets:
+            pass
 
     def from_lead(self, value: T) -> T:
         return value

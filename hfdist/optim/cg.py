@@ -132,7 +132,7 @@ def cg(
         ry_next = torch.dot(r, y).double()
         rr = ry_next if M is None else torch.dot(r, r).double()
         # The only host synchronisation of an iteration.
-        curvature, a, ry_now, ry_then, rr_now = torch.stack((pAp, alpha, ry, ry_next, rr)).tolist()
+        curvature, a, ry_now, rr_now = torch.stack((pAp, alpha, ry, rr)).tolist()
 
         # phi(x + ap) = phi(x) + a p'r + a^2 p'Ap/2, and p'r = -r'y for conjugate directions.
         phi_next = phi[-1] - a * ry_now + 0.5 * a * a * curvature

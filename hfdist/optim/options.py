@@ -5,10 +5,10 @@ The names of PyTorchHessianFree's constructor arguments are kept, so that its us
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import cache
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 PRESETS: dict[str, dict[str, Any]] = {
     # What the literature does; the defaults below.
@@ -159,11 +159,10 @@ class HFOptions:
                 f"cg_decay_x0_max is {self.cg_decay_x0_max}: it must lie between cg_decay_x0 "
                 f"({self.cg_decay_x0}) and 1"
             )
-        for field in dataclasses.fields(self):
-            allowed = getattr(_LITERALS.get(field.name), "__args__", None)
-            if allowed and getattr(self, field.name) not in allowed:
+        for key, allowed in _choices().items():
+            if getattr(self, key) not in allowed:
                 raise ValueError(
-                    f"{field.name} is {getattr(self, field.name)!r}: it must be one of "
+                    f"{key} is {getattr(self, key)!r}: it must be one of "
                     + ", ".join(map(repr, allowed))
                 )
 
@@ -179,16 +178,8 @@ class HFOptions:
         return cls(**{"preset": preset, **PRESETS[preset], **changes})
 
 
-_LITERALS = {
-    name: hint
-    for name, hint in {
-        "preset": Literal["default", "seed"],
-        "curvature_opt": Literal["ggn", "hessian"],
-        "reduction_ratio": Literal["undamped", "damped"],
-        "reduction_ratio_at": Literal["chosen", "last"],
-        "cg_stop": Literal["martens", "relative_progress", "residual"],
-        "nonpositive_curvature": Literal["stop", "use", "absolute", "ignore"],
-        "cg_backtracking": Literal["efficient", "full"],
-        "preconditioner": Literal["none", "empirical_fisher"],
-    }.items()
-}
+@cache
+def _choices() -> dict[str, tuple[Any, ...]]:
+    """The allowed values of the fields that are choices."""
+    hints = get_type_hints(HFOptions)
+    return {key: get_args(hint) for key, hint in hints.items() if get_origin(hint) is Literal}

@@ -1,0 +1,259 @@
+"""What the lead does around the steps: resume, record, checkpoint, stop. It binds every rank."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfdist.agreement import check_replicas
+from hfdist.checkpoint import CheckpointStore, check, parameters_sha256
+from hfdist.comm import Communicator
+from hfdist.config import RunConfig
+from hfdist.display import Display
+from hfdist.optim.report import StepReport
+from hfdist.optim.step import HFState
+from hfdist.params import ParameterVector
+from hfdist.record import StepLog, write_json
+from hfdist.signals import StopRequest
+from hfdist.tracking import RunInfo, Status, Tracker
+from hfdist.tracking.plots import draw_plots
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands: what a checkpoint holds besides the model."""
+
+    state: HFState
+    cg_iterations: int = 0
+    wall_seconds: float = 0.0
+    """Training time of all the run's lives so far."""
+    final_loss: float | None = None
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """Last evaluation: {"loss": .., metric: ..}."""
+    tracked_as: str | None = None
+
+
+class Coordinator:
+    """One a rank; only the lead's touches disk, tracker and display, and its decisions bind.
+
+    Args:
+        config, run_dir: The job and its folder.
+        model: Its parameters and buffers are what checkpoints hold.
+        comm: The ranks.
+        tracker, display: The lead's; others pass ones that do nothing.
+        stop: This process's signals.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        model: nn.Module,
+        comm: Communicator,
+        tracker: Tracker,
+        display: Display,
+        stop: StopRequest,
+    ) -> None:
+        self._config, self._run_dir, self._model, self._comm = config, run_dir, model, comm
+        self._tracker, self._display, self._stop = tracker, display, stop
+        self._store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, comm)
+        self._log = StepLog(run_dir / "metrics.jsonl")
+        self._records: list[dict[str, Any]] = []
+        self._saved_at: int | None = None
+        self._clock = time.perf_counter()
+
+    # -- start -----------------------------------------------------------------------------------
+
+    def start(self, resume: bool, info: Mapping[str, Any]) -> Progress:
+        """Load the newest good checkpoint if asked to and there is one; open the record."""
+        progress = Progress(state=HFState(damping=self._config.optim.damping))
+        if resume and self._store.steps():
+            progress = self._restore()
+        elif resume:
+            logger.warning("no checkpoint in %s: starting from step 0", self._run_dir)
+        if self._comm.is_lead:
+            self._records = self._log.start(progress.state.step)
+            self._tracker.start(
+                RunInfo(
+                    run_id=self._run_dir.name,
+                    name=self._config.name,
+                    run_dir=self._run_dir,
+                    params=self._config.flatten(),
+                    tags=info.get("tags", {}),
+                    dataset=info.get("dataset", {}),
+                    tracked_as=progress.tracked_as,
+                )
+            )
+            self._tracker.log_artifact(self._run_dir / "config.yaml")
+            self._display.start(
+                self._run_dir.name, progress.state.step, self._config.steps, dict(info)
+            )
+        self._clock = time.perf_counter() - progress.wall_seconds
+        return progress
+
+    def _restore(self) -> Progress:
+        step, saved = self._store.load()
+        tensors = dict(self._model_tensors())
+        check(saved["model"], tensors)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.data.copy_(saved["model"][name])
+        run, hf = saved["run"], saved["optimizer"]
+        x0 = hf.get("x0")
+        self._saved_at = step
+        set_rng_state(saved["rng"])
+        return Progress(
+            state=HFState(
+                damping=hf["damping"],
+                x0=None if x0 is None else x0.to(self._comm.device),
+                step=hf["step"],
+            ),
+            cg_iterations=run["cg_iterations"],
+            wall_seconds=run["wall_seconds"],
+            final_loss=run["final_loss"],
+            evaluation=dict(run["evaluation"]),
+            tracked_as=run["tracked_as"],
+        )
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def commit(
+        self, report: StepReport, progress: Progress, params: ParameterVector, extra: dict[str, float]
+    ) -> bool:
+        """Record a finished step; save a checkpoint when one is due.
+
+        Returns:
+            Whether the run is to stop now, the same on every rank.
+        """
+        progress.wall_seconds = time.perf_counter() - self._clock
+        stopping = check_replicas(self._comm, params.tensors, flag=self._stop.requested)
+        done = report.step + 1
+        if self._comm.is_lead:
+            values = report.metrics() | extra | {"wall_seconds": progress.wall_seconds}
+            values |= {f"eval/{name}": value for name, value in progress.evaluation.items()}
+            self._tracker.log_metrics(values, report.step)
+            record = {
+                "step": report.step,
+                "time": time.time(),
+                **values,
+                "stop": str(report.stop),
+                "quadratic": list(report.quadratic),
+            }
+            self._log.append(record)
+            self._records.append(record)
+            self._display.step(report.step, report, extra | progress.evaluation)
+        if done % self._config.checkpoint.every == 0 and done < self._config.steps:
+            self.save(progress)
+        return stopping
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint of the present state, unless it is written already."""
+        step = progress.state.step
+        if step == self._saved_at:
+            return
+        seconds = time.perf_counter() - self._clock
+        # Clocks and trackers differ between ranks; what is saved is the lead's.
+        progress.wall_seconds, progress.tracked_as = self._comm.from_lead(
+            (seconds, self._tracker.tracked_as or progress.tracked_as)
+        )
+        monitored = progress.evaluation.get("loss", progress.final_loss)
+        self._store.save(
+            step,
+            {
+                "model": dict(self._model_tensors()),
+                "optimizer": {
+                    "damping": progress.state.damping,
+                    "step": step,
+                    "x0": progress.state.x0,
+                },
+                "run": {
+                    "cg_iterations": progress.cg_iterations,
+                    "wall_seconds": progress.wall_seconds,
+                    "final_loss": progress.final_loss,
+                    "evaluation": dict(progress.evaluation),
+                    "tracked_as": progress.tracked_as,
+                },
+                "rng": get_rng_state(),
+                "config": self._config.to_dict(),
+            },
+            monitored,
+        )
+        self._saved_at = step
+
+    # -- end -------------------------------------------------------------------------------------
+
+    def finish(
+        self, status: Status, progress: Progress, example_inputs: Any = None, error: str | None = None
+    ) -> dict[str, Any]:
+        """Close the run: last checkpoint, plots, model, result.json.
+
+        Returns:
+            The content of result.json.
+        """
+        if status is not Status.FAILED:
+            self.save(progress)
+            self._store.wait()
+        result: dict[str, Any] = {
+            "run_id": self._run_dir.name,
+            "status": str(status),
+            "steps": progress.state.step,
+            "final_loss": progress.final_loss,
+            "parameters_sha256": parameters_sha256(dict(self._model.named_parameters())),
+            "cg_iterations": progress.cg_iterations,
+            "wall_seconds": progress.wall_seconds,
+            "world_size": self._comm.world_size,
+            "run_dir": str(self._run_dir),
+            **{f"eval_{name}": value for name, value in progress.evaluation.items()},
+        }
+        if error is not None:
+            result["error"] = error
+        if not self._comm.is_lead:
+            return result
+        for path in draw_plots(self._records, self._run_dir / "plots") if self._records else []:
+            self._tracker.log_artifact(path, "plots")
+        if self._log.path.exists():
+            self._tracker.log_artifact(self._log.path)
+        if status is Status.FINISHED and self._config.tracking.log_model:
+            self._tracker.log_model(self._model, example_inputs, progress.state.step)
+        result["mlflow_run_id"] = self._tracker.tracked_as or progress.tracked_as
+        result["tracking_url"] = self._tracker.url
+        write_json(self._run_dir / "result.json", result)
+        self._tracker.log_artifact(self._run_dir / "result.json")
+        self._tracker.finish(status)
+        self._display.finish(result)
+        return result
+
+    def fail(self, progress: Progress, error: BaseException) -> None:
+        """Record a failure; never hides the error by one of its own."""
+        try:
+            self.finish(Status.FAILED, progress, error=f"{type(error).__name__}: {error}")
+        except Exception:
+            logger.exception("could not record the failure")
+
+    def _model_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """Parameters and buffers by name, each tensor once."""
+        return [*self._model.named_parameters(), *self._model.named_buffers()]
+
+
+def get_rng_state() -> dict[str, Any]:
+    """torch's global generators, as tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Set what `get_rng_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,74 @@
+"""The plain record of a run: metrics.jsonl, a line a step, and result.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfdist.errors import StorageError
+
+
+class StepLog:
+    """RUN_DIR/metrics.jsonl: append-only, one JSON object a step, readable while it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; a half-written last line (after a kill) is left out."""
+        if not self.path.exists():
+            return []
+        records = []
+        for line in self.path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def start(self, first_step: int) -> list[dict[str, Any]]:
+        """Drop what lies at or after `first_step` (steps that will be repeated); return the rest."""
+        kept = [record for record in self.read() if record["step"] < first_step]
+        write_atomically(self.path, "".join(_line(record) for record in kept))
+        return kept
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a step."""
+        try:
+            with self.path.open("a") as file:
+                file.write(_line(record))
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new, never a part.
+
+    Raises:
+        StorageError: The folder cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}. Free some space, or choose another `output`"
+        ) from error
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically."""
+    write_atomically(path, json.dumps(values, indent=2) + "\n")
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, separators=(",", ":")) + "\n"

@@ -1,0 +1,89 @@
+"""Find the task that a job names."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfdist.errors import TaskError
+from hfdist.tasks.task import Task
+
+
+def load_task(spec: str, task_args: Mapping[str, Any]) -> Task:
+    """Build the task that `spec` names.
+
+    Args:
+        spec: "package.module:Class" or "path/to/file.py:Class".
+        task_args: Keyword arguments of its constructor.
+
+    Raises:
+        TaskError: The file, module or class is missing, fails on import, or refuses the arguments.
+    """
+    where, _, name = spec.rpartition(":")
+    if not where or not name:
+        raise TaskError(f"task is {spec!r}: write package.module:Class or file.py:Class")
+    module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
+    cls = getattr(module, name, None)
+    if cls is None:
+        classes = [n for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, Task)]
+        known = ", ".join(c for c in classes if c != "Task") or "none"
+        raise TaskError(f"task {spec!r}: {where} has no class {name!r} (its tasks: {known})")
+    if not (inspect.isclass(cls) and issubclass(cls, Task)):
+        raise TaskError(f"task {spec!r}: {name} is no subclass of hfdist.Task")
+    try:
+        inspect.signature(cls).bind(**task_args)
+    except TypeError as error:
+        raise TaskError(
+            f"task_args of {name}: {error}. It takes {inspect.signature(cls)}"
+        ) from error
+    try:
+        return cls(**task_args)
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"task {name} cannot be built: {type(error).__name__}: {error}") from error
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        raise TaskError(f"task file {path} does not exist: mend `task` in the job file")
+    # Under its own name, and with its folder on the path, so that it can import its neighbours and
+    # its classes can be found again by other processes.
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path.resolve()):
+        return loaded
+    name = path.stem if loaded is None else f"hfdist_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise TaskError(f"task file {path} cannot be loaded: is it a Python file?")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise TaskError(f"task file {path}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _load_module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if name == missing or name.startswith(missing + "."):
+            raise TaskError(
+                f"task module {name!r} cannot be found: install its package, or name a file "
+                "(file.py:Class) beside the job"
+            ) from error
+        raise TaskError(f"task module {name!r} needs {missing!r}, which is not installed") from error
+    except Exception as error:
+        raise TaskError(f"task module {name!r}: {type(error).__name__}: {error}") from error
