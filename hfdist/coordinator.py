@@ -21,7 +21,7 @@ from hfdist.optim.report import StepReport
 from hfdist.optim.step import HFState
 from hfdist.params import ParameterVector
 from hfdist.record import StepLog, write_json
-from hfdist.signals import StopRequest
+from hfdist.signals import STOP_FILE, StopRequest
 from hfdist.tracking import RunInfo, Status, Tracker
 from hfdist.tracking.plots import draw_plots
 
@@ -81,6 +81,7 @@ class Coordinator:
         elif resume:
             logger.warning("no checkpoint in %s: starting from step 0", self._run_dir)
         if self._comm.is_lead:
+            (self._run_dir / STOP_FILE).unlink(missing_ok=True)  # it was for the run's last life
             self._records = self._log.start(progress.state.step)
             self._tracker.start(
                 RunInfo(
@@ -102,7 +103,7 @@ class Coordinator:
 
     def _restore(self) -> Progress:
         step, saved = self._store.load()
-        tensors = dict(self._model_tensors())
+        tensors = model_tensors(self._model)
         check(saved["model"], tensors)
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -127,7 +128,11 @@ class Coordinator:
     # -- steps -----------------------------------------------------------------------------------
 
     def commit(
-        self, report: StepReport, progress: Progress, params: ParameterVector, extra: dict[str, float]
+        self,
+        report: StepReport,
+        progress: Progress,
+        params: ParameterVector,
+        extra: dict[str, float],
     ) -> bool:
         """Record a finished step; save a checkpoint when one is due.
 
@@ -169,7 +174,7 @@ class Coordinator:
         self._store.save(
             step,
             {
-                "model": dict(self._model_tensors()),
+                "model": model_tensors(self._model),
                 "optimizer": {
                     "damping": progress.state.damping,
                     "step": step,
@@ -192,7 +197,11 @@ class Coordinator:
     # -- end -------------------------------------------------------------------------------------
 
     def finish(
-        self, status: Status, progress: Progress, example_inputs: Any = None, error: str | None = None
+        self,
+        status: Status,
+        progress: Progress,
+        example_inputs: Any = None,
+        error: str | None = None,
     ) -> dict[str, Any]:
         """Close the run: last checkpoint, plots, model, result.json.
 
@@ -239,9 +248,10 @@ class Coordinator:
         except Exception:
             logger.exception("could not record the failure")
 
-    def _model_tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """Parameters and buffers by name, each tensor once."""
-        return [*self._model.named_parameters(), *self._model.named_buffers()]
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, each tensor once: what a checkpoint keeps of a model."""
+    return dict([*model.named_parameters(), *model.named_buffers()])
 
 
 def get_rng_state() -> dict[str, Any]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import platform
-import resource
-import time
-from collections.abc import Sequence
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +15,29 @@ from torch.utils.data import Dataset
 
 from hfdist import __version__
 from hfdist.agreement import check_agreement
-from hfdist.comm import Communicator
+from hfdist.checkpoint import CheckpointStore, check
+from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config import RunConfig
-from hfdist.coordinator import Coordinator, Progress
+from hfdist.coordinator import Coordinator, Progress, model_tensors
 from hfdist.curvature.frozen import Frozen
 from hfdist.curvature.microbatch import Microbatch, from_task
 from hfdist.curvature.preconditioners import DiagonalPreconditioner, sum_of_squared_gradients
 from hfdist.curvature.problem import Overrides, Problem, Regularisation, Roles
-from hfdist.data import BatchLoader, RolePlan, StepPlan, data_passes, plan_step
+from hfdist.data import BatchLoader, MicrobatchPlan, RolePlan, StepPlan, data_passes, plan_step
+from hfdist.devices import resolve
 from hfdist.display import Display
-from hfdist.errors import Interrupted, TaskError
+from hfdist.errors import CheckpointError, DataError, Interrupted, TaskError, UserError
 from hfdist.evaluation import evaluate
+from hfdist.machine import device_name, peak_memory
 from hfdist.optim.problem import Operator
 from hfdist.optim.report import StepReport
-from hfdist.optim.step import HFState, hf_step
+from hfdist.optim.step import hf_step
 from hfdist.params import ParameterVector
 from hfdist.seeds import mixed
-from hfdist.signals import StopRequest, stop_on_signals
+from hfdist.signals import STOP_FILE, StopRequest, stop_on_signals
 from hfdist.tasks.loading import load_task
 from hfdist.tasks.task import Batch, Task
-from hfdist.tracking import NullTracker, Status, make_tracker
+from hfdist.tracking import CompositeTracker, NullTracker, Status, Tracker, make_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class Job:
     config: RunConfig
     run_dir: Path
     resume: bool = False
+    extra_tracker: Tracker | None = None
+    """A tracker of the launcher's own, told the same as the configured one."""
 
 
 def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
     Raises:
         UserError: Bad input, or a peer that is gone; recorded as FAILED before it is raised.
     """
-    with stop_on_signals() as stop:
+    with stop_on_signals(job.run_dir / STOP_FILE) as stop:
         check_agreement(comm, job.config)
         return Worker(job, comm, display, stop).run()
 
@@ -73,9 +75,7 @@ def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
 class Worker:
     """Task, model and data of one rank, and the loop over steps."""
 
-    def __init__(
-        self, job: Job, comm: Communicator, display: Display, stop: StopRequest
-    ) -> None:
+    def __init__(self, job: Job, comm: Communicator, display: Display, stop: StopRequest) -> None:
         self.config, self.comm, self._display, self._stop = job.config, comm, display, stop
         self._resume = job.resume
         self.task, self.model = build(job.config, comm.device)
@@ -87,10 +87,12 @@ class Worker:
         self.eval_data = self.task.eval_data()
         self._eval_loader = BatchLoader(self.task, self.eval_data, comm.device, dtype)
         self._costs = self.task.example_costs()
-        tracker = make_tracker(job.config.tracking, Path(job.config.output)) if comm.is_lead else None
-        self._plan(0)  # a batch role larger than the data fails here, before anything is written
+        # What is wrong with the job shows here, before anything is written.
+        self._plan(0)
+        self._try_task()
+        tracker = _tracker(job) if comm.is_lead else NullTracker()
         self._coordinator = Coordinator(
-            job.config, job.run_dir, self.model, comm, tracker or NullTracker(), display, stop
+            job.config, job.run_dir, self.model, comm, tracker, display, stop
         )
         self._example: Any = None
 
@@ -117,15 +119,32 @@ class Worker:
             self._eval_loader.close()
         return self._coordinator.finish(status, progress, self._example)
 
+    def _try_task(self) -> None:
+        """Run model and loss on a few examples, so that a broken task is told from a broken run."""
+        name = type(self.task).__name__
+        n = min(4, self.num_examples or 0)
+        try:
+            batch = None
+            if self.num_examples is not None:
+                batch = self._loader.load(MicrobatchPlan(number=0, indices=torch.arange(n)))
+            with Frozen(self.comm.device, self.model).evaluation(seed=0), torch.enable_grad():
+                from_task(self.task, self.model, batch, seed=0).evaluate(False)
+        except UserError:
+            raise
+        except Exception as error:
+            raise TaskError(
+                f"{name} fails on its first {n} examples: {type(error).__name__}: {error}. "
+                "Look at its model(), forward() and loss() (--debug shows where)"
+            ) from error
+
     # -- a step ----------------------------------------------------------------------------------
 
     def _step(self, progress: Progress) -> StepReport:
         step = progress.state.step
         plan = self._plan(step)
-        roles = self._roles(plan, step)
+        problem = self._problem(plan, step)
         if step + 1 < self.config.steps:
             self._loader.prefetch(_microbatch_plans(self._plan(step + 1)))
-        problem = self._problem(roles)
         options = self.config.optim
 
         def on_cg_iteration(i: int) -> None:
@@ -157,42 +176,57 @@ class Worker:
             costs=self._costs,
         )
 
-    def _roles(self, plan: StepPlan, step: int) -> Roles:
+    def _load(self, role: RolePlan) -> list[tuple[MicrobatchPlan, Batch]]:
+        return [(place, self._loader.load(place)) for place in role.microbatches]
+
+    def _problem(self, plan: StepPlan, step: int) -> Problem:
         seed = mixed(self.config.seed, "forward", step)
 
-        def role(role_plan: RolePlan) -> list[Microbatch]:
-            batches = []
-            for place in role_plan.microbatches:
-                batch = self._loader.load(place)
-                if self._example is None and self.comm.is_lead:
-                    self._example = _first_example(self.task.example_inputs(batch))
-                batches.append(
-                    from_task(self.task, self.model, batch, mixed(seed, place.number))
-                )
-            self._batches = batches
-            return batches
+        def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
+            return [
+                from_task(self.task, self.model, batch, mixed(seed, place.number))
+                for place, batch in batches
+            ]
 
-        gradient = role(plan.gradient)
-        curvature = gradient if plan.curvature is plan.gradient else role(plan.curvature)
-        loss = gradient if plan.line_search is plan.gradient else role(plan.line_search)
-        return Roles(gradient=gradient, curvature=curvature, loss=loss)
-
-    def _problem(self, roles: Roles) -> Problem:
-        options = self.config.optim
+        loaded = self._load(plan.gradient)
+        if self._example is None and self.comm.is_lead and loaded:
+            self._example = _first_example(self.task.example_inputs(loaded[0][1]))
+        gradient = role(loaded)
+        same_curvature = plan.curvature is plan.gradient
+        curvature = gradient if same_curvature else role(self._load(plan.curvature))
+        same_loss = plan.line_search is plan.gradient
+        loss = gradient if same_loss else role(self._load(plan.line_search))
         frozen = Frozen(self.comm.device, self.model)
-        make = None
-        if options.preconditioner == "empirical_fisher":
-            make = lambda damping: self._empirical_fisher(roles, frozen, damping)  # noqa: E731
-        return Problem(
+        options = self.config.optim
+        problem = Problem(
             params=self.params,
-            roles=roles,
+            roles=Roles(gradient=gradient, curvature=curvature, loss=loss),
             comm=self.comm,
             curvature_opt=options.curvature_opt,
             reduction=self.task.loss_reduction,
             regularisation=Regularisation(weight_decay=options.weight_decay),
-            overrides=Overrides(preconditioner=make),
             frozen=frozen,
         )
+        if options.preconditioner == "empirical_fisher":
+
+            def make(damping: float) -> Operator:
+                squares = self.params.zeros()
+                for microbatch, (_, batch) in zip(gradient, loaded):
+                    with frozen.evaluation(microbatch.seed):
+                        squares += sum_of_squared_gradients(
+                            self.params,
+                            self.model,
+                            self.task.loss,
+                            self.task.forward,
+                            batch,
+                            reduction=self.task.loss_reduction,
+                        )
+                self.comm.sum(squares)
+                diagonal = squares.mul_(problem.gradient_scale).add_(options.weight_decay)
+                return DiagonalPreconditioner(diagonal, damping, options.preconditioner_exponent)
+
+            problem.overrides = Overrides(preconditioner=make)
+        return problem
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics on the evaluation data."""
@@ -212,7 +246,7 @@ class Worker:
         return {
             "data_passes": passes,
             "examples_per_second": examples / max(report.seconds["total"], 1e-9),
-            "peak_memory_bytes": _peak_memory(self.comm.device),
+            "peak_memory_bytes": peak_memory(self.comm.device),
         }
 
     def _info(self) -> dict[str, Any]:
@@ -223,7 +257,7 @@ class Worker:
             "world_size": self.comm.world_size,
             "tags": {
                 "task": name,
-                "device": _device_name(self.comm.device),
+                "device": device_name(self.comm.device),
                 "world_size": str(self.comm.world_size),
                 "num_parameters": str(self.params.numel),
                 "hfdist": __version__,
@@ -263,3 +297,73 @@ def build(config: RunConfig, device: torch.device) -> tuple[Task, nn.Module]:
     if not any(p.requires_grad for p in model.parameters()):
         raise TaskError(f"{name}.model() has no trainable parameter: unfreeze at least one")
     return task, model.to(device=device, dtype=getattr(torch, config.dtype))
+
+
+def evaluate_run(run_dir: Path, checkpoint: int | Literal["best"] | None = None) -> dict[str, Any]:
+    """Loss and metrics of a run's checkpoint on its task's evaluation data, in this process.
+
+    Args:
+        run_dir: The run's folder.
+        checkpoint: Step of the checkpoint, "best", or None for the newest.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it is of another model.
+        DataError: The task has no evaluation data.
+    """
+    config = RunConfig.from_run(run_dir)
+    comm = SerialCommunicator(resolve(config.device, local_rank=0))
+    task, model = build(config, comm.device)
+    data = task.eval_data()
+    n = _length(data)
+    if not n:
+        raise DataError(f"{type(task).__name__} has no evaluation data: define eval_data()")
+    store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, comm)
+    if not store.steps():
+        raise CheckpointError(f"no checkpoint in {run_dir / 'checkpoints'}")
+    step, saved = store.load(checkpoint)
+    tensors = model_tensors(model)
+    check(saved["model"], tensors)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.data.copy_(saved["model"][name])
+    loader = BatchLoader(task, data, comm.device, getattr(torch, config.dtype))
+    try:
+        values = evaluate(task, model, loader, n, comm, config.evaluate.batch)
+    finally:
+        loader.close()
+    return {"run_id": run_dir.resolve().name, "step": step, "num_examples": n, **values}
+
+
+def _tracker(job: Job) -> Tracker:
+    configured = make_tracker(job.config.tracking, Path(job.config.output))
+    if job.extra_tracker is None:
+        return configured
+    return CompositeTracker([configured, job.extra_tracker])
+
+
+def _length(data: Dataset | None) -> int | None:
+    """Number of examples; None for a deterministic function, which has no data."""
+    if data is None:
+        return None
+    if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
+        raise DataError(
+            f"{type(data).__name__} is no map-style data set: give it __len__ and __getitem__"
+        )
+    if len(data) == 0:
+        raise DataError(f"{type(data).__name__} is empty: there is nothing to train on")
+    return len(data)
+
+
+def _microbatch_plans(plan: StepPlan) -> list[MicrobatchPlan]:
+    """What a step loads, in its order, each role once."""
+    roles = [plan.gradient]
+    roles += [role for role in (plan.curvature, plan.line_search) if role is not plan.gradient]
+    return [place for role in roles for place in role.microbatches]
+
+
+def _first_example(inputs: Any) -> Any:
+    """A batch of one, on the host: the example that the recorded model's signature is made of."""
+    return torch.utils._pytree.tree_map(
+        lambda leaf: leaf[:1].detach().cpu() if isinstance(leaf, Tensor) and leaf.ndim else leaf,
+        inputs,
+    )

@@ -109,6 +109,13 @@ class Problem:
         self._products: list[Product] | None = None
         self._product_weight = 0.0
 
+    @property
+    def gradient_scale(self) -> float:
+        """Factor on sums over the gradient role's examples, once `loss_and_gradient` was called."""
+        if self._reference_weight is None:
+            raise RuntimeError("the weight of the gradient role is not known yet")
+        return self._scale(self._reference_weight)
+
     # -- gradient --------------------------------------------------------------------------------
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
