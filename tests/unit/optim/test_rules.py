@@ -1,0 +1,167 @@
+"""Damping, backtracking and line search: the small rules of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfdist.optim.backtracking import backtrack
+from hfdist.optim.damping import damped, levenberg_marquardt, raised, reduction_ratio
+from hfdist.optim.line_search import line_search
+from hfdist.optim.options import PRESETS, HFOptions
+
+
+class Losses:
+    """Loss by place, counting what is evaluated."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self.values, self.asked = values, []
+
+    def __call__(self, places: Sequence[int]) -> list[float]:
+        self.asked += list(places)
+        return [self.values[place] for place in places]
+
+
+# -- damping
+
+
+def test_damped_adds_the_metric() -> None:
+    v, scale = torch.arange(3.0), torch.tensor([1.0, 0.0, 2.0])
+    assert torch.equal(damped(lambda x: 2 * x, 0.5)(v), 2.5 * v)
+    assert torch.equal(damped(lambda x: 2 * x, 0.5, scale)(v), 2 * v + 0.5 * scale * v)
+    undamped = lambda x: 2 * x  # noqa: E731
+    assert damped(undamped, 0.0) is undamped
+
+
+@pytest.mark.parametrize(
+    ("rho", "factor"),
+    [
+        (0.2, 3 / 2),
+        (-1.0, 3 / 2),
+        (math.nan, 3 / 2),
+        (math.inf, 3 / 2),
+        (0.25, 1),
+        (0.5, 1),
+        (0.75, 1),
+        (0.8, 2 / 3),
+    ],
+)
+def test_levenberg_marquardt(rho: float, factor: float) -> None:
+    assert levenberg_marquardt(0.3, rho, HFOptions()) == pytest.approx(0.3 * factor)
+
+
+def test_damping_stays_within_its_bounds() -> None:
+    options = HFOptions(damping_min=0.1, damping_max=10.0)
+    assert levenberg_marquardt(0.1, 0.9, options) == 0.1
+    assert levenberg_marquardt(10.0, 0.1, options) == 10.0
+    assert raised(10.0, options) == 10.0
+    # A start outside of the bounds is the user's choice: it moves towards them, never away.
+    assert levenberg_marquardt(0.01, 0.9, options) == 0.01
+    assert raised(20.0, options) == 20.0
+
+
+def test_reduction_ratio_of_no_prediction_is_nan() -> None:
+    assert math.isnan(reduction_ratio(-1.0, 0.0))
+    assert reduction_ratio(-1.0, -2.0) == 0.5
+
+
+# -- backtracking
+
+
+def test_efficient_stops_at_the_first_rise() -> None:
+    losses = Losses([0.0, 5.0, 1.0, 2.0, 3.0])
+    choice = backtrack(5, losses, "efficient")
+    assert (choice.place, choice.loss) == (2, 1.0)
+    assert losses.asked == [4, 3, 2, 1]
+
+
+def test_full_finds_the_lowest() -> None:
+    choice = backtrack(5, Losses([0.5, 5.0, 1.0, 2.0, 3.0]), "full")
+    assert (choice.place, choice.loss) == (0, 0.5)
+
+
+@pytest.mark.parametrize("rule", ["efficient", "full"])
+def test_non_finite_losses_are_passed_over(rule: str) -> None:
+    choice = backtrack(4, Losses([3.0, 1.0, math.nan, math.inf]), rule)
+    assert (choice.place, choice.loss) == (1, 1.0)
+    worst = backtrack(2, Losses([math.nan, math.nan]), rule)
+    assert worst.loss == math.inf
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=20))
+def test_efficient_is_never_worse_than_the_last_iterate(values: list[float]) -> None:
+    choice = backtrack(len(values), Losses(values), "efficient")
+    last = values[-1]
+    assert choice.loss <= (last if math.isfinite(last) else math.inf)
+
+
+# -- line search
+
+
+def test_armijo_takes_the_first_that_fits() -> None:
+    tried = []
+
+    def loss_at(alpha: float) -> float:
+        tried.append(alpha)
+        return (alpha - 0.3) ** 2
+
+    found = line_search(loss_at, 0.09, -0.6, HFOptions())
+    assert found.alpha == tried[-1]
+    assert found.loss <= 0.09 - 0.01 * found.alpha * 0.6
+    assert tried[:2] == pytest.approx([1.0, 0.8])
+
+
+def test_known_loss_is_not_evaluated_again() -> None:
+    def loss_at(alpha: float) -> float:
+        raise AssertionError("f(1) was known")
+
+    assert line_search(loss_at, 1.0, -1.0, HFOptions(), loss_1=0.1).alpha == 1.0
+
+
+@pytest.mark.parametrize("bad", [2.0, math.nan, math.inf])
+def test_no_fit_rejects(bad: float) -> None:
+    calls = []
+    found = line_search(lambda a: calls.append(a) or bad, 1.0, -1.0, HFOptions())
+    assert (found.alpha, found.loss) == (0.0, 1.0)
+    assert len(calls) == 60
+
+
+def test_a_rising_slope_does_not_let_the_loss_rise() -> None:
+    found = line_search(lambda alpha: 1.0 + 0.005 * alpha, 1.0, 1.0, HFOptions())
+    assert found.alpha == 0.0
+
+
+# -- options
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("damping", -1.0),
+        ("damping", math.nan),
+        ("cg_max_iter", 0),
+        ("linesearch_beta", 1.0),
+        ("cg_grid_gamma", 1.0),
+        ("curvature_opt", "fisher"),
+        ("damping_max", 0.0),
+        ("cg_decay_x0_max", 0.5),
+        ("damping_decrease", 1.5),
+    ],
+)
+def test_bad_option_names_key_and_value(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=key) as caught:
+        HFOptions(**{key: value})
+    assert str(value) in str(caught.value)
+
+
+def test_presets_are_valid_and_a_change_wins() -> None:
+    for name in PRESETS:
+        assert HFOptions.with_preset(name).preset == name
+    assert HFOptions.with_preset("seed", linesearch_max_iter=3).linesearch_max_iter == 3
+    with pytest.raises(ValueError, match="literature"):
+        HFOptions.with_preset("literature")
