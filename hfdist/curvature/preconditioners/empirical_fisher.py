@@ -112,6 +112,7 @@ def empirical_fisher_diagonal(
     targets: Any,
     reduction: Literal["mean", "sum"],
     use_backpack: bool = True,
+    params: ParameterVector | None = None,
 ) -> Tensor:
     """Empirical Fisher diagonal in a model's trainable parameters, in their order, [P].
 
@@ -122,13 +123,15 @@ def empirical_fisher_diagonal(
         targets: Leading axis N.
         reduction: "sum": sum_i g_i^2; "mean": 1/N sum_i g_i^2.
         use_backpack: Allow BackPACK where it covers the model.
+        params: The tensors to differentiate in, if not the model's trainable parameters.
 
     Raises:
         ValueError: An unknown reduction.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}: it must be 'mean' or 'sum'")
-    params = ParameterVector(p for p in model.parameters() if p.requires_grad)
+    if params is None:
+        params = ParameterVector(p for p in model.parameters() if p.requires_grad)
     batch = (inputs, targets)
     total = sum_of_squared_gradients(
         params,

@@ -1,0 +1,535 @@
+"""The optimizer in a loop of one's own: what PyTorchHessianFree's users do, and where it went wrong."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hfdist.hessian_free import HessianFree
+from hfdist.optim.report import Stop
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def net(*, dropout: float = 0.0, norm: bool = False) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Linear(5, 8)]
+    layers += [nn.BatchNorm1d(8)] if norm else []
+    layers += [nn.Tanh()]
+    layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers, nn.Linear(8, 3)).double()
+
+
+def data(n: int = 24) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 5, dtype=torch.float64), torch.randint(3, (n,))
+
+
+def closure(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    def forward() -> tuple[Tensor, Tensor]:
+        outputs = model(x)
+        return nn.functional.cross_entropy(outputs, y), outputs
+
+    return forward
+
+
+def bits(tensors: Iterator[Tensor]) -> list[Tensor]:
+    return [t.detach().clone() for t in tensors]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+# -- it optimizes
+
+
+@pytest.mark.parametrize("curvature_opt", ["ggn", "hessian"])
+def test_loss_falls_and_is_returned(curvature_opt: str) -> None:
+    model, (x, y) = net(), data()
+    forward = closure(model, x, y)
+    optimizer = HessianFree(model.parameters(), curvature_opt=curvature_opt, damping=0.1)
+    before = forward()[0].item()
+    losses = [optimizer.step(forward) for _ in range(10)]
+    assert losses[-1] < 0.1 * before
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(float(forward()[0]), rel=1e-12)
+    assert optimizer.report is not None
+    assert optimizer.report.final_loss == losses[-1]
+    assert [r.final_loss for r in optimizer.history] == losses
+
+
+def test_rosenbrock_without_a_model() -> None:
+    xy = torch.tensor([-1.5, 2.0], dtype=torch.float64, requires_grad=True)
+
+    def forward() -> tuple[Tensor, None]:
+        x, y = xy
+        return (1 - x) ** 2 + 100 * (y - x**2) ** 2, None
+
+    optimizer = HessianFree([xy], curvature_opt="hessian", damping=1e-2)
+    for _ in range(60):
+        loss = optimizer.step(forward)
+    assert loss < 1e-12
+    torch.testing.assert_close(xy.detach(), torch.ones(2).double(), rtol=0, atol=1e-5)
+
+
+def test_least_squares_is_one_undamped_step() -> None:
+    A, b = torch.randn(30, 6).double(), torch.randn(30, 1).double()
+    layer = nn.Linear(6, 1, bias=False).double()
+
+    def forward() -> tuple[Tensor, Tensor]:
+        outputs = layer(A)
+        return (outputs - b).square().mean(), outputs
+
+    with pytest.warns(UserWarning, match="damping is 0"):
+        optimizer = HessianFree(layer.parameters(), damping=0.0, cg_stop="residual", cg_tol=1e-12)
+    optimizer.step(forward)
+    solution = torch.linalg.lstsq(A, b).solution
+    torch.testing.assert_close(layer.weight.detach().T, solution, rtol=1e-9, atol=1e-11)
+    assert optimizer.report.reduction_ratio == pytest.approx(1.0)
+
+
+def test_prints_nothing_and_logs(capsys: pytest.CaptureFixture[str], caplog: Any) -> None:
+    model, (x, y) = net(), data()
+    with caplog.at_level(logging.DEBUG, logger="hfdist"):
+        HessianFree(model.parameters()).step(closure(model, x, y))
+    assert capsys.readouterr() == ("", "")
+    assert "CG iterations" in caplog.text
+
+
+# -- nothing is evaluated twice
+
+
+@pytest.mark.parametrize("curvature_opt", ["ggn", "hessian"])
+def test_one_forward_with_gradient_then_only_candidates(curvature_opt: str) -> None:
+    model, (x, y) = net(), data()
+    with_graph = without = 0
+
+    def forward() -> tuple[Tensor, Tensor]:
+        nonlocal with_graph, without
+        with_graph += torch.is_grad_enabled()
+        without += not torch.is_grad_enabled()
+        outputs = model(x)
+        return nn.functional.cross_entropy(outputs, y), outputs
+
+    optimizer = HessianFree(model.parameters(), curvature_opt=curvature_opt)
+    for step in range(3):
+        with_graph = without = 0
+        optimizer.step(forward)
+        assert with_graph == 1
+        assert without == optimizer.report.num_loss_evaluations
+        if step == 0:  # from zero: f(0) is known, and so is the last iterate's loss at alpha = 1
+            assert without <= len(optimizer.report.candidates)
+
+
+def test_acc_step_evaluates_each_minibatch_as_often() -> None:
+    model, (x, y) = net(), data()
+    calls: list[bool] = []
+    model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    pairs = list(zip(x.split(6), y.split(6)))
+    optimizer = HessianFree(model.parameters())
+    optimizer.acc_step(model, nn.functional.cross_entropy, pairs)
+    assert sum(calls) == len(pairs)
+    assert len(calls) - sum(calls) == len(pairs) * optimizer.report.num_loss_evaluations
+
+
+# -- acc_step is step on parts
+
+
+@pytest.mark.parametrize("curvature_opt", ["ggn", "hessian"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_acc_step_equals_step(curvature_opt: str, reduction: str) -> None:
+    x, y = data()
+    one, many = net(), net()
+    many.load_state_dict(one.state_dict())
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        outputs = one(x)
+        return loss(outputs, y), outputs
+
+    whole = HessianFree(one.parameters(), curvature_opt=curvature_opt)
+    parts = HessianFree(many.parameters(), curvature_opt=curvature_opt)
+    pairs = list(zip(x.split([10, 9, 5]), y.split([10, 9, 5])))
+    for _ in range(5):
+        expected = whole.step(forward)
+        found = parts.acc_step(many, loss, iter(pairs), reduction=reduction)
+        assert found == pytest.approx(expected, rel=1e-7)
+    for p, q in zip(one.parameters(), many.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_class_weights_and_ignored_targets_are_weighed_rightly() -> None:
+    x, y = data()
+    y[::4] = -100
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0]).double())
+    one, many = net(), net()
+    many.load_state_dict(one.state_dict())
+
+    def forward() -> tuple[Tensor, Tensor]:
+        outputs = one(x)
+        return loss(outputs, y), outputs
+
+    expected = HessianFree(one.parameters()).step(forward)
+    pairs = list(zip(x.split([11, 13]), y.split([11, 13])))
+    found = HessianFree(many.parameters()).acc_step(many, loss, pairs)
+    assert found == pytest.approx(expected, rel=1e-10)
+
+
+def test_test_reduction() -> None:
+    model, (x, y) = net(), data()
+    pairs = list(zip(x.split(12), y.split(12)))
+    optimizer = HessianFree(model.parameters())
+    optimizer.test_reduction(model, nn.CrossEntropyLoss(), pairs, "mean")
+    optimizer.test_reduction(model, nn.CrossEntropyLoss(reduction="sum"), pairs, "sum")
+    with pytest.raises(RuntimeError, match="reduction='sum'"):
+        optimizer.test_reduction(model, nn.CrossEntropyLoss(), pairs, "sum")
+
+
+# -- what must not go wrong
+
+
+def test_zero_gradient_is_a_rest() -> None:
+    p = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = HessianFree([p], curvature_opt="hessian")
+    assert optimizer.step(lambda: (p.square().sum(), None)) == 0.0
+    assert optimizer.report.stop is Stop.ZERO_GRADIENT
+    assert (optimizer.report.alpha, optimizer.damping) == (0.0, 1.0)
+    assert not p.any()
+
+
+def test_exact_start_is_no_nan() -> None:
+    p = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    optimizer = HessianFree(
+        [p], curvature_opt="hessian", cg_decay_x0=1.0, adapt_damping=False, lr=0.0,
+        use_linesearch=False,
+    )  # fmt: skip
+    forward = lambda: (p.square().sum(), None)  # noqa: E731
+    optimizer.step(forward)
+    optimizer.param_groups[0]["lr"] = 1.0
+    p0 = p.detach().clone()
+    optimizer.state[p]["x0"] = -p0 * 2 / 3  # solves (2 + 1) x = -2 p
+    optimizer.param_groups[0]["has_x0"] = True
+    optimizer.step(forward)
+    assert optimizer.report.stop is Stop.EXACT_START
+    torch.testing.assert_close(p.detach(), p0 / 3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient", "product", "trial"])
+def test_non_finite_values_leave_the_parameters_alone(bad: float, where: str) -> None:
+    model, (x, y) = net(), data()
+    before = bits(model.parameters())
+    base = closure(model, x, y)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        loss, outputs = base()
+        if where == "loss" or (where == "trial" and not torch.is_grad_enabled()):
+            loss = loss * bad
+        return loss, outputs
+
+    num_params = sum(p.numel() for p in model.parameters())
+    values = torch.full((num_params,), bad, dtype=torch.float64)
+    optimizer = HessianFree(model.parameters())
+    loss = optimizer.step(
+        forward,
+        grad=values if where == "gradient" else None,
+        mvp=(lambda v: values) if where == "product" else None,
+    )
+    assert same(before, bits(model.parameters()))
+    assert not optimizer.report.accepted
+    assert optimizer.damping == 1.5
+    if where != "loss":
+        assert loss == pytest.approx(float(base()[0]))
+    # And it goes on from there.
+    assert optimizer.step(base) < float(torch.tensor(math.log(3) * 1.5))
+    assert optimizer.report.accepted
+
+
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_an_exception_in_mid_step_restores_parameters_and_buffers(after: int) -> None:
+    model, (x, y) = net(norm=True), data()
+    parameters, buffers = bits(model.parameters()), bits(model.buffers())
+    base = closure(model, x, y)
+    calls = 0
+
+    def forward() -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            raise KeyboardInterrupt
+        return base()
+
+    optimizer = HessianFree(model.parameters(), damping=1e-3)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(forward)
+    assert same(parameters, bits(model.parameters()))
+    assert same(buffers, bits(model.buffers()))
+    assert optimizer.step(base) < 1.5
+
+
+def test_a_rejected_step_leaves_every_bit() -> None:
+    model, (x, y) = net(), data()
+    before = bits(model.parameters())
+    base = closure(model, x, y)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        loss, outputs = base()
+        return (loss if torch.is_grad_enabled() else loss + 10.0), outputs
+
+    optimizer = HessianFree(model.parameters())
+    optimizer.step(forward)
+    assert not optimizer.report.accepted
+    assert same(before, bits(model.parameters()))
+
+
+def test_parameters_keep_storage_and_dtype() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3).double())
+    pointers = [p.data_ptr() for p in model.parameters()]
+    dtypes = [p.dtype for p in model.parameters()]
+    x, y = torch.randn(24, 5), torch.randint(3, (24,))
+
+    def forward() -> tuple[Tensor, Tensor]:
+        outputs = model[1](torch.tanh(model[0](x)).double())
+        return nn.functional.cross_entropy(outputs, y), outputs
+
+    optimizer = HessianFree(model.parameters())
+    losses = [optimizer.step(forward) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    assert [p.dtype for p in model.parameters()] == dtypes
+
+
+def test_unused_parameters_and_linear_losses() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 2), "unused": nn.Linear(3, 3)}).double()
+    x = torch.randn(10, 4).double()
+
+    def forward() -> tuple[Tensor, Tensor]:
+        outputs = model["used"](x)
+        return outputs.mean(), outputs  # linear: the GGN is zero, damping alone makes the step
+
+    before = bits(model["unused"].parameters())
+    optimizer = HessianFree(model.parameters(), cg_stop="residual")
+    loss = float(forward()[0])
+    assert optimizer.step(forward) < loss
+    assert same(before, bits(model["unused"].parameters()))
+
+
+def test_global_random_numbers_are_untouched() -> None:
+    model, (x, y) = net(dropout=0.5), data()
+    state = torch.get_rng_state()
+    HessianFree(model.parameters()).step(closure(model, x, y))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_is_one_function_within_a_step_and_another_in_the_next() -> None:
+    model, (x, y) = net(dropout=0.5), data()
+    masks: list[Tensor] = []
+    model[2].register_forward_hook(lambda _, __, out: masks.append((out == 0).clone()))
+    optimizer = HessianFree(model.parameters())
+    optimizer.step(closure(model, x, y))
+    first = masks[:]
+    masks.clear()
+    optimizer.step(closure(model, x, y))
+    assert len(first) > 1
+    assert all(torch.equal(m, first[0]) for m in first)
+    assert not torch.equal(masks[0], first[0])
+
+
+def test_batch_norm_statistics_move_once_a_step() -> None:
+    model, (x, y) = net(norm=True), data()
+    optimizer = HessianFree(model.parameters())
+    expected = copy.deepcopy(model)
+    expected(x)  # a plain forward pass at the step's start
+    optimizer.step(closure(model, x, y))
+    assert int(model[1].num_batches_tracked) == 1
+    torch.testing.assert_close(model[1].running_mean, expected[1].running_mean)
+    torch.testing.assert_close(model[1].running_var, expected[1].running_var)
+
+
+def test_attention_and_compiled_models() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True).double()
+    head = nn.Linear(8, 3).double()
+    x, y = torch.randn(6, 4, 8).double(), torch.randint(3, (6,))
+
+    def forward() -> tuple[Tensor, Tensor]:
+        outputs = head(layer(x).mean(1))
+        return nn.functional.cross_entropy(outputs, y), outputs
+
+    optimizer = HessianFree([*layer.parameters(), *head.parameters()])
+    losses = [optimizer.step(forward) for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+def test_determinism_check_warns_of_noise() -> None:
+    model, (x, y) = net(), data()
+    noise = iter(torch.linspace(0, 1, 1000).tolist())
+    base = closure(model, x, y)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        loss, outputs = base()
+        return loss + next(noise), outputs
+
+    with pytest.warns(UserWarning, match="two evaluations"):
+        HessianFree(model.parameters()).step(forward, test_deterministic=True)
+
+
+# -- groups, freezing
+
+
+def test_groups_have_their_own_damping_and_weight_decay() -> None:
+    a = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    optimizer = HessianFree(
+        [{"params": [a], "damping_scale": 3.0}, {"params": [b], "weight_decay": 0.5}],
+        curvature_opt="hessian",
+        cg_stop="residual",
+        cg_tol=1e-12,
+        damping=1.0,
+    )
+    optimizer.step(lambda: ((a**2 + b**2).sum() / 2, None))
+    # a: gradient 2, curvature 1 + 3; b: gradient 2 + 1, curvature 1 + 0.5 + 1.
+    assert float(a) == pytest.approx(2 - 2 / 4)
+    assert float(b) == pytest.approx(2 - 3 / 2.5)
+    assert optimizer.report.loss == pytest.approx(2 + 2 + 0.5 * 0.5 * 4)
+
+
+def test_weight_decay_is_in_loss_gradient_and_product() -> None:
+    x, y = data()
+    explicit, built_in = net(), net()
+    built_in.load_state_dict(explicit.state_dict())
+
+    def with_term() -> tuple[Tensor, Tensor]:
+        outputs = explicit(x)
+        penalty = sum(p.square().sum() for p in explicit.parameters())
+        return nn.functional.cross_entropy(outputs, y) + 0.5 * 0.1 * penalty, outputs
+
+    # The Hessian sees the penalty's curvature in both.
+    one = HessianFree(explicit.parameters(), curvature_opt="hessian", damping=1.0)
+    two = HessianFree(built_in.parameters(), curvature_opt="hessian", damping=1.0, weight_decay=0.1)
+    for _ in range(3):
+        assert two.step(closure(built_in, x, y)) == pytest.approx(one.step(with_term), rel=1e-9)
+
+
+def test_added_groups_are_trained_and_frozen_ones_are_not() -> None:
+    model, (x, y) = net(), data()
+    optimizer = HessianFree(model[0].parameters())
+    optimizer.step(closure(model, x, y))
+    head = bits(model[2].parameters())
+    optimizer.add_param_group({"params": model[2].parameters()})
+    optimizer.step(closure(model, x, y))
+    assert not same(head, bits(model[2].parameters()))
+    body = bits(model[0].parameters())
+    optimizer.param_groups[0]["frozen"] = True
+    optimizer.step(closure(model, x, y))
+    assert same(body, bits(model[0].parameters()))
+
+
+def test_freezing_and_unfreezing_between_steps() -> None:
+    model, (x, y) = net(), data()
+    model[0].weight.requires_grad_(False)
+    optimizer = HessianFree(model.parameters())
+    forward = closure(model, x, y)
+    frozen = model[0].weight.clone()
+    optimizer.step(forward)
+    assert torch.equal(model[0].weight, frozen)
+    model[0].weight.requires_grad_(True)
+    optimizer.step(forward)
+    assert not torch.equal(model[0].weight, frozen)
+    model[2].bias.requires_grad_(False)
+    bias = model[2].bias.clone()
+    optimizer.step(forward)
+    assert torch.equal(model[2].bias, bias)
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    model = net().requires_grad_(False)
+    with pytest.raises(ValueError, match="unfreeze"):
+        HessianFree(model.parameters())
+
+
+# -- state
+
+
+def test_state_dict_carries_everything() -> None:
+    x, y = data()
+    model = net(dropout=0.3)
+    optimizer = HessianFree(model.parameters(), damping=0.5, linesearch_c=0.02)
+    forward = closure(model, x, y)
+    for _ in range(3):
+        optimizer.step(forward)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    other_model = net(dropout=0.3)
+    other = HessianFree(other_model.parameters())
+    other_model.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    assert (other.damping, other.options.linesearch_c) == (optimizer.damping, 0.02)
+    expected = [optimizer.step(forward) for _ in range(3)]
+    found = [other.step(closure(other_model, x, y)) for _ in range(3)]
+    assert found == expected
+    assert same(bits(model.parameters()), bits(other_model.parameters()))
+
+
+def test_state_works_with_distributed_checkpoints_helpers() -> None:
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    x, y = data()
+    model, other_model = net(), net()
+    optimizer = HessianFree(model.parameters(), damping=0.5)
+    other = HessianFree(other_model.parameters())
+    for _ in range(2):
+        optimizer.step(closure(model, x, y))
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    get_state_dict(other_model, other)  # as a fresh process does, to know the layout
+    set_state_dict(
+        other_model,
+        other,
+        model_state_dict=copy.deepcopy(model_state),
+        optim_state_dict=copy.deepcopy(optimizer_state),
+    )
+    assert other.damping == optimizer.damping
+    assert other.step(closure(other_model, x, y)) == optimizer.step(closure(model, x, y))
+
+
+# -- preconditioner
+
+
+def test_preconditioner_takes_fewer_iterations_and_leaves_the_model_alone() -> None:
+    model = net()
+    x, y = data(200)
+    x = x * torch.logspace(-2, 2, 5).double()  # badly scaled inputs
+    optimizer = HessianFree(model.parameters(), damping=1e-3, cg_stop="residual", cg_tol=1e-3)
+    modules = {name: set(vars(m)) for name, m in model.named_modules()}
+    M = optimizer.get_preconditioner(model, nn.CrossEntropyLoss(), x, y, "mean")
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == modules
+    assert all(p.grad is None for p in model.parameters())
+    twin_model = copy.deepcopy(model)
+    twin = HessianFree(twin_model.parameters(), damping=1e-3, cg_stop="residual", cg_tol=1e-3)
+    twin.step(closure(twin_model, x, y))
+    optimizer.step(closure(model, x, y), M_func=M)
+    assert optimizer.report.cg_iterations < twin.report.cg_iterations
+
+
+def test_unknown_option_names_itself() -> None:
+    with pytest.raises(ValueError, match="dampling"):
+        HessianFree(net().parameters(), dampling=1.0)
+
+
+@pytest.mark.parametrize("returned", ["loss", (1.0, None), (torch.ones(2), None)])
+def test_bad_forward_says_what_it_must_return(returned: Any) -> None:
+    p = torch.ones(2, requires_grad=True)
+    with pytest.raises(TypeError, match="forward\\(\\) must return"):
+        HessianFree([p], curvature_opt="hessian").step(lambda: returned)
