@@ -16,7 +16,9 @@ class Counters:
         self._reset()
 
     def _reset(self) -> None:
-        self._values = {f"{kind}_{what}": 0.0 for kind in KINDS for what in ("calls", "bytes", "seconds")}
+        self._values = {
+            f"{kind}_{what}": 0.0 for kind in KINDS for what in ("calls", "bytes", "seconds")
+        }
         self._values |= {"vector_sums": 0.0, "scalar_sums": 0.0, "seconds": 0.0}
 
     def add(self, kind: str, num_bytes: int, seconds: float) -> None:

@@ -35,6 +35,17 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def group_timeout() -> float:
+    """Timeout of the program's own default group, in seconds."""
+    backend = dist.group.WORLD._get_backend(torch.device("cpu" if _has_gloo() else "cuda"))
+    timeout: timedelta = backend.options._timeout
+    return timeout.total_seconds()
+
+
+def _has_gloo() -> bool:
+    return "gloo" in str(dist.get_backend_config())
+
+
 def join_environment(timeout_seconds: float) -> None:
     """Join the default group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, once.
 

@@ -55,7 +55,9 @@ class TorchCommunicator:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         if not dist.is_initialized():
-            raise RuntimeError("torch.distributed is not initialised: see hfdist.comm.environment.join")
+            raise RuntimeError(
+                "torch.distributed is not initialised: see hfdist.comm.environment.join"
+            )
         self.device = torch.device(device)
         self.timeout_seconds = timeout_seconds
         self.rank = dist.get_rank(group)
@@ -179,7 +181,9 @@ class TorchCommunicator:
             return shard
         with self._counted("reduce_scatter", vector.nbytes):
             padding = n * self.world_size - vector.numel()
-            whole = torch.nn.functional.pad(vector, (0, padding)) if padding else vector.contiguous()
+            whole = (
+                torch.nn.functional.pad(vector, (0, padding)) if padding else vector.contiguous()
+            )
             _reduce_scatter(shard, whole, group=self._vectors)
         return shard
 

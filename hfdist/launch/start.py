@@ -1,0 +1,74 @@
+"""Start a run's workers, by whatever means job and environment name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfdist.errors import StorageError, UserError
+
+if TYPE_CHECKING:
+    from hfdist.config import RunConfig
+
+
+def start(
+    config: RunConfig, *, run_dir: Path, resume: bool = False, display: str = "auto"
+) -> dict[str, Any]:
+    """Run a job to its end.
+
+    In the environment of torchrun this process joins the group as one worker; otherwise the workers
+    are started here: one in this process, several as processes of this machine or through Ray.
+
+    Args:
+        config: The job.
+        run_dir: The run's folder. Under torchrun the lead's binds all.
+        resume: Go on from the newest checkpoint in it, if there is one.
+        display: Name of the lead's display, see `hfdist.display.make_display`.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        UserError: Bad input, or a worker that failed, with that worker's own error.
+        KeyboardInterrupt: Ctrl-C before training began.
+    """
+    from hfdist.comm.environment import in_group_environment
+
+    if in_group_environment():
+        from hfdist.launch import torchrun
+
+        return torchrun.run(config, run_dir=run_dir, resume=resume, display=display)
+    if config.launch.backend == "ray":
+        from hfdist.launch import ray_train
+
+        with run_folder(config, run_dir):
+            return ray_train.run(config, run_dir=run_dir, resume=resume, display=display)
+    from hfdist.launch import local
+
+    with run_folder(config, run_dir):
+        return local.run(config, run_dir=run_dir, resume=resume, display=display)
+
+
+@contextmanager
+def run_folder(config: RunConfig, run_dir: Path) -> Iterator[None]:
+    """Make the run's folder and save the job in it; take it away again if bad input leaves nothing
+    worth keeping there."""
+    is_new = not run_dir.exists()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not (run_dir / "config.yaml").exists():
+            config.save(run_dir / "config.yaml")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {run_dir}: {error.strerror}. Choose another `output`"
+        ) from error
+    try:
+        yield
+    except UserError as error:
+        # Training begins with the record: before it, a mistake of the user's leaves no run behind.
+        if is_new and error.exit_code == 2 and not (run_dir / "metrics.jsonl").exists():
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
