@@ -508,19 +508,22 @@ def test_state_works_with_distributed_checkpoints_helpers() -> None:
 
 
 def test_preconditioner_takes_fewer_iterations_and_leaves_the_model_alone() -> None:
-    model = net()
-    x, y = data(200)
-    x = x * torch.logspace(-2, 2, 5).double()  # badly scaled inputs
-    optimizer = HessianFree(model.parameters(), damping=1e-3, cg_stop="residual", cg_tol=1e-3)
+    model = nn.Sequential(nn.Linear(20, 3)).double()
+    with torch.no_grad():
+        model[0].weight.zero_()  # undecided outputs: the empirical Fisher is close to the GGN
+    scales = torch.logspace(-2, 2, 20).double()
+    x, y = torch.randn(200, 20).double() * scales, torch.randint(3, (200,))
+    rules = {"damping": 1e-4, "cg_stop": "residual", "cg_tol": 1e-6}
+    optimizer = HessianFree(model.parameters(), **rules)
     modules = {name: set(vars(m)) for name, m in model.named_modules()}
-    M = optimizer.get_preconditioner(model, nn.CrossEntropyLoss(), x, y, "mean")
+    M = optimizer.get_preconditioner(model, nn.CrossEntropyLoss(), x, y, "mean", exponent=1.0)
     assert {name: set(vars(m)) for name, m in model.named_modules()} == modules
     assert all(p.grad is None for p in model.parameters())
     twin_model = copy.deepcopy(model)
-    twin = HessianFree(twin_model.parameters(), damping=1e-3, cg_stop="residual", cg_tol=1e-3)
+    twin = HessianFree(twin_model.parameters(), **rules)
     twin.step(closure(twin_model, x, y))
     optimizer.step(closure(model, x, y), M_func=M)
-    assert optimizer.report.cg_iterations < twin.report.cg_iterations
+    assert optimizer.report.cg_iterations < 0.8 * twin.report.cg_iterations
 
 
 def test_unknown_option_names_itself() -> None:
