@@ -16,6 +16,7 @@ from hfdist.agreement import check_replicas
 from hfdist.checkpoint import CheckpointStore, check, parameters_sha256
 from hfdist.comm import Communicator
 from hfdist.config import RunConfig
+from hfdist.curvature.layout import Layout
 from hfdist.display import Display
 from hfdist.optim.report import StepReport
 from hfdist.optim.step import HFState
@@ -48,6 +49,8 @@ class Coordinator:
     Args:
         config, run_dir: The job and its folder.
         model: Its parameters and buffers are what checkpoints hold.
+        layout: How the solver's vectors lie over the ranks; checkpoints hold whole ones, so that a run
+            can go on at another world size.
         comm: The ranks.
         tracker, display: The lead's; others pass ones that do nothing.
         stop: This process's signals.
@@ -58,12 +61,14 @@ class Coordinator:
         config: RunConfig,
         run_dir: Path,
         model: nn.Module,
+        layout: Layout,
         comm: Communicator,
         tracker: Tracker,
         display: Display,
         stop: StopRequest,
     ) -> None:
         self._config, self._run_dir, self._model, self._comm = config, run_dir, model, comm
+        self._layout = layout
         self._tracker, self._display, self._stop = tracker, display, stop
         self._store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, comm)
         self._log = StepLog(run_dir / "metrics.jsonl")
@@ -115,7 +120,7 @@ class Coordinator:
         return Progress(
             state=HFState(
                 damping=hf["damping"],
-                x0=None if x0 is None else x0.to(self._comm.device),
+                x0=None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
                 step=hf["step"],
             ),
             cg_iterations=run["cg_iterations"],
@@ -170,6 +175,7 @@ class Coordinator:
         progress.wall_seconds, progress.tracked_as = self._comm.from_lead(
             (seconds, self._tracker.tracked_as or progress.tracked_as)
         )
+        x0 = progress.state.x0
         monitored = progress.evaluation.get("loss", progress.final_loss)
         self._store.save(
             step,
@@ -178,7 +184,7 @@ class Coordinator:
                 "optimizer": {
                     "damping": progress.state.damping,
                     "step": step,
-                    "x0": progress.state.x0,
+                    "x0": None if x0 is None else self._layout.whole(x0),
                 },
                 "run": {
                     "cg_iterations": progress.cg_iterations,

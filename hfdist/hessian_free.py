@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from hfdist.comm import Communicator, current_communicator
 from hfdist.curvature.frozen import Frozen
+from hfdist.curvature.layout import Layout, Replicated, make_layout
 from hfdist.curvature.loss_weight import mean_weight
 from hfdist.curvature.microbatch import Microbatch, as_sum, from_closure, from_parts
 from hfdist.curvature.preconditioners import DiagonalPreconditioner, empirical_fisher_diagonal
@@ -207,7 +208,7 @@ class HessianFree(torch.optim.Optimizer):
                 model, loss_func, mvp_datalist, reduction, seed, comm
             )
         roles = Roles(gradient=gradient_role, curvature=curvature_role, loss=loss_role)
-        how = "plain_sum" if reduction == "sum" else "mean"
+        how: Literal["mean", "plain_sum"] = "plain_sum" if reduction == "sum" else "mean"
         return self._step(roles, how, None, None, M_func, test_deterministic, model)
 
     def _step(
@@ -226,24 +227,27 @@ class HessianFree(torch.optim.Optimizer):
             raise ValueError(
                 "preconditioner needs the model and data: pass M_func=get_preconditioner(...)"
             )
+        layout = make_layout(params, self._comm(), options.shard_solver_state)
         problem = Problem(
             params=params,
             roles=roles,
             comm=self._comm(),
+            layout=layout,
             curvature_opt=options.curvature_opt,
             reduction=reduction,
             regularisation=self._regularisation(params),
             overrides=Overrides(
                 gradient=grad,
                 product=mvp,
-                preconditioner=None if M_func is None else lambda _: M_func,
+                preconditioner=None if M_func is None else lambda _: _of_parts(M_func, layout),
             ),
             frozen=Frozen(params.device, model),
         )
         if test_deterministic:
             self._test_deterministic(problem)
-        report, state = hf_step(problem, self._get_state(params), options)
-        self._set_state(params, state)
+        report, state = hf_step(problem, self._get_state(params, layout), options)
+        report = dataclasses.replace(report, communication=self._comm().take_counters())
+        self._set_state(params, state, layout)
         self.report = report
         self.history.append(report)
         logger.log(
@@ -379,15 +383,15 @@ class HessianFree(torch.optim.Optimizer):
         scale = self._regularisation(params).damping_scale
         return self.damping if scale is None else self.damping * scale
 
-    def _get_state(self, params: ParameterVector) -> HFState:
+    def _get_state(self, params: ParameterVector, layout: Layout) -> HFState:
         first = self.param_groups[0]
-        x0 = params.flatten([self.state[p]["x0"] for p in params.tensors])
-        return HFState(
-            damping=first["damping"], x0=x0 if first["has_x0"] else None, step=first["step"]
-        )
+        x0 = None
+        if first["has_x0"]:
+            x0 = layout.part(params.flatten([self.state[p]["x0"] for p in params.tensors]))
+        return HFState(damping=first["damping"], x0=x0, step=first["step"])
 
-    def _set_state(self, params: ParameterVector, state: HFState) -> None:
-        x0 = params.zeros() if state.x0 is None else state.x0
+    def _set_state(self, params: ParameterVector, state: HFState, layout: Layout) -> None:
+        x0 = params.zeros() if state.x0 is None else layout.whole(state.x0)
         for p, piece in zip(params.tensors, params.views(x0)):
             self.state[p]["x0"].copy_(piece)
         for group in self.param_groups:
@@ -451,6 +455,13 @@ class HessianFree(torch.optim.Optimizer):
                 "Does forward() draw new data or keep state between calls?",
                 stacklevel=3,
             )
+
+
+def _of_parts(M: Operator, layout: Layout) -> Operator:
+    """A preconditioner of whole vectors as one of this rank's parts."""
+    if isinstance(layout, Replicated):
+        return M
+    return lambda v: layout.part(M(layout.whole(v)))
 
 
 def _concatenate(pairs: list[tuple[Any, Any]]) -> Any:

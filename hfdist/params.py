@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class ParameterVector:
             self.dtype = torch.promote_types(self.dtype, t.dtype)
         self._sizes = [t.numel() for t in self.tensors]
         self.numel = sum(self._sizes)  # P
+        ends = list(accumulate(self._sizes))
+        self.spans: list[tuple[int, int]] = [(e - n, e) for e, n in zip(ends, self._sizes)]
+        """Where each tensor lies in the vector."""
 
     def zeros(self) -> Tensor:
         """A zero vector [P]."""

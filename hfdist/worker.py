@@ -20,6 +20,7 @@ from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config import RunConfig
 from hfdist.coordinator import Coordinator, Progress, model_tensors
 from hfdist.curvature.frozen import Frozen
+from hfdist.curvature.layout import make_layout
 from hfdist.curvature.microbatch import Microbatch, from_task
 from hfdist.curvature.preconditioners import DiagonalPreconditioner, sum_of_squared_gradients
 from hfdist.curvature.problem import Overrides, Problem, Regularisation, Roles
@@ -80,6 +81,7 @@ class Worker:
         self._resume = job.resume
         self.task, self.model = build(job.config, comm.device)
         self.params = ParameterVector(p for p in self.model.parameters() if p.requires_grad)
+        self._layout = make_layout(self.params, comm, job.config.optim.shard_solver_state)
         self.data = self.task.train_data()
         self.num_examples = _length(self.data)
         dtype = getattr(torch, job.config.dtype)
@@ -92,7 +94,7 @@ class Worker:
         self._try_task()
         tracker = _tracker(job) if comm.is_lead else NullTracker()
         self._coordinator = Coordinator(
-            job.config, job.run_dir, self.model, comm, tracker, display, stop
+            job.config, job.run_dir, self.model, self._layout, comm, tracker, display, stop
         )
         self._example: Any = None
 
@@ -147,10 +149,9 @@ class Worker:
             self._loader.prefetch(_microbatch_plans(self._plan(step + 1)))
         options = self.config.optim
 
-        def on_cg_iteration(i: int) -> None:
+        def on_cg_iteration(i: int, ranks_asking_to_stop: float) -> None:
             self._display.cg_iteration(step, i, options.cg_max_iter or self.params.numel)
-            # Alone, a rank may leave a step at once; together, all leave after it (see `commit`).
-            if self._stop.requested and self.comm.world_size == 1:
+            if ranks_asking_to_stop > 0:
                 raise Interrupted
 
         report, state = hf_step(problem, progress.state, options, on_cg_iteration=on_cg_iteration)
@@ -206,6 +207,8 @@ class Worker:
             reduction=self.task.loss_reduction,
             regularisation=Regularisation(weight_decay=options.weight_decay),
             frozen=frozen,
+            layout=self._layout,
+            abandon=lambda: self._stop.requested,
         )
         if options.preconditioner == "empirical_fisher":
 
@@ -221,8 +224,8 @@ class Worker:
                             batch,
                             reduction=self.task.loss_reduction,
                         )
-                self.comm.sum(squares)
-                diagonal = squares.mul_(problem.gradient_scale).add_(options.weight_decay)
+                diagonal = self._layout.sum_to_part(squares).mul_(problem.gradient_scale)
+                diagonal.add_(options.weight_decay)
                 return DiagonalPreconditioner(diagonal, damping, options.preconditioner_exponent)
 
             problem.overrides = Overrides(preconditioner=make)

@@ -14,13 +14,13 @@ from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.curvature.frozen import Frozen
 from hfdist.curvature.ggn import GGNProduct
 from hfdist.curvature.hessian import HessianProduct
+from hfdist.curvature.layout import Product, Replicated, Sharded
 from hfdist.curvature.microbatch import Evaluation, Microbatch
 from hfdist.errors import DataError
 from hfdist.optim.problem import Operator
 from hfdist.params import ParameterVector
 
 T = TypeVar("T")
-Product = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class Overrides:
     gradient: Tensor | None = None
     """Gradient [P] in place of the derivative of the loss."""
     product: Operator | None = None
-    """Undamped curvature product in place of autograd's."""
+    """Undamped curvature product in place of autograd's, of whole vectors [P]."""
     preconditioner: Callable[[float], Operator | None] | None = None
-    """damping -> product with an approximate inverse."""
+    """damping -> product with an approximate inverse, of this rank's parts."""
 
 
 @dataclass(kw_only=True)
@@ -60,6 +60,16 @@ class Regularisation:
 
     weight_decay: float | Tensor = 0.0
     damping_scale: Tensor | None = None
+
+    def part(self, part_of: Callable[[Tensor], Tensor]) -> Regularisation:
+        """The same for this rank's parts of vectors."""
+
+        def of(value: T) -> T:
+            return part_of(value) if isinstance(value, Tensor) else value  # type: ignore[return-value]
+
+        return Regularisation(
+            weight_decay=of(self.weight_decay), damping_scale=of(self.damping_scale)
+        )
 
     def loss(self, theta: Tensor) -> float:
         """sum_i weight_decay_i theta_i^2 / 2."""
@@ -97,9 +107,16 @@ class Problem:
     regularisation: Regularisation = field(default_factory=Regularisation)
     overrides: Overrides = field(default_factory=Overrides)
     frozen: Frozen | None = None
+    layout: Replicated | Sharded | None = None
+    """How solver vectors lie over ranks; None: whole on each."""
+    abandon: Callable[[], bool] | None = None
+    """Whether this rank asks to abandon the step; summed over ranks with every product."""
 
     def __post_init__(self) -> None:
         self.work = _Work()
+        self._layout = self.layout or Replicated(self.params, self.comm)
+        self._part_of_decay = self.regularisation.part(self._layout.part)
+        self.signal: Tensor | None = None
         self._frozen = self.frozen or Frozen(self.params.device)
         self._theta = self.params.read()  # [P], the step's start
         self._trial = torch.empty_like(self._theta)
@@ -145,11 +162,10 @@ class Problem:
         self._reference_weight = weight
         scale = self._scale(weight)
         if own_gradient is None:
-            self.comm.sum(g)
-            g.mul_(scale)
-            self.regularisation.add_product(g, self._theta)
+            g = self._layout.sum_to_part(g).mul_(scale)
+            self._part_of_decay.add_product(g, self._layout.part(self._theta))
         else:
-            g = own_gradient.detach().to(self.params.dtype).clone()
+            g = self._layout.part(own_gradient.detach().to(self.params.dtype)).clone()
         if share:
             self._products, self._product_weight = products, weight
         self._gradient_loss = loss_sum * scale + self.regularisation.loss(self._theta)
@@ -195,27 +211,71 @@ class Problem:
             return self._own_product(self.overrides.product)
         if self._products is None:
             self._build_products()
+        layout = self._layout
+        if isinstance(layout, Sharded):
+            return self._sharded_product(layout)
+        return self._replicated_product(layout)
+
+    def _replicated_product(self, layout: Replicated) -> Operator:
         products, weight = self._products or [], self._product_weight
-        out = self.params.zeros()
+        first, last = products[:-1], products[-1] if products else None
+        buffer = torch.zeros(
+            self.params.numel + 1, dtype=self.params.dtype, device=self.params.device
+        )
+        out, self.signal = buffer[:-1], buffer[-1]
 
         def B(v: Tensor) -> Tensor:
             views = self.params.views(v)
-            out.zero_()
-            for product in products:
+            buffer.zero_()
+            for product in first:
                 self.params.add(out, product(views))
+            self._raise_signal()
+            layout.add_and_sum(last, views, buffer)
             self.work.products += len(products)
-            self.comm.sum(out)
             out.mul_(self._scale(weight))
             self.regularisation.add_product(out, v)
             return out
 
         return B
 
-    def _own_product(self, product: Operator) -> Operator:
-        out = self.params.zeros()
+    def _sharded_product(self, layout: Sharded) -> Operator:
+        products, weight = self._products or [], self._product_weight
+        local = self.params.zeros()
+        self.signal = torch.zeros((), dtype=torch.float64, device=self.params.device)
 
         def B(v: Tensor) -> Tensor:
-            return out.copy_(product(v))
+            views = self.params.views(layout.whole(v))
+            local.zero_()
+            for product in products:
+                self.params.add(local, product(views))
+            self.work.products += len(products)
+            self._raise_signal()  # summed with the solver's scalars
+            out = layout.sum_to_part(local).mul_(self._scale(weight))
+            self._part_of_decay.add_product(out, v)
+            return out
+
+        return B
+
+    def _raise_signal(self) -> None:
+        if self.signal is not None:
+            self.signal.fill_(float(self.abandon is not None and self.abandon()))
+
+    @property
+    def numel(self) -> int:
+        return self.params.numel
+
+    @property
+    def is_sharded(self) -> bool:
+        return isinstance(self._layout, Sharded)
+
+    def total(self, scalars: Tensor) -> Tensor:
+        return self._layout.total(scalars)
+
+    def _own_product(self, product: Operator) -> Operator:
+        out = torch.zeros_like(self._layout.part(self._theta))
+
+        def B(v: Tensor) -> Tensor:
+            return out.copy_(self._layout.part(product(self._layout.whole(v))))
 
         return B
 
@@ -239,7 +299,7 @@ class Problem:
 
     @property
     def damping_scale(self) -> Tensor | None:
-        return self.regularisation.damping_scale
+        return self._part_of_decay.damping_scale
 
     # -- losses ----------------------------------------------------------------------------------
 
@@ -251,7 +311,8 @@ class Problem:
     def losses(self, steps: Sequence[tuple[float, Tensor]]) -> list[float]:
         """All candidates of one call share one scalar reduction."""
         candidates = (
-            torch.add(self._theta, delta, alpha=alpha, out=self._trial) for alpha, delta in steps
+            torch.add(self._theta, self._layout.whole(delta), alpha=alpha, out=self._trial)
+            for alpha, delta in steps
         )
         return self._losses_at(candidates, len(steps))
 
@@ -280,7 +341,8 @@ class Problem:
 
     def move(self, alpha: float, delta: Tensor) -> None:
         """Move the parameters, and the batch-norm statistics to where this step's gradient saw them."""
-        self.params.write(torch.add(self._theta, delta, alpha=alpha, out=self._trial))
+        whole = self._layout.whole(delta)
+        self.params.write(torch.add(self._theta, whole, alpha=alpha, out=self._trial))
         moved = self._frozen.moved_buffers()
         if moved is not None:
             self._frozen.apply(self.comm.sum(moved))

@@ -12,6 +12,7 @@ from torch import Tensor
 from hfdist.optim.options import HFOptions
 from hfdist.optim.problem import Operator
 from hfdist.optim.report import Stop
+from hfdist.optim.space import WHOLE, Space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +20,9 @@ class CGResult:
     """Outcome of a solve of Ax = b, that is, of min phi(x) = x'Ax/2 - b'x."""
 
     x: Tensor
-    """Last iterate [P]."""
+    """Last iterate [n]."""
     iterates: list[tuple[int, Tensor]]
-    """(iteration, x [P]) on the backtracking grid, in order; the last is `x`."""
+    """(iteration, x [n]) on the backtracking grid, in order; the last is `x`."""
     quadratic: list[float]
     """phi after 0, 1, .. iterations."""
     iterations: int
@@ -29,6 +30,12 @@ class CGResult:
     residual: float
     """|b - Ax| / |b|."""
     num_products: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the solver's vectors and kept iterates on this rank: x, r, p, Ap and b, and the
+        iterates (without x itself)."""
+        return (5 + sum(x is not self.x for _, x in self.iterates)) * self.x.nbytes
 
 
 def backtracking_grid(gamma: float) -> Callable[[int], bool]:
@@ -70,27 +77,36 @@ def cg(
     options: HFOptions,
     *,
     keep_iterates: bool = True,
-    on_iteration: Callable[[int], None] | None = None,
+    on_iteration: Callable[[int, float], None] | None = None,
+    space: Space = WHOLE,
+    lagged: bool | None = None,
 ) -> CGResult:
     """Solve Ax = b approximately.
 
     Args:
         A: The damped curvature matrix.
-        b: Right-hand side [P], finite.
-        x0: Start [P]; None is zero, which saves a product.
+        b: Right-hand side [n], finite.
+        x0: Start [n]; None is zero, which saves a product.
         M: Approximation of the inverse of A, symmetric positive definite; None is the identity.
         options: The `cg_*` and `nonpositive_curvature` rules.
         keep_iterates: Keep the iterates of the backtracking grid, not only the last.
-        on_iteration: Called with the number of each finished iteration; what it raises propagates.
+        on_iteration: Called with the number of each finished iteration and the space's signal; what
+            it raises propagates.
+        space: How vectors lie over ranks; n is P, or this rank's share of it.
+        lagged: Start the next product before reading this iteration's scalars, so that a device never
+            waits for the host, at the price of one product too many a solve. By default on devices
+            that run beside the host.
 
     Returns:
         The result; `x` is finite whatever A returns.
 
     The host reads one small packed tensor of scalars an iteration and waits for nothing else.
     """
-    max_iter = b.numel() if options.cg_max_iter is None else options.cg_max_iter
+    lagged = b.device.type != "cpu" if lagged is None else lagged
+    max_iter = space.numel(b) if options.cg_max_iter is None else options.cg_max_iter
     on_grid = backtracking_grid(options.cg_grid_gamma)
-    b_norm = _norm(b)
+    (b_squared,) = space.dots((b, b))
+    b_norm = math.sqrt(b_squared)
     bound = max(options.cg_tol * b_norm, options.cg_atol)
 
     x = torch.zeros_like(b) if x0 is None else x0.clone()
@@ -99,43 +115,44 @@ def cg(
         x.zero_()
         return _result(x, [(0, x)], [0.0], Stop.ZERO_GRADIENT, 0.0, 0.0, num_products)
 
+    phi = [0.0]
+    rr = b_squared
     if x0 is None:
         r = -b  # r = Ax - b, the gradient of phi
     else:
         r = A(x).clone()
         num_products += 1
         r.sub_(b)
-        if not math.isfinite(_norm(r)):
+        rr, rx, bx = space.dots((r, r), (r, x), (b, x))
+        phi = [0.5 * (rx - bx)]
+        if not math.isfinite(rr):
             # A non-finite product of a finite start: nothing about A can be trusted.
             x.zero_()
             return _result(x, [(0, x)], [0.0], Stop.NON_FINITE, 1.0, b_norm, num_products)
-    phi = [0.5 * _dots((r, x), (b, x), sign=-1.0) if x0 is not None else 0.0]
-    r_norm = _norm(r)
+    r_norm = math.sqrt(rr)
     iterates = [(0, x.clone())] if keep_iterates else []
     if r_norm <= bound:
         iterates = iterates or [(0, x)]
         return _result(x, iterates, phi, Stop.EXACT_START, r_norm, b_norm, num_products)
 
-    y = r if M is None else M(r)
-    ry = torch.dot(r, y).double()
-    p = y.neg()
+    advance = _advance_shared if space.is_sharded else _advance
+    now = _Iterate(x=x, r=r, y=r if M is None else M(r).clone())
+    p = now.y.neg()
+    Ap = A(p)
+    num_products += 1
     i = 0
     while True:
         i += 1
-        Ap = A(p)
-        num_products += 1
-        pAp = torch.dot(p, Ap).double()
-        alpha = _step_length(ry, pAp, options.nonpositive_curvature)
-        x.addcmul_(p, alpha.to(x.dtype))
-        r.addcmul_(Ap, alpha.to(r.dtype))
-        y = r if M is None else M(r)
-        ry_next = torch.dot(r, y).double()
-        rr = ry_next if M is None else torch.dot(r, r).double()
+        scalars, beta = advance(now, p, Ap, M, options.nonpositive_curvature, space)
+        p.mul_(beta.to(p.dtype)).sub_(now.y)
+        if lagged:
+            Ap = A(p)
+            num_products += 1
         # The only host synchronisation of an iteration.
-        curvature, a, ry_now, rr_now = torch.stack((pAp, alpha, ry, rr)).tolist()
+        curvature, a, ry, rr, signal = scalars.tolist()
 
         # phi(x + ap) = phi(x) + a p'r + a^2 p'Ap/2, and p'r = -r'y for conjugate directions.
-        phi_next = phi[-1] - a * ry_now + 0.5 * a * a * curvature
+        phi_next = phi[-1] - a * ry + 0.5 * a * a * curvature
         stop: Stop | None = None
         if not math.isfinite(curvature) or not math.isfinite(phi_next):
             stop = Stop.NON_FINITE  # alpha was 0: x is still the last good iterate
@@ -145,10 +162,10 @@ def cg(
             i -= 1
         else:
             phi.append(phi_next)
-            r_norm = math.sqrt(max(rr_now, 0.0))
+            r_norm = math.sqrt(max(rr, 0.0))
             if curvature <= 0 and options.nonpositive_curvature == "use":
                 stop = Stop.NONPOSITIVE_CURVATURE
-            elif not math.isfinite(rr_now):
+            elif not math.isfinite(rr):
                 stop = Stop.NON_FINITE
             elif made_too_little_progress(phi, options):
                 stop = Stop.PROGRESS
@@ -159,15 +176,71 @@ def cg(
             if keep_iterates and on_grid(i):
                 iterates.append((i, x.clone()))
         if on_iteration is not None:
-            on_iteration(i)
+            on_iteration(i, signal)
         if stop is not None:
             break
-        p.mul_((ry_next / ry).to(p.dtype)).sub_(y)  # beta = r'y (new) / r'y (old)
-        ry = ry_next
+        if not lagged:
+            Ap = A(p)
+            num_products += 1
 
     if not iterates or iterates[-1][0] != i:
         iterates.append((i, x))
     return _result(x, iterates, phi, stop, r_norm, b_norm, num_products)
+
+
+@dataclass(kw_only=True)
+class _Iterate:
+    """The vectors that an iteration moves, in place."""
+
+    x: Tensor
+    r: Tensor
+    """Ax - b."""
+    y: Tensor
+    """Mr; r itself without a preconditioner."""
+    ry: Tensor | None = None
+    """r'y, where the last iteration has it."""
+
+
+def _advance(
+    now: _Iterate, p: Tensor, Ap: Tensor, M: Operator | None, rule: str, space: Space
+) -> tuple[Tensor, Tensor]:
+    """One iteration on whole vectors; returns [p'Ap, alpha, r'y, r'r after it, signal] and beta."""
+    ry = torch.dot(now.r, now.y).double() if now.ry is None else now.ry
+    pAp = torch.dot(p, Ap).double()
+    alpha = _step_length(ry, pAp, rule)
+    now.x.addcmul_(p, alpha.to(p.dtype))
+    now.r.addcmul_(Ap, alpha.to(p.dtype))
+    if M is not None:
+        now.y = M(now.r)
+    now.ry = torch.dot(now.r, now.y).double()
+    rr = now.ry if M is None else torch.dot(now.r, now.r).double()
+    # beta = r'y (new) / r'y (old)
+    return torch.stack((pAp, alpha, ry, rr, space.read_signal(pAp))), now.ry / ry
+
+
+def _advance_shared(
+    now: _Iterate, p: Tensor, Ap: Tensor, M: Operator | None, rule: str, space: Space
+) -> tuple[Tensor, Tensor]:
+    """The same on shards, with one reduction: products after the move follow from those before it,
+    (r + a Ap)'M(r + a Ap) = r'y + 2a r'z + a^2 (Ap)'z with z = M Ap. Every iteration computes r'y and
+    r'r anew, so that the expansion's rounding does not pile up."""
+    z = Ap if M is None else M(Ap)
+    pairs = [(p, Ap), (now.r, now.y), (now.r, z), (Ap, z)]
+    if M is not None:
+        pairs += [(now.r, now.r), (now.r, Ap), (Ap, Ap)]
+    sums = torch.stack([torch.dot(u, v).double() for u, v in pairs])
+    sums = space.total(torch.cat((sums, space.read_signal(sums).reshape(1))))
+    pAp, ry, rz, Apz = sums[:4]
+    rr, rAp, ApAp = sums[4:7] if M is not None else (ry, rz, Apz)
+    alpha = _step_length(ry, pAp, rule)
+    step = alpha.to(p.dtype)
+    now.x.addcmul_(p, step)
+    now.r.addcmul_(Ap, step)
+    if M is not None:
+        now.y.addcmul_(z, step)
+    ry_next = ry + alpha * (2 * rz + alpha * Apz)
+    rr_next = rr + alpha * (2 * rAp + alpha * ApAp)
+    return torch.stack((pAp, alpha, ry, rr_next, sums[-1])), ry_next / ry
 
 
 def _step_length(ry: Tensor, pAp: Tensor, rule: str) -> Tensor:
@@ -181,16 +254,6 @@ def _step_length(ry: Tensor, pAp: Tensor, rule: str) -> Tensor:
     if rule == "stop":
         usable &= pAp > 0
     return torch.where(usable, alpha, torch.zeros_like(alpha))
-
-
-def _norm(v: Tensor) -> float:
-    return float(torch.linalg.vector_norm(v))
-
-
-def _dots(*pairs: tuple[Tensor, Tensor], sign: float) -> float:
-    """u1'v1 + sign * u2'v2, in float64."""
-    (u1, v1), (u2, v2) = pairs
-    return float(torch.dot(u1, v1).double() + sign * torch.dot(u2, v2).double())
 
 
 def _result(

@@ -99,6 +99,9 @@ class HFOptions:
     cg_grid_gamma: float = 1.3
     """Iterates ceil(gamma^j) - 1 are kept for backtracking [1, sec. 4.6]."""
 
+    shard_solver_state: bool = False
+    """Hold 1/W of every CG vector and kept iterate on each of W ranks, instead of all of them."""
+
     # Choosing the step
     use_cg_backtracking: bool = True
     """Choose among the kept CG iterates by their loss [1, sec. 4.6]."""

@@ -10,15 +10,37 @@ from torch import Tensor
 T = TypeVar("T")
 
 Operator = Callable[[Tensor], Tensor]
-"""A symmetric matrix, seen through its product: v [P] -> Av [P]. The result may be reused by the
+"""A symmetric matrix, seen through its product: v -> Av, of parts [n]. The result may be reused by the
 operator's next call: copy it to keep it."""
 
 
 class Problem(Protocol):
     """One step's frozen objective f around theta: the same batches and randomness in every call.
 
-    All values are global (over ranks and microbatches) and contain the L2 term.
+    All values are global (over ranks and microbatches) and contain the L2 term. Vectors are this
+    rank's parts [n] of vectors [P]: all of them, or a shard (then n = P / W). What a step computes
+    from parts it adds up by `total`.
     """
+
+    @property
+    def numel(self) -> int:
+        """P."""
+        ...
+
+    def total(self, scalars: Tensor) -> Tensor:
+        """Sums over ranks of dot products of parts; the identity where every rank has all of them."""
+        ...
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether `total` costs a reduction, so that dot products are to be packed into few."""
+        ...
+
+    @property
+    def signal(self) -> Tensor | None:
+        """A scalar that the operator's last product carried along: how many ranks ask to abandon the
+        step. `hf_step` hands it to `on_cg_iteration`."""
+        ...
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """f(theta) and its gradient [P], on the gradient batch."""

@@ -69,6 +69,8 @@ class StepReport:
     num_products: int
     num_loss_evaluations: int
     """Candidate evaluations (backtracking and line search together)."""
+    solver_bytes: int = 0
+    """Memory of the solver's vectors on this rank: right-hand side, CG's own, kept iterates, start."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds by phase: gradient, cg, backtracking, line_search, total."""
     quadratic: tuple[float, ...] = ()
@@ -94,6 +96,7 @@ class StepReport:
             "residual": self.residual,
             "grad_norm": self.grad_norm,
             "update_norm": self.update_norm,
+            "solver_bytes": float(self.solver_bytes),
             "products": float(self.num_products),
             "loss_evaluations": float(self.num_loss_evaluations),
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},

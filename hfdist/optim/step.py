@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from hfdist.optim.backtracking import Choice, backtrack
@@ -18,6 +17,7 @@ from hfdist.optim.line_search import LineSearchResult, line_search
 from hfdist.optim.options import HFOptions
 from hfdist.optim.problem import Problem
 from hfdist.optim.report import StepReport, Stop
+from hfdist.optim.space import Space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class HFState:
     damping: float
     """lambda of the next step."""
     x0: Tensor | None = None
-    """Last CG iterate of the last step [P] (not the backtracked one, [1] sec. 4.6)."""
+    """Last CG iterate of the last step, this rank's part [n] (not the backtracked one, [1] sec. 4.6)."""
     step: int = 0
     """Number of the next step."""
 
@@ -77,7 +77,7 @@ def hf_step(
     state: HFState,
     options: HFOptions,
     *,
-    on_cg_iteration: Callable[[int], None] | None = None,
+    on_cg_iteration: Callable[[int, float], None] | None = None,
 ) -> tuple[StepReport, HFState]:
     """Take one step on `problem`.
 
@@ -86,7 +86,8 @@ def hf_step(
             same bits as before otherwise, also when this function raises.
         state: What the last step returned.
         options: Rules and constants.
-        on_cg_iteration: Called after every CG iteration; it may raise to abandon the step.
+        on_cg_iteration: Called after every CG iteration with its number and the problem's signal; it
+            may raise to abandon the step.
 
     Returns:
         The report and the state of the next step.
@@ -94,7 +95,8 @@ def hf_step(
     clock = Clock()
     with clock.phase("gradient"):
         loss, g = problem.loss_and_gradient()  # g [P]
-        grad_norm = float(torch.linalg.vector_norm(g))
+        space = _space(problem)
+        grad_norm = math.sqrt(space.dots((g, g))[0])
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         return _no_step(state, options, clock, loss, grad_norm, Stop.NON_FINITE)
 
@@ -108,6 +110,7 @@ def hf_step(
             options,
             keep_iterates=options.use_cg_backtracking or options.reduction_ratio_at == "last",
             on_iteration=on_cg_iteration,
+            space=space,
         )
     problem.release()
     if result.iterations == 0 and result.stop is not Stop.EXACT_START:
@@ -123,11 +126,11 @@ def hf_step(
             needed = options.adapt_damping or options.use_linesearch
             choice = Choice(last, candidates([last])[0] if needed else math.nan)
         chosen_iterate, delta = result.iterates[choice.place]
-        slope = float(torch.dot(g, delta))
+        slope, delta_squared = space.dots((g, delta), (delta, delta))
 
     with clock.phase("damping"):
         damped_ratio, undamped_ratio = _reduction_ratios(
-            problem, result, candidates, choice, loss_0, state.damping, options
+            problem, space, result, candidates, choice, loss_0, state.damping, options
         )
         rho = damped_ratio if options.reduction_ratio == "damped" else undamped_ratio
         next_damping = state.damping
@@ -175,9 +178,10 @@ def hf_step(
         stop=result.stop,
         residual=result.residual,
         grad_norm=grad_norm,
-        update_norm=alpha * float(torch.linalg.vector_norm(delta)),
+        update_norm=alpha * math.sqrt(delta_squared),
         directional_derivative=slope,
         num_products=result.num_products,
+        solver_bytes=result.num_bytes + (0 if x0 is None else x0.nbytes),
         num_loss_evaluations=candidates.num_evaluations + num_evaluations,
         seconds=clock.total(),
         quadratic=tuple(result.quadratic),
@@ -201,8 +205,17 @@ def _warm_start(state: HFState, options: HFOptions) -> Tensor | None:
     return decay * state.x0 if decay > 0.0 else None
 
 
+def _space(problem: Problem) -> Space:
+    return Space(
+        total_of=problem.total if problem.is_sharded else None,
+        signal=lambda: problem.signal,
+        whole_numel=problem.numel,
+    )
+
+
 def _reduction_ratios(
     problem: Problem,
+    space: Space,
     result: CGResult,
     candidates: _Candidates,
     choice: Choice,
@@ -218,7 +231,7 @@ def _reduction_ratios(
 
     def damping_term(x: Tensor) -> float:  # lambda/2 |x|^2 in the damping metric
         scale = problem.damping_scale
-        return 0.5 * damping * float(torch.dot(x, x if scale is None else scale * x))
+        return 0.5 * damping * space.dots((x, x if scale is None else scale * x))[0]
 
     if options.reduction_ratio_at == "chosen":
         iteration, x = result.iterates[choice.place]

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfdist.optim.cg import backtracking_grid, cg, made_too_little_progress
 from hfdist.optim.options import HFOptions
 from hfdist.optim.report import Stop
+from hfdist.optim.space import Space
 
 P = 20
 
@@ -168,6 +170,63 @@ def test_iteration_cap_defaults_to_the_dimension() -> None:
     A, b = symmetric(torch.logspace(-6, 6, P)), vector()
     result = cg(lambda v: A @ v, b, None, None, options(cg_max_iter=None))
     assert (result.stop, result.iterations) == (Stop.MAX_ITERATIONS, P)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("start", ["zero", "warm"])
+def test_packed_products_of_shards_give_the_same_iterates(preconditioned: bool, start: str) -> None:
+    A, b = symmetric(torch.logspace(-2, 2, P)), vector()
+    M = (lambda v: v / A.diagonal()) if preconditioned else None
+    x0 = vector(seed=5) if start == "warm" else None
+    rules = options(cg_tol=1e-8)
+    whole = cg(lambda v: A @ v, b, x0, M, rules)
+    reductions = []
+    space = Space(total_of=lambda scalars: reductions.append(scalars.numel()) or scalars)
+    shards = cg(lambda v: A @ v, b, x0, M, rules, space=space)
+    assert shards.iterations == whole.iterations
+    torch.testing.assert_close(shards.x, whole.x, rtol=1e-10, atol=1e-10)
+    at_start = 1 if x0 is None else 2
+    assert len(reductions) - at_start == shards.iterations  # one packed reduction an iteration
+
+
+@pytest.mark.parametrize("end", ["residual", "non_finite", "nonpositive"])
+def test_lagged_reads_change_nothing_but_the_last_product(end: str) -> None:
+    eigenvalues = torch.logspace(-1, 1, P)
+    if end == "nonpositive":
+        eigenvalues[3] = -1.0
+    A, b = symmetric(eigenvalues), vector()
+    results = []
+    for lagged in (False, True):
+        calls = 0
+
+        def product(v: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return A @ v * (math.nan if end == "non_finite" and calls == 4 else 1.0)
+
+        results.append(cg(product, b, None, None, options(), lagged=lagged))
+    plain, late = results
+    assert torch.equal(plain.x, late.x)
+    assert (plain.stop, plain.quadratic) == (late.stop, late.quadratic)
+    assert late.num_products == plain.num_products + 1
+
+
+def test_the_host_reads_once_an_iteration() -> None:
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    A, b = symmetric(torch.logspace(-3, 3, P)), vector()
+    counts = []
+    for max_iter in (4, 14):
+        with Reads() as reads:
+            cg(lambda v: A @ v, b, None, lambda v: v * 2, options(cg_max_iter=max_iter))
+        counts.append(reads.count)
+    # tolist reads a tensor's memory without an operator on a CPU; what would read more does not.
+    assert counts[1] - counts[0] <= 10
 
 
 def test_b_and_x0_are_left_alone() -> None:
