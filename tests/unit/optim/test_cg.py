@@ -175,10 +175,10 @@ def test_iteration_cap_defaults_to_the_dimension() -> None:
 @pytest.mark.parametrize("preconditioned", [False, True])
 @pytest.mark.parametrize("start", ["zero", "warm"])
 def test_packed_products_of_shards_give_the_same_iterates(preconditioned: bool, start: str) -> None:
-    A, b = symmetric(torch.logspace(-2, 2, P)), vector()
+    A, b = symmetric(torch.logspace(-1, 1, P)), vector()
     M = (lambda v: v / A.diagonal()) if preconditioned else None
     x0 = vector(seed=5) if start == "warm" else None
-    rules = options(cg_tol=1e-8)
+    rules = options(cg_max_iter=8)  # later, rounding drives any two orders of summation apart
     whole = cg(lambda v: A @ v, b, x0, M, rules)
     reductions = []
     space = Space(total_of=lambda scalars: reductions.append(scalars.numel()) or scalars)
