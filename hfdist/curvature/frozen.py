@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
 _Key = tuple[nn.Module, str]
 
@@ -36,6 +37,7 @@ class Frozen:
         self._sum: dict[_Key, Tensor] = {}  # weighted sum of the recorded values, float64
         self._weight = 0.0
         self._has_rnn = False
+        self._wrappers: dict[DistributedDataParallel, tuple[bool, bool]] = {}  # their own settings
         if model is not None:
             self._remember(model)
 
@@ -56,6 +58,8 @@ class Frozen:
             if self._discover:
                 hook = register_module_forward_pre_hook(lambda module, _: self._remember(module))
                 stack.callback(hook.remove)
+            for wrapper in self._wrappers:
+                self._silence(wrapper)
             if on_gpu and self._has_rnn:
                 # cuDNN's recurrent kernels have no second derivatives.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -63,6 +67,10 @@ class Frozen:
                 yield
             finally:
                 self._restore()
+                for wrapper, settings in self._wrappers.items():
+                    wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = (
+                        settings
+                    )
 
     def _remember(self, module: nn.Module) -> None:
         if (module, "") in self._start:
@@ -70,10 +78,20 @@ class Frozen:
         for m in module.modules():
             self._start[(m, "")] = torch.empty(0)  # marks the module as seen
             self._has_rnn |= isinstance(m, nn.RNNBase)
+            if isinstance(m, DistributedDataParallel):
+                self._wrappers[m] = (m.require_backward_grad_sync, m.require_forward_param_sync)
+                self._silence(m)
             if m.training:
                 for name, buffer in m._buffers.items():
                     if buffer is not None:
                         self._start.setdefault((m, name), buffer.detach().clone())
+
+    @staticmethod
+    def _silence(wrapper: DistributedDataParallel) -> None:
+        """Sums over ranks are ours: the wrapper would wait for a backward() that never comes, and send
+        buffers around in every trial evaluation."""
+        wrapper.require_backward_grad_sync = False
+        wrapper.require_forward_param_sync = False
 
     def record(self, weight: float) -> None:
         """Remember the buffers as they are now, with a weight (the pass's number of examples)."""
