@@ -416,7 +416,10 @@ def plot(report: ScalingReport, path: Path) -> Path:
     for world_size in report.machines:
         chosen = [check for check in report.checks if check.world_size == world_size]
         axes[0].scatter(
-            [c.measured for c in chosen], [c.foreseen for c in chosen], label=f"{world_size} ranks"
+            [c.measured for c in chosen],
+            [c.foreseen for c in chosen],
+            zorder=3,
+            label=f"{world_size} ranks",
         )
     ends = [min(measured + foreseen) * 0.9, max(measured + foreseen) * 1.1]
     axes[0].plot(ends, ends, color="0.6", linewidth=1)
