@@ -22,7 +22,7 @@ from hfdist.coordinator import Coordinator, Progress, model_tensors
 from hfdist.curvature.frozen import Frozen
 from hfdist.curvature.layout import make_layout
 from hfdist.curvature.microbatch import Microbatch, from_task
-from hfdist.curvature.preconditioners import DiagonalPreconditioner, sum_of_squared_gradients
+from hfdist.curvature.preconditioners.for_task import empirical_fisher
 from hfdist.curvature.problem import Overrides, Problem, Regularisation, Roles
 from hfdist.data import BatchLoader, MicrobatchPlan, RolePlan, StepPlan, data_passes, plan_step
 from hfdist.devices import resolve
@@ -30,7 +30,6 @@ from hfdist.display import Display
 from hfdist.errors import CheckpointError, DataError, Interrupted, TaskError, UserError
 from hfdist.evaluation import evaluate
 from hfdist.machine import device_name, peak_memory
-from hfdist.optim.problem import Operator
 from hfdist.optim.report import StepReport
 from hfdist.optim.step import hf_step
 from hfdist.params import ParameterVector
@@ -197,7 +196,6 @@ class Worker:
         curvature = gradient if same_curvature else role(self._load(plan.curvature))
         same_loss = plan.line_search is plan.gradient
         loss = gradient if same_loss else role(self._load(plan.line_search))
-        frozen = Frozen(self.comm.device, self.model)
         options = self.config.optim
         problem = Problem(
             params=self.params,
@@ -206,28 +204,13 @@ class Worker:
             curvature_opt=options.curvature_opt,
             reduction=self.task.loss_reduction,
             regularisation=Regularisation(weight_decay=options.weight_decay),
-            frozen=frozen,
+            frozen=Frozen(self.comm.device, self.model),
             layout=self._layout,
             abandon=lambda: self._stop.requested,
         )
         if options.preconditioner == "empirical_fisher":
-
-            def make(damping: float) -> Operator:
-                squares = self.params.zeros()
-                for microbatch, (_, batch) in zip(gradient, loaded):
-                    with frozen.evaluation(microbatch.seed):
-                        squares += sum_of_squared_gradients(
-                            self.params,
-                            self.model,
-                            self.task.loss,
-                            self.task.forward,
-                            batch,
-                            reduction=self.task.loss_reduction,
-                        )
-                diagonal = self._layout.sum_to_part(squares).mul_(problem.gradient_scale)
-                diagonal.add_(options.weight_decay)
-                return DiagonalPreconditioner(diagonal, damping, options.preconditioner_exponent)
-
+            pairs = [(microbatch, batch) for microbatch, (_, batch) in zip(gradient, loaded)]
+            make = empirical_fisher(problem, self.task, self.model, pairs, options)
             problem.overrides = Overrides(preconditioner=make)
         return problem
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -132,6 +133,14 @@ class Problem:
         if self._reference_weight is None:
             raise RuntimeError("the weight of the gradient role is not known yet")
         return self._scale(self._reference_weight)
+
+    def sum_to_part(self, local: Tensor) -> Tensor:
+        """This rank's part of the sum over ranks of vectors [P]."""
+        return self._layout.sum_to_part(local)
+
+    def evaluation(self, microbatch: Microbatch) -> AbstractContextManager[None]:
+        """A forward pass of the microbatch inside sees the step's random numbers, and leaves no trace."""
+        return self._frozen.evaluation(microbatch.seed)
 
     # -- gradient --------------------------------------------------------------------------------
 
