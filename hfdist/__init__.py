@@ -1,1 +1,49 @@
-"""hfdist."""
+"""Distributed Hessian-free (truncated Newton, Gauss-Newton-CG) training of PyTorch models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hfdist.api import train
+    from hfdist.config import RunConfig, load_config
+    from hfdist.hessian_free import HessianFree
+    from hfdist.optim.options import HFOptions
+    from hfdist.optim.report import StepReport
+    from hfdist.tasks.task import Task
+
+# Where each public name lives. It is loaded when it is first used: the command line asks for the
+# version without paying for torch.
+_HOMES = {
+    "HFOptions": "hfdist.optim.options",
+    "HessianFree": "hfdist.hessian_free",
+    "RunConfig": "hfdist.config",
+    "StepReport": "hfdist.optim.report",
+    "Task": "hfdist.tasks.task",
+    "load_config": "hfdist.config",
+    "train": "hfdist.api",
+}
+
+__all__ = [
+    "HFOptions",
+    "HessianFree",
+    "RunConfig",
+    "StepReport",
+    "Task",
+    "__version__",
+    "load_config",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hfdist' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

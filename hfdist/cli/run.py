@@ -1,0 +1,91 @@
+"""train, resume, evaluate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Changes of the job, like optim.damping=0.1 launch.workers=4.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Print a line a step, also on a terminal.")]
+
+
+def train(
+    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    overrides: Overrides = None,
+    run_id: Annotated[
+        str | None, typer.Option(help="Name of the run's folder; by default made of name and time.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Train a job; its results are in OUTPUT/RUN_ID.
+
+    Ctrl-C abandons the step in progress, writes a checkpoint and ends with exit code 130;
+    [bold]hfdist resume[/] goes on.
+    """
+    from hfdist import api
+
+    result = api.train(job, overrides or (), display=_display(quiet, as_json, plain), run_id=run_id)
+    _exit(result)
+
+
+def resume(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Go on with a run from its newest checkpoint."""
+    from hfdist import api
+
+    _exit(api.resume(run_dir, overrides or (), display=_display(quiet, as_json, plain)))
+
+
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="A step, 'best' or 'newest'.", metavar="STEP")
+    ] = "newest",
+    as_json: Json = False,
+) -> None:
+    """Loss and metrics of a run's checkpoint on its evaluation data."""
+    import json
+
+    from hfdist.errors import ConfigError
+    from hfdist.worker import evaluate_run
+
+    if checkpoint not in ("newest", "best") and not checkpoint.isdigit():
+        raise ConfigError(f"checkpoint is {checkpoint!r}: it must be a step, 'best' or 'newest'")
+    which: Any = int(checkpoint) if checkpoint.isdigit() else checkpoint
+    values = evaluate_run(run_dir, None if which == "newest" else which)
+    if as_json:
+        print(json.dumps(values))
+        return
+    for key, value in values.items():
+        print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
+
+
+def _display(quiet: bool, as_json: bool, plain: bool) -> str:
+    if quiet + as_json + plain > 1:
+        from hfdist.errors import ConfigError
+
+        raise ConfigError("choose one of --quiet, --json and --plain")
+    return "quiet" if quiet else "json" if as_json else "plain" if plain else "auto"
+
+
+def _exit(result: dict[str, Any]) -> None:
+    if result["status"] == "KILLED":
+        sys.exit(130)

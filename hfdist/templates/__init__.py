@@ -1,0 +1,1 @@
+"""What `hfdist init` copies."""
