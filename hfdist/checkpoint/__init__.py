@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `NNNNNN-step-SSSSSSSS` (N counts the store's checkpoints, S is the step):
 
-    tensors-R.safetensors   rank R's share of the tensors, and its pieces of sharded vectors
+    tensors-R.safetensors   rank R's share of the tensors
     state.json              the nested state, with a reference where a tensor stands
     manifest.json           size and SHA-256 of every other file; written last
 

@@ -57,19 +57,17 @@ def check(saved: Mapping[str, Tensor], model_state: Mapping[str, Tensor]) -> Non
         )
 
 
-def _first_difference(
-    saved: Mapping[str, Tensor], model_state: Mapping[str, Tensor]
-) -> str | None:
+def _first_difference(saved: Mapping[str, Tensor], model_state: Mapping[str, Tensor]) -> str | None:
     for name, t in model_state.items():
         if name not in saved:
             return f"the model has {name!r} {list(t.shape)}, the checkpoint has no such tensor"
         s = saved[name]
         if s.shape != t.shape:
-            return (
-                f"{name!r} has shape {list(s.shape)} in the checkpoint and {list(t.shape)} in the model"
-            )
+            return f"{name!r} has shape {list(s.shape)} in the checkpoint and {list(t.shape)} in the model"
         if s.dtype != t.dtype:
-            return f"{name!r} is {_dtype_name(s)} in the checkpoint and {_dtype_name(t)} in the model"
+            return (
+                f"{name!r} is {_dtype_name(s)} in the checkpoint and {_dtype_name(t)} in the model"
+            )
     for name, s in saved.items():
         if name not in model_state:
             return f"the checkpoint has {name!r} {list(s.shape)}, the model has no such tensor"

@@ -1,91 +1,151 @@
-"""Where checkpoints lie: the few file operations they need, and how a checkpoint becomes visible.
+"""Where checkpoints lie: a folder, or an address that fsspec knows (s3://, gs://). Six operations.
 
-A checkpoint is written in a place of its own that no reader looks at, and committed at once.
+A file is written whole or not at all. A checkpoint is there once its manifest is; it goes with it.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from hfdist.errors import StorageError
 
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"(\d{6,})-step-(\d{8,})")
-
-
-def checkpoint_name(number: int, step: int) -> str:
-    """`number` orders a store's checkpoints by their writing: a step may be written again."""
-    return f"{number:06d}-step-{step:08d}"
-
-
-def parse_name(name: str) -> tuple[int, int] | None:
-    """(number, step) of a checkpoint's name; None for anything else."""
-    match = _NAME.fullmatch(name)
-    return (int(match[1]), int(match[2])) if match else None
-
 
 class Storage(Protocol):
-    """A place for checkpoints. Errors are OSError; `explain` turns them into the user's words.
+    """Files named FOLDER/NAME under one address. Errors are OSError."""
 
-    `place` is what `begin` returned, or the name of a committed checkpoint.
-    """
-
-    def list(self) -> list[str]:
-        """Names of the committed checkpoints, the oldest first."""
+    def folders(self) -> list[str]:
+        """Names of the folders, sorted."""
         ...
 
-    def begin(self, step: int) -> str:
-        """A fresh place to write a checkpoint into. The lead alone calls it."""
+    def files(self, folder: str) -> list[str]:
+        """Names of a folder's files; empty if there is no such folder."""
         ...
 
-    def visible(self, place: str) -> bool:
-        """Whether this rank sees a place that another rank began."""
+    def write(self, folder: str, name: str, data: bytes) -> None:
+        """Make a file durable, all of it or nothing."""
         ...
 
-    def free_bytes(self) -> int | None:
-        """Free space, if the storage has a bound."""
+    def read(self, folder: str, name: str) -> bytes:
+        """A file's content."""
         ...
 
-    def scratch(self, place: str, file: str) -> Path:
-        """A local path to write a file's content to, before `put`."""
+    def remove_file(self, folder: str, name: str) -> None:
+        """Remove a file, if it is there."""
         ...
 
-    def put(self, place: str, file: str) -> None:
-        """Make the content of `scratch(place, file)` durable under `place`, all of it or nothing."""
+    def remove_folder(self, folder: str) -> None:
+        """Remove a folder and all in it."""
         ...
 
-    def read(self, place: str, file: str) -> bytes:
-        """Content of a small file."""
-        ...
 
-    def size(self, place: str, file: str) -> int:
-        """Bytes of a file, as stored."""
-        ...
+class LocalStorage:
+    """A folder of this machine, or one that all machines mount."""
 
-    def local(self, place: str, file: str) -> contextlib_path:
-        """Context manager: a local path that holds the file's content."""
-        ...
+    def __init__(self, root: Path) -> None:
+        self._root = root
 
-    def remove(self, place: str, file: str) -> None:
-        """Remove one file."""
-        ...
+    def folders(self) -> list[str]:
+        if not self._root.is_dir():
+            return []
+        return sorted(path.name for path in self._root.iterdir() if path.is_dir())
 
-    def commit(self, place: str, step: int) -> str:
-        """Make a place whose manifest has been put visible to readers; returns its name."""
-        ...
+    def files(self, folder: str) -> list[str]:
+        path = self._root / folder
+        return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
 
-    def discard(self, place: str) -> None:
-        """Remove a place or a checkpoint; a reader never sees a part of it."""
-        ...
+    def write(self, folder: str, name: str, data: bytes) -> None:
+        path = self._root / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
 
-    def leftovers(self) -> list[str]:
-        """Places that were begun and neither committed nor discarded."""
-        ...
+    def read(self, folder: str, name: str) -> bytes:
+        return (self._root / folder / name).read_bytes()
+
+    def remove_file(self, folder: str, name: str) -> None:
+        (self._root / folder / name).unlink(missing_ok=True)
+
+    def remove_folder(self, folder: str) -> None:
+        shutil.rmtree(self._root / folder, ignore_errors=True)
+
+
+class RemoteStorage:
+    """An object store, through fsspec; a put of an object is atomic there."""
+
+    def __init__(self, address: str) -> None:
+        import fsspec
+
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(address)
+        except (ImportError, ValueError) as error:
+            raise StorageError(f"output {address}: {error}") from error
+
+    def folders(self) -> list[str]:
+        return sorted(
+            entry["name"].rstrip("/").rpartition("/")[2]
+            for entry in self._entries(self._root)
+            if entry["type"] == "directory"
+        )
+
+    def files(self, folder: str) -> list[str]:
+        return sorted(
+            entry["name"].rpartition("/")[2]
+            for entry in self._entries(f"{self._root}/{folder}")
+            if entry["type"] == "file"
+        )
+
+    def _entries(self, path: str) -> list[dict[str, Any]]:
+        self._fs.invalidate_cache()  # other machines write, too
+        try:
+            return self._fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+
+    def write(self, folder: str, name: str, data: bytes) -> None:
+        self._fs.pipe_file(f"{self._root}/{folder}/{name}", data)
+
+    def read(self, folder: str, name: str) -> bytes:
+        return self._fs.cat_file(f"{self._root}/{folder}/{name}")
+
+    def remove_file(self, folder: str, name: str) -> None:
+        path = f"{self._root}/{folder}/{name}"
+        if self._fs.exists(path):
+            self._fs.rm_file(path)
+
+    def remove_folder(self, folder: str) -> None:
+        path = f"{self._root}/{folder}"
+        if self._fs.exists(path):
+            self._fs.rm(path, recursive=True)
+
+
+def open_storage(address: Path | str) -> Storage:
+    """Storage at a path or an address with a scheme."""
+    if "://" in str(address):
+        return RemoteStorage(str(address).rstrip("/"))
+    return LocalStorage(Path(address))
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename in a folder survive a power cut, where the system can."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some shared file systems do not know how
+    finally:
+        os.close(descriptor)

@@ -84,6 +84,8 @@ def _load_module(name: str) -> Any:
                 f"task module {name!r} cannot be found: install its package, or name a file "
                 "(file.py:Class) beside the job"
             ) from error
-        raise TaskError(f"task module {name!r} needs {missing!r}, which is not installed") from error
+        raise TaskError(
+            f"task module {name!r} needs {missing!r}, which is not installed"
+        ) from error
     except Exception as error:
         raise TaskError(f"task module {name!r}: {type(error).__name__}: {error}") from error

@@ -1,5 +1,37 @@
-"""Trackers: the only home of `mlflow`."""
+"""Records of runs outside of their folder: the only home of `mlflow`, which loads when it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hfdist.tracking.tracker import CompositeTracker, NullTracker, RunInfo, Status, Tracker
 
-__all__ = ["CompositeTracker", "NullTracker", "RunInfo", "Status", "Tracker"]
+if TYPE_CHECKING:
+    from hfdist.tracking.config import TrackingConfig
+
+__all__ = [
+    "CompositeTracker",
+    "NullTracker",
+    "RunInfo",
+    "Status",
+    "Tracker",
+    "make_tracker",
+    "sync",
+]
+
+
+def make_tracker(config: TrackingConfig, output: Path) -> Tracker:
+    """The tracker that a job's `tracking` section asks for."""
+    if not config.enabled:
+        return NullTracker()
+    from hfdist.tracking.mlflow_tracker import MlflowTracker
+
+    return MlflowTracker(config, output)
+
+
+def sync(run_dir: Path) -> int:
+    """Deliver what a run's tracking server has not got yet; returns the number of events."""
+    from hfdist.tracking.mlflow_tracker import deliver
+
+    return deliver(run_dir)

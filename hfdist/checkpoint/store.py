@@ -1,0 +1,285 @@
+"""The checkpoints of a run: written by all ranks, kept by rule, verified when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+from torch import Tensor
+
+from hfdist.checkpoint.config import CheckpointConfig
+from hfdist.checkpoint.encoding import Encoder, decode, shares, to_host
+from hfdist.checkpoint.storage import Storage, open_storage
+from hfdist.comm import Communicator
+from hfdist.errors import CheckpointError, StorageError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
+_NAME = re.compile(r"(\d{6})-step-(\d{8})")
+_WAIT_FOR_RANKS = 120.0  # seconds that the lead waits for the others' parts
+
+
+class CheckpointStore:
+    """Checkpoints under a folder or an address.
+
+    A save copies the state to host memory and returns; a thread of each rank writes that rank's share of
+    the tensors, and the lead's then writes the manifest that makes the checkpoint visible. The threads
+    meet in the storage, not in collectives, which belong to the training.
+
+    Args:
+        folder: A path, or an address such as s3://bucket/run/checkpoints.
+        config: What is kept.
+        comm: The ranks; `save`, `load` and `wait` are collective.
+    """
+
+    def __init__(self, folder: Path | str, config: CheckpointConfig, comm: Communicator) -> None:
+        self._folder, self._config, self._comm = str(folder), config, comm
+        self._storage = open_storage(folder)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hfdist-checkpoint")
+        self._writing: Future[None] | None = None
+        self._is_clean = False
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, ascending. Not collective."""
+        return sorted({_parse(name)[1] for name in _visible(self._storage)})
+
+    # -- write -----------------------------------------------------------------------------------
+
+    def save(self, step: int, state: Mapping[str, Any], metric: float | None) -> None:
+        """Write a checkpoint, and remove those that need not be kept.
+
+        Args:
+            step: Number of finished steps.
+            state: Nested dicts and lists of tensors, numbers, strings and None; equal on all ranks.
+            metric: What `best` compares, lower is better; None if unknown.
+
+        Raises:
+            StorageError: This save, or the one before, could not be written; older checkpoints are intact.
+        """
+        self.wait()
+        place = self._comm.from_lead(self._begin(step) if self._comm.is_lead else "")
+        if place.startswith("!"):
+            raise StorageError(place[1:])
+        encoder = Encoder()
+        document = encoder.encode(dict(state))
+        mine = shares(encoder.tensors, self._comm.world_size)[self._comm.rank]
+        snapshot = {name: to_host(encoder.tensors[name]) for name in mine}
+        self._writing = self._pool.submit(
+            self._write, place, step, metric, document if self._comm.is_lead else None, snapshot
+        )
+        if not self._config.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return once what was saved is there.
+
+        Raises:
+            StorageError: It could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:  # the same on all ranks
+            return
+        error = writing.exception()
+        message = None if error is None else self._explain(error)
+        for problem in self._comm.gather(message):
+            if problem is not None:
+                raise StorageError(problem) from error
+
+    def _begin(self, step: int) -> str:
+        """A new checkpoint's name; or "!" and what is wrong, for all ranks to raise."""
+        try:
+            folders = self._storage.folders()
+            if not self._is_clean:
+                # What a killed writer left: folders without a manifest.
+                for name in folders:
+                    if _NAME.fullmatch(name) and MANIFEST not in self._storage.files(name):
+                        self._storage.remove_folder(name)
+                self._is_clean = True
+            numbers = [_parse(name)[0] for name in folders if _NAME.fullmatch(name)]
+            return f"{max(numbers, default=0) + 1:06d}-step-{step:08d}"
+        except Exception as error:
+            return "!" + self._explain(error)
+
+    def _write(
+        self,
+        place: str,
+        step: int,
+        metric: float | None,
+        document: Any,
+        snapshot: dict[str, Tensor],
+    ) -> None:
+        rank, world_size = self._comm.rank, self._comm.world_size
+        try:
+            part = safetensors.torch.save(snapshot)
+            self._put(place, f"tensors-{rank}.safetensors", part)
+            if document is None:
+                return
+            self._put(place, STATE, json.dumps(document).encode())
+            files = [STATE, *(f"tensors-{r}.safetensors" for r in range(world_size))]
+            entries = self._entries_of_all(place, files)
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "metric": metric,
+                "world_size": world_size,
+                "files": entries,
+            }
+            self._storage.write(place, MANIFEST, json.dumps(manifest, indent=1).encode())
+            for name in entries:
+                self._storage.remove_file(place, _seal(name))
+            self._prune()
+        except BaseException:
+            if document is not None:
+                self._storage.remove_folder(place)
+            raise
+
+    def _put(self, place: str, name: str, data: bytes) -> None:
+        """A file, then its size and digest, by which the lead sees that it is whole."""
+        self._storage.write(place, name, data)
+        seal = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        self._storage.write(place, _seal(name), json.dumps(seal).encode())
+
+    def _entries_of_all(self, place: str, files: list[str]) -> dict[str, Any]:
+        deadline = time.monotonic() + _WAIT_FOR_RANKS
+        pause = 0.01
+        while True:
+            there = self._storage.files(place)
+            missing = [name for name in files if _seal(name) not in there]
+            if not missing:
+                return {n: json.loads(self._storage.read(place, _seal(n))) for n in files}
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"{missing[0]} of {place} did not arrive: does every worker write to the same "
+                    "shared `output`?"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+
+    def _prune(self) -> None:
+        """Keep the newest, and the best; of a step that was written again, the later one."""
+        names = _visible(self._storage)
+        by_step = {_parse(name)[1]: name for name in names}  # the later one wins
+        keep = set(sorted(by_step.values())[-self._config.keep :])
+        if self._config.best:
+            best = self._best(sorted(by_step.values()))
+            keep |= {best} if best else set()
+        for name in names:
+            if name not in keep:
+                self._storage.remove_file(name, MANIFEST)  # from here on nobody sees it
+                self._storage.remove_folder(name)
+
+    def _best(self, names: list[str]) -> str | None:
+        metrics = {name: self._manifest(name).get("metric") for name in names}
+        known = {name: m for name, m in metrics.items() if m is not None and m == m}
+        return min(known, key=lambda name: (known[name], name)) if known else None
+
+    # -- read ------------------------------------------------------------------------------------
+
+    def load(self, which: int | Literal["best"] | None = None) -> tuple[int, dict[str, Any]]:
+        """Read a checkpoint: verified, and if it is damaged the one before it, with a warning.
+
+        Args:
+            which: A step, "best", or None for the newest.
+
+        Returns:
+            The step and the state, tensors on the host.
+
+        Raises:
+            CheckpointError: There is none, or none that is whole.
+        """
+        self.wait()
+        chosen = self._comm.from_lead(self._choose(which) if self._comm.is_lead else "")
+        if chosen.startswith("!"):
+            raise CheckpointError(chosen[1:])
+        manifest = self._manifest(chosen)
+        tensors: dict[str, Tensor] = {}
+        for name in manifest["files"]:
+            if name != STATE:
+                tensors |= safetensors.torch.load(self._storage.read(chosen, name))
+        document = json.loads(self._storage.read(chosen, STATE))
+        return manifest["step"], decode(document, tensors.__getitem__)
+
+    def _choose(self, which: int | Literal["best"] | None) -> str:
+        try:
+            names = _visible(self._storage)
+            if which == "best":
+                best = self._best(names)
+                candidates = [*names, *([best] if best else [])]
+            elif which is not None:
+                candidates = [name for name in names if _parse(name)[1] == which]
+            else:
+                candidates = names
+            if not candidates:
+                there = ", ".join(map(str, self.steps())) or "none"
+                asked = "no checkpoint" if which is None else f"no checkpoint of step {which}"
+                return f"!{asked} in {self._folder} (steps there: {there})"
+            problem = ""
+            for name in reversed(candidates):
+                problem = self._damage(name)
+                if not problem:
+                    return name
+                if which is not None and which != "best":
+                    break
+                logger.warning(
+                    "checkpoint %s is damaged (%s): taking the one before", name, problem
+                )
+            return f"!no checkpoint in {self._folder} is whole ({problem}): start a new run"
+        except OSError as error:
+            return "!" + self._explain(error)
+
+    def _damage(self, name: str) -> str:
+        """What is wrong with a checkpoint; "" if nothing is."""
+        try:
+            manifest = self._manifest(name)
+            if manifest["format"] > FORMAT:
+                return f"format {manifest['format']} is newer than this program"
+            for file, entry in manifest["files"].items():
+                data = self._storage.read(name, file)
+                if len(data) != entry["size"]:
+                    return f"{file} has {len(data)} bytes instead of {entry['size']}"
+                if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                    return f"{file} does not have the SHA-256 of its manifest"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def _manifest(self, name: str) -> dict[str, Any]:
+        return json.loads(self._storage.read(name, MANIFEST))
+
+    def _explain(self, error: BaseException) -> str:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return (
+            f"checkpoints in {self._folder} cannot be written or read: {reason}. Free some space or "
+            "mend the permissions; older checkpoints are intact"
+        )
+
+
+def _visible(storage: Storage) -> list[str]:
+    """Names of the checkpoints that are there, in the order of their writing."""
+    return [
+        name
+        for name in storage.folders()
+        if _NAME.fullmatch(name) and MANIFEST in storage.files(name)
+    ]
+
+
+def _parse(name: str) -> tuple[int, int]:
+    """(number, step)."""
+    match = _NAME.fullmatch(name)
+    assert match is not None, name
+    return int(match[1]), int(match[2])
+
+
+def _seal(name: str) -> str:
+    return f"{name}.seal"

@@ -1,0 +1,134 @@
+"""scikit-learn's 1,797 real handwritten digits of 8x8 pixels: a classifier and an autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from hfdist.data import ArrayData
+from hfdist.errors import TaskError
+from hfdist.tasks.task import Batch, Outputs, Task
+
+_EVERY = 5
+"""Every fifth digit is held out: 1,437 to train on, 360 to evaluate on."""
+
+
+@cache
+def _digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    return torch.tensor(pixels / 16.0, dtype=torch.float32), torch.tensor(labels)
+
+
+def _split() -> tuple[ArrayData, ArrayData]:
+    pixels, labels = _digits()  # [1797, 64] in [0, 1], [1797]
+    held_out = torch.arange(len(labels)) % _EVERY == 0
+    return ArrayData(pixels[~held_out], labels[~held_out]), ArrayData(
+        pixels[held_out], labels[held_out]
+    )
+
+
+class _Digits(Task):
+    def __init__(self) -> None:
+        self._train, self._eval = _split()
+
+    def train_data(self) -> ArrayData:
+        return self._train
+
+    def eval_data(self) -> ArrayData:
+        return self._eval
+
+
+class DigitsClassifier(_Digits):
+    """A fully connected classifier; loss is the mean cross-entropy.
+
+    Args:
+        hidden: Widths of the hidden layers.
+    """
+
+    def __init__(self, hidden: Sequence[int] = (64, 32)) -> None:
+        super().__init__()
+        self._widths = _checked("hidden", hidden)
+
+    def model(self) -> nn.Module:
+        widths = [64, *self._widths]
+        layers: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            layers += [nn.Linear(a, b), nn.Tanh()]
+        return nn.Sequential(*layers, nn.Linear(widths[-1], 10))
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+    def metrics(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {"accuracy": (outputs.argmax(-1) == batch[1]).float().mean()}
+
+
+class DigitsAutoencoder(_Digits):
+    """A deep autoencoder with logistic units and a linear code, untied, as in Hinton & Salakhutdinov
+    2006; loss is the cross-entropy summed over pixels, mean over digits.
+
+    Args:
+        widths: Widths of the encoder's layers; the last is the code.
+        sparse: Sparse initialisation [Martens 2010, sec. 5]: that many non-zero incoming weights a
+            unit, N(0, 1), and zero biases; 0 keeps torch's own.
+    """
+
+    def __init__(self, widths: Sequence[int] = (128, 64, 32, 12), sparse: int = 15) -> None:
+        super().__init__()
+        self._widths, self._sparse = _checked("widths", widths), sparse
+
+    def model(self) -> nn.Module:
+        model = autoencoder([64, *self._widths])
+        if self._sparse:
+            initialise_sparsely(model, self._sparse)
+        return model
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        return model(batch[0])
+
+    def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, float]:
+        pixels = batch[0]
+        return nn.functional.binary_cross_entropy_with_logits(
+            outputs, pixels, reduction="sum"
+        ), float(len(pixels))
+
+    def metrics(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """`error`: squared error summed over pixels, mean over digits."""
+        return {"error": (torch.sigmoid(outputs) - batch[0]).square().sum(-1).mean()}
+
+
+def autoencoder(widths: Sequence[int]) -> nn.Sequential:
+    """widths[0] - ... - widths[-1] - ... - widths[0], logistic units but a linear code; its outputs are
+    logits of the inputs."""
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.Sigmoid()]
+    layers.pop()  # the code is linear
+    for a, b in pairwise(list(reversed(widths))):
+        layers += [nn.Linear(a, b), nn.Sigmoid()]
+    layers.pop()  # the loss takes logits
+    return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def initialise_sparsely(model: nn.Module, incoming: int) -> None:
+    """[Martens 2010, sec. 5]: `incoming` random weights of each unit are N(0, 1), the rest is zero."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.bias.zero_()
+            layer.weight.zero_()
+            for row in layer.weight:
+                places = torch.randperm(len(row))[:incoming]
+                row[places] = torch.randn(len(places))
+
+
+def _checked(key: str, widths: Sequence[int]) -> list[int]:
+    if not widths or any(not isinstance(w, int) or w < 1 for w in widths):
+        raise TaskError(f"task_args.{key} is {widths!r}: it must be a list of widths of at least 1")
+    return list(widths)
