@@ -1,0 +1,54 @@
+"""`hfdist ui`: MLflow's own pages on the store of a folder of runs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from hfdist.errors import ConfigError
+from hfdist.tracking.config import TrackingConfig, store_uri
+
+
+def serve(output: Path, *, host: str, port: int) -> None:
+    """Serve the pages until Ctrl-C.
+
+    Raises:
+        ConfigError: There are no runs, the store is a server with pages of its own, or the port is taken.
+    """
+    uri = store_uri(TrackingConfig(), output)
+    if uri.startswith(("http:", "https:")):
+        raise ConfigError(f"runs are tracked on a server: open {uri} in a browser")
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise ConfigError(
+            f"no runs are recorded in {output}: train one first, or name the folder with --output"
+        )
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} of {host} cannot be used ({error.strerror}): choose another with --port"
+            ) from error
+    print(f"MLflow UI: http://{host}:{port}  (Ctrl-C ends it)", flush=True)
+    process = subprocess.Popen(command(uri, host=host, port=port), env=environment())
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.wait(10)
+
+
+def command(uri: str, *, host: str, port: int) -> list[str]:
+    """Command line of a small server: one worker."""
+    return [
+        *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri),
+        *("--host", host, "--port", str(port), "--workers", "1"),
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Without the server's job queue, which nobody here needs and which takes a dozen processes."""
+    return {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
