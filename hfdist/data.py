@@ -240,7 +240,7 @@ def _share(
             indices, work = indices[by_cost], work[by_cost]
         pieces = list(indices.split(microbatch))
         if work is None:
-            numbers = range(rank, len(pieces), world_size)
+            numbers = list(range(rank, len(pieces), world_size))
         else:
             totals = torch.stack([piece.sum() for piece in work.split(microbatch)])
             numbers = _balanced(totals, world_size)[rank].tolist()
