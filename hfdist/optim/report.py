@@ -93,6 +93,7 @@ class StepReport:
             "reduction_ratio_damped": self.reduction_ratio_damped,
             "cg_iterations": float(self.cg_iterations),
             "chosen_iterate": float(self.chosen_iterate),
+            "stop_reason": float(list(Stop).index(self.stop)),  # its place in `Stop`
             "residual": self.residual,
             "grad_norm": self.grad_norm,
             "update_norm": self.update_norm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -334,7 +335,7 @@ class Delivery:
         profile = {k: v for k, v in values.items() if k not in ("name", "digest")}
         dataset = Dataset(
             name=str(values.get("name", "data")),
-            digest=str(values.get("digest") or abs(hash(json.dumps(profile))) % 10**8)[:36],
+            digest=str(values.get("digest") or _digest(values))[:36],
             source_type="code",
             source=json.dumps({"task": values.get("name")}),
             profile=json.dumps(profile),
@@ -390,6 +391,11 @@ def _is_final(error: Exception) -> bool:
     if isinstance(error, MlflowException):
         return error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS")
     return isinstance(error, (TypeError, ValueError, KeyError))
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """The same for the same data in every life of a run, so that it is recorded once."""
+    return hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _provenance() -> dict[str, str]:
