@@ -41,7 +41,7 @@ class GGNProduct:
         self._w = [torch.zeros_like(z, requires_grad=True) for z in self._z]
         Jtw = grad(self._z, self._tensors, self._w, create_graph=True, allow_unused=True)
         self._used = [k for k, g in enumerate(Jtw) if g is not None and g.requires_grad]
-        self._Jtw: list[Tensor] = [Jtw[k] for k in self._used]  # type: ignore[misc]
+        self._Jtw: list[Tensor] = [Jtw[k] for k in self._used]
 
     def __call__(self, v: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Gv, shaped like the parameters, for v shaped like the parameters; None stands for zero."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from hfdist.curvature.outputs import differentiable_tensors, reached_first, replaced
 from hfdist.errors import TaskError
 from hfdist.tasks.task import Batch, Outputs, Task, num_examples
 
@@ -67,14 +66,10 @@ def from_parts(
     def evaluate(split: bool) -> Evaluation:
         outputs = forward()
         z = z_in = differentiable_tensors(outputs)
-        if split:
-            leaves, spec = tree_flatten(outputs)
-            places = [k for k, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad]
-            if len(places) == len(z):  # nothing differentiable hides in a type unknown to pytrees
-                z_in = [t.detach().requires_grad_() for t in z]
-                for k, t in zip(places, z_in):
-                    leaves[k] = t
-                outputs = tree_unflatten(leaves, spec)
+        if split and z:
+            copies = {id(t): t.detach().requires_grad_() for t in z}
+            z_in = list(copies.values())
+            outputs = replaced(outputs, copies)
         loss_sum, weight = loss_of(outputs)
         if torch.is_grad_enabled() and not loss_sum.requires_grad:
             raise TaskError(
@@ -99,6 +94,8 @@ def from_closure(forward: Callable[[], Sequence[Any]], seed: int) -> Microbatch:
             raise TypeError("forward() must return a scalar tensor as its loss")
         weight = result[2] if len(result) == 3 else 1.0
         z = differentiable_tensors(outputs)
+        if split and loss.requires_grad:
+            z = reached_first(loss, z)
         loss_sum = loss.reshape(()) * weight if len(result) == 3 else loss.reshape(())
         return Evaluation(loss_sum=loss_sum, weight=weight, outputs=z, loss_inputs=z)
 
@@ -132,17 +129,3 @@ def as_sum(loss: Any, n: int, reduction: str, name: str) -> tuple[Tensor, float 
     if reduction == "sum":
         return loss.reshape(()), float(n)
     return loss.reshape(()) * n, float(n)
-
-
-def differentiable_tensors(outputs: Any) -> list[Tensor]:
-    """The tensors with a graph in a model's outputs: any pytree, mapping or data class."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(outputs):
-        if isinstance(leaf, Tensor):
-            if leaf.requires_grad:
-                found.append(leaf)
-        elif isinstance(leaf, Mapping):
-            found += differentiable_tensors(dict(leaf))
-        elif dataclasses.is_dataclass(leaf):
-            found += differentiable_tensors(vars(leaf))
-    return found

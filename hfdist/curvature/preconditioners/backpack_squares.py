@@ -6,6 +6,7 @@ BackPACK needs no per-example gradients for a Linear layer: (g_out^2)' (input^2)
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def _leaves(module: nn.Module) -> list[nn.Module] | None:
     return found
 
 
-def _is_supported_leaf(leaf: nn.Module) -> bool:
+def _is_supported_leaf(leaf: Any) -> bool:
     kind = type(leaf)  # exact: a subclass may compute anything
     if leaf._forward_hooks or leaf._backward_hooks or leaf._backward_pre_hooks:
         return False
@@ -69,7 +70,7 @@ def _shadow(module: nn.Module) -> nn.Module:
 
     BackPACK's hooks, its saved inputs and its results on the parameters stay on the shadow.
     """
-    twin = copy.copy(module)
+    twin: Any = copy.copy(module)
     for name in (
         "_forward_hooks",
         "_forward_pre_hooks",
@@ -129,6 +130,8 @@ def sum_of_squares(
             layer.register_full_backward_hook(hook_run_extensions)
 
     twins = {id(p): q for p, q in zip(model.parameters(), twin.parameters())}
-    with torch.enable_grad(), backpack(SumGradSquared()):
+    with torch.enable_grad(), backpack(SumGradSquared()), warnings.catch_warnings():
+        # The first layer's input needs no gradient, and its hook says so.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
         torch.autograd.backward(outputs_of(twin), cotangents)
     return [getattr(twins.get(id(t)), _SAVED, None) for t in tensors]

@@ -163,8 +163,12 @@ class _Squares:
         self.n = n
         self.call = _Call(pure)
         names = {id(p): f"model.{name}" for name, p in pure.model.named_parameters()}
+        recurrent = {
+            id(p) for m in pure.model.modules() if isinstance(m, nn.RNNBase) for p in m.parameters()
+        }
         self.own = [i for i, t in enumerate(params.tensors) if id(t) in names]
         self.names = [names[id(params.tensors[i])] for i in self.own]
+        self.is_recurrent = [id(params.tensors[i]) in recurrent for i in self.own]
         self.used: list[int] = []  # leaves of the outputs that the loss depends on
 
     def cotangents(self, outputs: Outputs, batch: Batch, n: int) -> list[Tensor] | None:
@@ -222,13 +226,26 @@ class _Squares:
     def by_vmap(self, part: Batch, c: list[Tensor] | None, n: int) -> list[Tensor | None]:
         slicer = _Slicer(part, n)
 
-        def gradient(rows: list[Tensor], ci: list[Tensor] | None) -> list[Tensor]:
+        def gradient(
+            values: list[Tensor], rows: list[Tensor], ci: list[Tensor] | None
+        ) -> list[Tensor]:
             example = slicer.rebuild([row.unsqueeze(0) for row in rows])
             ci = None if ci is None else [x.unsqueeze(0) for x in ci]
-            return torch.func.grad(self._score)(self._values(), example, ci)
+            return torch.func.grad(self._score)(values, example, ci)
 
-        g = torch.func.vmap(gradient, in_dims=(0, 0 if c else None), randomness="different")(
-            slicer.rows, c
+        # Recurrent layers write into (start state) x (weights), which has no example axis of its own:
+        # these weights get one, without memory.
+        values = [
+            value.expand(n, *value.shape) if recurrent else value
+            for value, recurrent in zip(self._values(), self.is_recurrent)
+        ]
+        in_dims = (
+            [0 if recurrent else None for recurrent in self.is_recurrent],
+            0,
+            0 if c else None,
+        )
+        g = torch.func.vmap(gradient, in_dims=in_dims, randomness="different")(
+            values, slicer.rows, c
         )  # each [n, *shape]
         return self._in_order([gi.square().sum(0) for gi in g])
 

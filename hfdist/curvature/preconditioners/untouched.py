@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -91,7 +92,9 @@ def untouched(
                     handles.append(m.register_forward_pre_hook(statistics[-1]))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if any(isinstance(m, nn.RNNBase) for m in modules):  # fused kernels have no vmap rule
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="TF32 acceleration")
+                    stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             fastpath = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
