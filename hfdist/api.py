@@ -12,6 +12,7 @@ from typing import Any
 from hfdist.config import RunConfig, load_config
 from hfdist.errors import ConfigError, StorageError
 from hfdist.launch import start
+from hfdist.launch.torchrun import is_restart, run_id_of_group
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -38,11 +39,11 @@ def train(
         UserError: Bad input, or a worker that failed; one message that names what is wrong.
     """
     config = job if isinstance(job, RunConfig) else load_config(job, overrides)
-    run_id = run_id or new_run_id(config.name)
+    run_id = run_id or run_id_of_group(slug(config.name)) or new_run_id(config.name)
     if not _RUN_ID.fullmatch(run_id):
         raise ConfigError(f"run id {run_id!r}: use letters, digits, dots, dashes and underscores")
     run_dir = Path(config.output).expanduser().resolve() / run_id
-    if (run_dir / "config.yaml").exists():
+    if (run_dir / "config.yaml").exists() and not is_restart():
         raise ConfigError(f"run {run_id} exists already: `hfdist resume {run_dir}` goes on with it")
     check_writable(run_dir.parent)
     return start(config, run_dir=run_dir, resume=False, display=display)
@@ -73,8 +74,12 @@ def resume(
 
 def new_run_id(name: str) -> str:
     """A run id that is readable, unique, and sorts by time: digits-20260101-120000-a1b2."""
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
-    return f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"{slug(name)}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def slug(name: str) -> str:
+    """A name as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
 
 
 def check_writable(folder: Path) -> None:

@@ -75,7 +75,9 @@ def evaluate(
     table = torch.stack([sums.get(name, zero) for name in names])
     comm.sum(table)
     return {
-        name: float(total / weight) for name, (total, weight) in zip(names, table.tolist()) if weight
+        name: float(total / weight)
+        for name, (total, weight) in zip(names, table.tolist())
+        if weight
     }
 
 

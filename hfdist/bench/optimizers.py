@@ -239,7 +239,7 @@ def lbfgs(arena: Arena, history: int, max_iter: int = 20) -> Contender:
 
         while True:
             calls = 0
-            optimizer.step(closure)  # type: ignore[arg-type]
+            optimizer.step(closure)
             yield float(calls)
 
     return arena.run("L-BFGS", f"history {history}", model, updates())

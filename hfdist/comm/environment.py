@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,8 @@ def is_initialized() -> bool:
 
 def group_timeout() -> float:
     """Timeout of the program's own default group, in seconds."""
-    backend = dist.group.WORLD._get_backend(torch.device("cpu" if _has_gloo() else "cuda"))
+    world: Any = dist.group.WORLD
+    backend = world._get_backend(torch.device("cpu" if _has_gloo() else "cuda"))
     timeout: timedelta = backend.options._timeout
     return timeout.total_seconds()
 

@@ -25,10 +25,14 @@ def path_of(run_dir: Path, rank: int) -> Path:
 
 
 @contextmanager
-def logging_to_file(run_dir: Path, rank: int) -> Iterator[None]:
+def logging_to_file(run_dir: Path, rank: int, *, to_stderr: bool = True) -> Iterator[None]:
     """Write this process's log records from INFO on to the rank's file, too, inside the block.
 
-    A program that has set up no logging sees warnings on stderr as before.
+    Args:
+        run_dir: The run's folder.
+        rank: Named in every line.
+        to_stderr: Let a program that has set up no logging see warnings on stderr, as it does without
+            this.
     """
     path = path_of(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +42,7 @@ def logging_to_file(run_dir: Path, rank: int) -> Iterator[None]:
     handlers[0].setFormatter(
         logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")
     )
-    if not (root.handlers or own.handlers):
+    if to_stderr and not (root.handlers or own.handlers):
         # A handler anywhere switches logging's handler of last resort off.
         handlers.append(_Stderr(logging.WARNING))
     level = own.level

@@ -60,7 +60,7 @@ class Task(abc.ABC):
         """Map-style evaluation data, if any."""
         return None
 
-    def metrics(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor | Weighted]:
+    def metrics(self, outputs: Outputs, batch: Batch) -> Mapping[str, Tensor | Weighted]:
         """Evaluation metrics of one batch: means over its examples, or (sum, weight) pairs."""
         return {}
 

@@ -30,8 +30,16 @@ def make_tracker(config: TrackingConfig, output: Path) -> Tracker:
     return MlflowTracker(config, output)
 
 
-def sync(run_dir: Path) -> int:
-    """Deliver what a run's tracking server has not got yet; returns the number of events."""
-    from hfdist.tracking.mlflow_tracker import deliver
+def sync(run_dir: Path, uri: str | None = None) -> int:
+    """Deliver what a run's tracking server has not got yet; returns the number of events.
 
-    return deliver(run_dir)
+    Args:
+        run_dir: The run's folder.
+        uri: Another server or store than the run's own: it is told everything.
+
+    Raises:
+        UserError: There is nothing to deliver, the run goes on, or the server cannot be reached.
+    """
+    from hfdist.tracking.sync import deliver
+
+    return deliver(run_dir, uri)

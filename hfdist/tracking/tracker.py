@@ -64,6 +64,10 @@ class Tracker(Protocol):
         """The trained torch module with its signature, so that it can be loaded to predict."""
         ...
 
+    def flush(self) -> bool:
+        """Wait a limited time until what was told is delivered; whether it is. Not for use in steps."""
+        ...
+
     def finish(self, status: Status) -> None:
         """Deliver what is pending and close the run. Idempotent."""
         ...
@@ -86,6 +90,9 @@ class NullTracker:
 
     def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
         pass
+
+    def flush(self) -> bool:
+        return True
 
     def finish(self, status: Status) -> None:
         pass
@@ -120,6 +127,9 @@ class CompositeTracker:
     def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
         for tracker in self._trackers:
             tracker.log_model(model, example_inputs, step)
+
+    def flush(self) -> bool:
+        return all([tracker.flush() for tracker in self._trackers])
 
     def finish(self, status: Status) -> None:
         for tracker in self._trackers:

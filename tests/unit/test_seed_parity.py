@@ -33,7 +33,9 @@ class Case:
     activation: type[nn.Module] | None = nn.Tanh  # None: Rosenbrock's function, without a model
     loss: type[nn.Module] = nn.MSELoss
     options: dict[str, Any] = field(default_factory=dict)
-    call: str = "step"  # "step", "acc_step", or "acc_step_roles": other data for gradient and product
+    call: str = (
+        "step"  # "step", "acc_step", or "acc_step_roles": other data for gradient and product
+    )
     preconditioned: bool = False
 
 

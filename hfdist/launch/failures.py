@@ -1,0 +1,130 @@
+"""Which of a group's workers failed first, and how that is said."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hfdist import errors
+from hfdist.errors import UserError, WorkerError
+from hfdist.launch.child import Failed, Finished
+from hfdist.launch.logs import path_of
+from hfdist.record import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a worker process stands, or how it ended."""
+
+    rank: int
+    answer: Finished | Failed | None = None
+    """What it said of itself."""
+    at: float = 0.0
+    """When it said so, or was seen to have ended."""
+    exit_code: int | None = None
+    """None while it runs; minus the signal's number if a signal ended it."""
+    is_stopped: bool = False
+    """Halted by SIGSTOP or a debugger."""
+
+    @property
+    def has_failed(self) -> bool:
+        return isinstance(self.answer, Failed) or (
+            self.answer is None and self.exit_code is not None
+        )
+
+    @property
+    def misses_peer(self) -> bool:
+        """Whether it failed only because another did."""
+        return isinstance(self.answer, Failed) and self.answer.error_class == "PeerError"
+
+
+class WorkerTraceback(Exception):
+    """The traceback in the worker process, as the cause of the error raised in its parent."""
+
+
+def root_cause(
+    endings: Sequence[Ended], run_dir: Path, timeout_seconds: float
+) -> UserError | KeyboardInterrupt | None:
+    """The error of the worker that failed first; None if none failed.
+
+    A worker that misses a peer is never the cause while another failed by itself, or said nothing.
+    """
+    failed = [ending for ending in endings if ending.has_failed]
+    if not failed:
+        return None
+    own = [ending for ending in failed if not ending.misses_peer]
+    if own:
+        return _error(min(own, key=lambda e: e.at), len(endings), run_dir)
+    silent = [e for e in endings if e.answer is None]
+    if silent:
+        return _stalled(silent, timeout_seconds)
+    return _error(min(failed, key=lambda e: e.at), len(endings), run_dir)
+
+
+def _error(ending: Ended, world_size: int, run_dir: Path) -> UserError | KeyboardInterrupt:
+    rank, answer = ending.rank, ending.answer
+    log = path_of(run_dir, rank)
+    # What the lead says needs no sender: a run in one process says it in the same words.
+    sender = f"rank {rank}: " if rank > 0 and world_size > 1 else ""
+    error: UserError | KeyboardInterrupt
+    if isinstance(answer, Failed):
+        if answer.is_interrupt:
+            return KeyboardInterrupt()
+        if answer.is_user_error:
+            error = getattr(errors, answer.error_class, WorkerError)(sender + answer.message)
+        else:
+            error = WorkerError(f"rank {rank} failed: {answer.error_class}: {answer.message}")
+        error.__cause__ = WorkerTraceback("\n\n" + answer.traceback)
+        return error
+    assert ending.exit_code is not None
+    return WorkerError(f"rank {rank} {_how(ending.exit_code)}{_last_words(log)}")
+
+
+def _how(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code} and no word"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    hint = " (by hand, or because memory ran out)" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
+
+
+def _last_words(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return f"; the last line of {log}: {lines[-1]}" if lines else ""
+
+
+def _stalled(silent: Sequence[Ended], timeout_seconds: float) -> WorkerError:
+    names = ", ".join(
+        f"rank {e.rank}" + (" (its process is stopped)" if e.is_stopped else "") for e in silent
+    )
+    return WorkerError(
+        f"{names} did not answer for launch.timeout_seconds={timeout_seconds:g}: ended. Raise the "
+        "timeout if a step of one worker may take longer than another's by that much"
+    )
+
+
+def record_cause(run_dir: Path, error: UserError) -> None:
+    """Make the cause the `error` of result.json: the lead itself saw at most that a peer was gone."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return  # the run had not begun
+    path = run_dir / "result.json"
+    try:
+        result = json.loads(path.read_text()) if path.exists() else {}
+        result |= {
+            "run_id": run_dir.name,
+            "status": "FAILED",
+            "error": f"{type(error).__name__}: {error}",
+            "run_dir": str(run_dir),
+        }
+        write_json(path, result)
+    except (OSError, ValueError, UserError):
+        pass  # the error itself matters more than its record

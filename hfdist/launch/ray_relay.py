@@ -1,0 +1,105 @@
+"""What workers on a cluster tell their driver: an actor between them, and a display that speaks to it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hfdist.launch.child import Failed
+
+if TYPE_CHECKING:
+    from hfdist.optim.report import StepReport
+
+Event = tuple[str, tuple[Any, ...]]
+"""A display's method and its arguments."""
+
+_CG_EVERY = 0.2  # seconds between reports of CG iterations: more than a person sees
+
+
+class Relay:
+    """The actor's class: a queue of events, and how workers of the present group have failed.
+
+    It lives beside the driver, so that neither a worker's nor its node's end takes it away.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        self._failed: dict[int, tuple[Failed, float]] = {}
+        self._groups = 0
+
+    def begin(self) -> int:
+        """The lead of a new group says that it is there; returns how many groups there were."""
+        self._groups += 1
+        self._failed.clear()
+        return self._groups
+
+    def tell(self, method: str, args: tuple[Any, ...]) -> None:
+        """An event for the driver."""
+        self._events.append((method, args))
+
+    def fail(self, rank: int, failed: Failed) -> None:
+        """A worker ends by an error of its own or a peer's."""
+        self._failed[rank] = (failed, time.monotonic())
+
+    def take(self) -> tuple[list[Event], int]:
+        """The events since the last take, and how many groups there were."""
+        events = list(self._events)
+        self._events.clear()
+        return events, self._groups
+
+    def failures(self) -> dict[int, tuple[Failed, float]]:
+        """Errors of the present group's workers by rank, and when each came."""
+        return dict(self._failed)
+
+
+class RelayDisplay:
+    """The lead's display on a cluster: sends what it is told to the driver's.
+
+    Args:
+        relay: Handle of a `Relay` actor.
+    """
+
+    def __init__(self, relay: Any) -> None:
+        self._relay = relay
+        self._cg_told = 0.0
+
+    def start(
+        self, run_id: str, first_step: int, total_steps: int, info: Mapping[str, Any]
+    ) -> None:
+        self._tell("start", run_id, first_step, total_steps, dict(info))
+
+    def cg_iteration(self, step: int, iteration: int, max_iter: int) -> None:
+        now = time.monotonic()
+        if now - self._cg_told >= _CG_EVERY:
+            self._cg_told = now
+            self._tell("cg_iteration", step, iteration, max_iter)
+
+    def step(self, step: int, report: StepReport, extra: Mapping[str, float]) -> None:
+        self._tell("step", step, report, dict(extra))
+
+    def message(self, text: str) -> None:
+        self._tell("message", text)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        self._tell("finish", dict(result))
+
+    def _tell(self, method: str, *args: Any) -> None:
+        self._relay.tell.remote(method, args)  # not waited for
+
+
+class RelayHandler(logging.Handler):
+    """Sends a worker's warnings to the driver, with its rank."""
+
+    def __init__(self, relay: Any, rank: int) -> None:
+        super().__init__(logging.WARNING)
+        self._relay, self._rank = relay, rank
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = f"{record.levelname} [rank {self._rank}]: {record.getMessage()}"
+            self._relay.tell.remote("message", (text,))
+        except Exception:
+            self.handleError(record)

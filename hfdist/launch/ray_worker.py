@@ -1,0 +1,179 @@
+"""What runs on a cluster: the function of each worker, and the controller's answer to a failure."""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.train import UserCallback, get_context
+
+from hfdist.errors import ConfigError, StorageError, UserError
+from hfdist.launch.child import Failed
+from hfdist.launch.logs import logging_to_file
+from hfdist.launch.ray_relay import RelayDisplay, RelayHandler
+
+if TYPE_CHECKING:
+    import torch
+
+    from hfdist.comm import Communicator
+    from hfdist.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What every worker is told."""
+
+    config: RunConfig
+    run_dir: Path
+    resume: bool
+    threads: int
+    gpus_per_worker: float
+    relay: Any
+    """Handle of the `Relay` actor."""
+    folder: Path
+    """The driver's working folder: paths in the job may be relative to it."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the driver that workers need. Passed as data: a runtime environment is shown to
+    everybody who may look at the cluster."""
+
+
+class DoNotRetry(Exception):
+    """Ends a run in the controller: another try would repeat the mistake."""
+
+
+class FailureWatch(UserCallback):
+    """Tells the driver of failures, and ends the run for those that are the user's mistake.
+
+    Args:
+        relay: Handle of the `Relay` actor.
+    """
+
+    def __init__(self, relay: Any) -> None:
+        self._relay = relay
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        import ray
+
+        failures: dict[int, tuple[Failed, float]] = ray.get(self._relay.failures.remote())
+        self._relay.tell.remote("_down", (sorted(worker_exceptions),))
+        for failed, _ in failures.values():
+            if is_mistake(failed):
+                raise DoNotRetry(failed.message)
+
+
+def is_mistake(failed: Failed) -> bool:
+    """Whether the error is one of job, task or data, which another try would repeat."""
+    from hfdist import errors
+
+    kind = getattr(errors, failed.error_class, None)
+    return failed.is_user_error and getattr(kind, "exit_code", 1) == 2
+
+
+def work(loop_config: dict[str, Any]) -> dict[str, Any]:
+    """One worker, in the process group that Ray Train has set up.
+
+    Returns:
+        The content of result.json.
+    """
+    import ray
+
+    job: Assignment = loop_config["assignment"]
+    rank = get_context().get_world_rank()
+    try:
+        with _surroundings(job, rank):
+            return _work(job, rank)
+    except BaseException as error:
+        failed = Failed(
+            error_class=type(error).__name__,
+            message=str(error),
+            traceback="".join(traceback.format_exception(error)),
+            is_user_error=isinstance(error, UserError),
+            is_interrupt=isinstance(error, KeyboardInterrupt),
+        )
+        ray.get(job.relay.fail.remote(rank, failed))  # before the controller hears of it
+        # Text only: not every exception survives the way to the driver.
+        raise RuntimeError(f"rank {rank}: {failed.error_class}: {failed.message}") from None
+
+
+def _work(job: Assignment, rank: int) -> dict[str, Any]:
+    import torch
+
+    from hfdist.display import QuietDisplay
+    from hfdist.launch.ray_metrics import RayMetricsTracker
+    from hfdist.worker import Job, run
+
+    torch.set_num_threads(job.threads)
+    comm = _join(job)
+    display = QuietDisplay()
+    resume = job.resume
+    if rank == 0:
+        import ray
+
+        groups = ray.get(job.relay.begin.remote())
+        display = RelayDisplay(job.relay)
+        # A group after the first goes on where the one before it was, if that left anything.
+        resume = resume or (groups > 1 and any((job.run_dir / "checkpoints").glob("*")))
+    return run(
+        Job(
+            config=job.config,
+            run_dir=job.run_dir,
+            resume=comm.from_lead(resume),
+            extra_tracker=RayMetricsTracker() if rank == 0 else None,
+            retried=True,
+        ),
+        comm,
+        display,
+    )
+
+
+def _join(job: Assignment) -> Communicator:
+    """The communicator of the workers; the default group is Ray Train's."""
+    from hfdist.comm import SerialCommunicator, TorchCommunicator
+    from hfdist.comm.environment import is_initialized
+
+    device = _device(job)
+    if not is_initialized():
+        return SerialCommunicator(device)
+    return TorchCommunicator(device, timeout_seconds=job.config.launch.timeout_seconds)
+
+
+def _device(job: Assignment) -> torch.device:
+    import torch
+    from ray.train.torch import get_device
+
+    if not job.gpus_per_worker:
+        return torch.device("cpu")
+    device = get_device()
+    if device.type != "cuda":
+        raise ConfigError(
+            "Ray gave this worker a GPU that torch does not see: install a torch that supports it, or "
+            "set device=cpu"
+        )
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _surroundings(job: Assignment, rank: int) -> Iterator[None]:
+    """The driver's folder and variables, and a log file."""
+    os.environ.update(job.environment)
+    if job.folder.is_dir():
+        os.chdir(job.folder)
+    if not (job.run_dir / "config.yaml").is_file():
+        raise StorageError(
+            f"node {get_context().get_node_rank()} (rank {rank}) does not see {job.run_dir}: set `output` "
+            "to a folder that all nodes share"
+        )
+    handler = RelayHandler(job.relay, rank)
+    logging.getLogger("hfdist").addHandler(handler)
+    try:
+        with logging_to_file(job.run_dir, rank, to_stderr=False):
+            yield
+    finally:
+        logging.getLogger("hfdist").removeHandler(handler)
