@@ -239,6 +239,7 @@ class Coordinator:
             self._tracker.log_artifact(self._log.path)
         if status is Status.FINISHED and self._config.tracking.log_model:
             self._tracker.log_model(self._model, example_inputs, progress.state.step)
+        self._tracker.flush()  # short runs end before their tracker has answered
         result["mlflow_run_id"] = self._tracker.tracked_as or progress.tracked_as
         result["tracking_url"] = self._tracker.url
         write_json(self._run_dir / "result.json", result)

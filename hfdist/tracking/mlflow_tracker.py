@@ -61,7 +61,7 @@ class MlflowTracker:
             raise RuntimeError("a tracker starts once")
         prepare()
         self._run_dir = info.run_dir
-        # A predecessor that is dying lets go of the spool; one that hangs must not keep the run from going on.
+        # A predecessor that is dying lets go of the spool; one that hangs must not hold the run up.
         self._spool = spool = Spool(info.run_dir / "spool", wait=5.0, take_over=True)
         # Steps that are repeated after a crash were told in the run's last life.
         self._first_new_step = spool.last_step + 1

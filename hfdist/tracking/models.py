@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfdist.tracking.client import is_server
 from hfdist.tracking.opening import OpenRun
 from hfdist.tracking.own_code import own_code
 from hfdist.tracking.spool import Event, Spool
@@ -85,7 +86,9 @@ def send_model(
     description.save(str(folder / "MLmodel"))
     client.log_model_artifacts(made.model_id, str(folder))
     client.finalize_logged_model(made.model_id, "READY")
-    client.log_outputs(run.run_id, [LoggedModelOutput(made.model_id, event["step"])])
+    outputs = client.get_run(run.run_id).outputs
+    if outputs is None or all(o.model_id != made.model_id for o in outputs.model_outputs):
+        client.log_outputs(run.run_id, [LoggedModelOutput(made.model_id, event["step"])])
     if metrics is not None:
         values = [
             Metric(k, v, metrics["time"], metrics["step"], model_id=made.model_id)
@@ -93,21 +96,22 @@ def send_model(
         ]
         client.log_batch(run.run_id, metrics=values)
     if target.get("registered_model"):
-        _register(client, run, made.model_id, target)
+        _register(client, run, made, target)
 
 
-def _register(client: Any, run: OpenRun, model_id: str, target: Mapping[str, Any]) -> None:
+def _register(client: Any, run: OpenRun, made: Any, target: Mapping[str, Any]) -> None:
     from mlflow.exceptions import MlflowException
 
-    name = target["registered_model"]
+    name, model_id = target["registered_model"], made.model_id
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = f"models:/{model_id}"
+    # A database store would look an address models:/.. up in the process's default store, not in itself.
+    source = f"models:/{model_id}" if is_server(target["uri"]) else made.artifact_location
     there = client.search_model_versions(f"name = '{name}'")
-    version = next((v for v in there if v.source == source or v.model_id == model_id), None)
+    version = next((v for v in there if v.model_id == model_id or v.source == source), None)
     if version is None:
         version = client.create_model_version(name, source, run_id=run.run_id, model_id=model_id)
     number = str(version.version)

@@ -1,108 +1,237 @@
 """What is to be told to a tracking server, on disk first: nothing is lost while the server is away.
 
-RUN_DIR/spool/events.jsonl holds one event a line, in order, with its own time; `delivered` holds how many
-of them the server has. Only one process at a time writes and delivers.
+RUN_DIR/spool/events.jsonl holds one event a line, in order, each with its own time; `delivered.json` says
+how far the server has them. The file only grows, so that it also tells which steps were told before a crash.
 """
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
+import logging
+import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from hfdist.errors import StorageError, UserError
+
+logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
 
+class BusyError(UserError):
+    """A spool that another process has open."""
+
+
 class Spool:
-    """Events of a run, from its first life on.
+    """Events of a run, from its first life on. Safe to use from several threads.
 
     Args:
         folder: RUN_DIR/spool; made if there is none.
+        wait: Seconds to wait for another process that has it open.
+        take_over: Go on after them nevertheless.
+
+    Raises:
+        StorageError: The folder cannot be written.
+        BusyError: Another process has it open.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, wait: float = 0.0, take_over: bool = False) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._events = folder / "events.jsonl"
-        self._delivered = folder / "delivered"
-        self._lock = threading.Lock()
-        self.arrived = threading.Condition(self._lock)
-        self._cut_torn_line()
+        self._path = folder / "events.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file: io.FileIO = open(self._path, "ab", buffering=0)  # noqa: SIM115 (see close)
+            self._lock_file = open(folder / "lock", "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise StorageError(f"cannot write {folder}: {error.strerror}") from error
+        if not _acquire(self._lock_file.fileno(), wait):
+            if not take_over:
+                self.close()
+                raise BusyError(f"{folder.parent} is in use: its own process delivers its record")
+            logger.warning("%s is in use by another process: taking over", folder.parent)
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._changed = threading.Condition()
+        self.is_new = True
+        """Whether nothing was told before this life."""
         self.last_step = -1
         """Greatest step whose metrics are in the spool."""
         self.total = 0
         """Number of events."""
-        for event in self._read(0):
-            self._count(event)
-        self._file = self._events.open("a")
+        self.status: str | None = None
+        """The last status that was told."""
+        self.last_time = 0
+        """Milliseconds of the last event."""
+        self._end = 0  # bytes
+        self._scan()
+        place = self.recall("delivered")
+        self._start = min(int(place.get("offset", 0)), self._end)
+        self.num_delivered = min(int(place.get("count", 0)), self.total)
+        """Events that the server has."""
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def append(self, kind: str, *, at: int | None = None, **values: Any) -> None:
+        """Add an event, stamped with `at` or the present time, in milliseconds.
+
+        Raises:
+            StorageError: The disk is full.
+        """
+        event = {"kind": kind, "time": int(time.time() * 1000) if at is None else at, **values}
+        # One write: a process that is killed leaves a torn last line at most.
+        line = json.dumps(event, separators=(",", ":"), default=str).encode() + b"\n"
+        with self._changed:
+            try:
+                written = self._file.write(line)
+                if written != len(line):
+                    os.ftruncate(self._file.fileno(), self._end)
+                    raise OSError(28, "No space left on device")
+            except OSError as error:
+                raise StorageError(f"cannot write {self._path}: {error.strerror}") from error
+            self._count(event, len(line))
+            self._changed.notify_all()
+
+    def secure(self) -> None:
+        """Have the disk hold what was appended, so that a power cut takes nothing that was delivered."""
+        os.fsync(self._file.fileno())
+
+    # -- delivery --------------------------------------------------------------------------------
+
+    def pending(self, most: int) -> list[tuple[Event, int]]:
+        """The oldest events that were not delivered, each with its place: what `acknowledge` takes."""
+        with self._changed:
+            start, end = self._start, self._end
+        found: list[tuple[Event, int]] = []
+        with self._path.open("rb") as file:
+            file.seek(start)
+            while start < end and len(found) < most:
+                line = file.readline()
+                start += len(line)
+                event = _parse(line, self._path)
+                found.append((event or {"kind": "damaged", "time": 0}, start))
+        return found
+
+    def acknowledge(self, place: int, count: int) -> None:
+        """The server has everything up to this place: `count` more events."""
+        with self._changed:
+            self._start = place
+            self.num_delivered += count
+            self.remember("delivered", {"offset": place, "count": self.num_delivered})
+            self._changed.notify_all()
+
+    def rewind(self) -> None:
+        """Deliver everything again, to a server that has nothing of it."""
+        self.acknowledge(0, -self.num_delivered)
 
     @property
-    def num_delivered(self) -> int:
-        """Events that the server has."""
-        try:
-            return int(self._delivered.read_text())
-        except (FileNotFoundError, ValueError):
-            return 0
+    def aside(self) -> list[Event]:
+        """Files whose delivery failed while everything else went on."""
+        return list(self.recall("aside").get("events", []))
 
-    def append(self, kind: str, **values: Any) -> None:
-        """Add an event, stamped with the present time in milliseconds."""
-        event = {"kind": kind, "time": int(time.time() * 1000), **values}
-        with self.arrived:
-            # One write: a killed process leaves a torn last line at most.
-            self._file.write(json.dumps(event, separators=(",", ":")) + "\n")
-            self._file.flush()
-            self._count(event)
-            self.arrived.notify_all()
+    def set_aside(self, event: Event) -> None:
+        """Let others go first."""
+        with self._changed:
+            self.remember("aside", {"events": [*self.aside, event]})
 
-    def pending(self) -> list[Event]:
-        """Events that were not delivered, oldest first."""
-        return list(self._read(self.num_delivered))
+    def take_back(self, event: Event) -> None:
+        """An event that was set aside is delivered."""
+        with self._changed:
+            self.remember("aside", {"events": [e for e in self.aside if e != event]})
+            self._changed.notify_all()
 
-    def acknowledge(self, count: int) -> None:
-        """The server has `count` more events."""
-        temporary = self._delivered.with_suffix(".tmp")
-        temporary.write_text(str(self.num_delivered + count))
-        temporary.replace(self._delivered)
-        with self.arrived:
-            self.arrived.notify_all()
+    @property
+    def num_pending(self) -> int:
+        """Events that the server has not got."""
+        return self.total - self.num_delivered + len(self.aside)
+
+    @property
+    def is_delivered(self) -> bool:
+        """Whether the server has everything."""
+        return self._start >= self._end and not self.aside
+
+    def wait(self, timeout: float) -> None:
+        """Until something is appended or delivered, or somebody calls `wake`; at most so many seconds."""
+        with self._changed:
+            self._changed.wait(timeout)
+
+    def wait_pending(self, timeout: float) -> None:
+        """Like `wait`, but not at all if something is pending."""
+        with self._changed:
+            if self._start >= self._end:
+                self._changed.wait(timeout)
+
+    def wake(self) -> None:
+        """End the waits."""
+        with self._changed:
+            self._changed.notify_all()
+
+    # -- facts -----------------------------------------------------------------------------------
 
     def remember(self, name: str, values: Mapping[str, Any]) -> None:
         """Keep a small fact beside the events."""
-        temporary = self.folder / f"{name}.tmp"
+        self._facts[name] = dict(values)
+        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
         temporary.write_text(json.dumps(dict(values)))
         temporary.replace(self.folder / f"{name}.json")
 
     def recall(self, name: str) -> dict[str, Any]:
         """A fact that was remembered; empty if there is none."""
-        try:
-            return json.loads((self.folder / f"{name}.json").read_text())
-        except (FileNotFoundError, ValueError):
-            return {}
+        if name not in self._facts:
+            try:
+                self._facts[name] = json.loads((self.folder / f"{name}.json").read_text())
+            except (FileNotFoundError, ValueError):
+                return {}
+        return dict(self._facts[name])
 
     def close(self) -> None:
-        """No more events."""
+        """No more events from here; others may write and deliver."""
         self._file.close()
+        self._lock_file.close()
 
-    def _count(self, event: Event) -> None:
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _scan(self) -> None:
+        with self._path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    os.ftruncate(self._file.fileno(), self._end)  # torn by a kill
+                    break
+                self._count(_parse(line, self._path) or {"kind": "damaged", "time": 0}, len(line))
+        self.is_new = self.total == 0
+
+    def _count(self, event: Event, size: int) -> None:
         self.total += 1
+        self._end += size
+        self.last_time = max(self.last_time, event["time"])
         if event["kind"] == "metrics":
             self.last_step = max(self.last_step, event["step"])
+        elif event["kind"] == "status":
+            self.status = event["status"]
 
-    def _read(self, start: int) -> Iterator[Event]:
-        if not self._events.exists():
-            return
-        with self._events.open() as file:
-            for number, text in enumerate(file):
-                if number >= start and text.endswith("\n"):
-                    yield json.loads(text)
 
-    def _cut_torn_line(self) -> None:
-        if not self._events.exists():
-            return
-        data = self._events.read_bytes()
-        if data and not data.endswith(b"\n"):
-            with self._events.open("r+b") as file:
-                file.truncate(data.rfind(b"\n") + 1)
+def _acquire(lock: int, wait: float) -> bool:
+    """Lock a file until this process ends or closes it; whether that succeeded."""
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            return True
+
+
+def _parse(line: bytes, path: Path) -> Event | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        logger.warning("a line of %s is damaged and left out", path)
+        return None

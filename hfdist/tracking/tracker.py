@@ -129,7 +129,8 @@ class CompositeTracker:
             tracker.log_model(model, example_inputs, step)
 
     def flush(self) -> bool:
-        return all([tracker.flush() for tracker in self._trackers])
+        delivered = [tracker.flush() for tracker in self._trackers]  # every one of them
+        return all(delivered)
 
     def finish(self, status: Status) -> None:
         for tracker in self._trackers:

@@ -1,0 +1,76 @@
+"""MLflow's client, patient in the right places and quiet."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+# The spool does the waiting: a server that is away must not hold the background thread for minutes, and a
+# request that may have arrived is not blindly repeated. Users' own values win.
+_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_FINAL = frozenset(
+    {
+        "INVALID_PARAMETER_VALUE",
+        "INVALID_STATE",
+        "RESOURCE_ALREADY_EXISTS",
+        "RESOURCE_DOES_NOT_EXIST",
+    }
+)
+
+
+def prepare() -> None:
+    """Load MLflow: slow, so it is done before the first step rather than beside it."""
+    for key, value in _DEFAULTS.items():
+        os.environ.setdefault(key, value)
+    import mlflow  # noqa: F401
+
+    # A new sqlite store reports every migration: no news to a person who trains a model.
+    for name in (
+        "alembic",
+        "mlflow.store.db.utils",
+        "mlflow.pytorch",
+        "mlflow.utils.requirements_utils",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def connect(uri: str) -> Any:
+    """An `MlflowClient` of a store. May take seconds: a new database is set up here."""
+    prepare()
+    from mlflow import MlflowClient
+
+    # The address with a password, where there is one, is the environment's alone.
+    variable = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return MlflowClient(tracking_uri=variable if public(variable) == uri else uri)
+
+
+def is_final(error: Exception) -> bool:
+    """Whether the server has answered, and trying again cannot help."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.error_code in _FINAL
+    return isinstance(error, (TypeError, ValueError, KeyError))
+
+
+def public(uri: str) -> str:
+    """An address without a password."""
+    scheme, separator, rest = uri.partition("://")
+    host = rest.partition("/")[0]
+    return f"{scheme}{separator}{rest[host.rindex('@') + 1 :]}" if "@" in host else uri
+
+
+def is_server(uri: str) -> bool:
+    """Whether a store is reached through the network."""
+    return uri.startswith(("http:", "https:", "databricks"))
+
+
+def one_line(error: Exception) -> str:
+    """An error in a line of a log."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]

@@ -1,0 +1,53 @@
+"""Deliver what a run's process could not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hfdist.errors import ConfigError, StorageError
+from hfdist.tracking.client import one_line
+from hfdist.tracking.courier import BATCH
+from hfdist.tracking.delivery import Delivery
+from hfdist.tracking.spool import Spool
+from hfdist.tracking.tracker import Status
+
+
+def deliver(run_dir: Path, uri: str | None = None) -> int:
+    """Deliver what the server has not got of a run that is over; returns the number of events.
+
+    A run whose process was killed before it could say how it ended is closed as FAILED, at the time of its
+    last word.
+
+    Args:
+        run_dir: The run's folder.
+        uri: Another server or store than the run's own: it is told everything.
+
+    Raises:
+        ConfigError: The folder has no spool.
+        BusyError: The run goes on: its own process delivers.
+        StorageError: The server cannot be reached.
+    """
+    folder = run_dir / "spool"
+    if not (folder / "target.json").is_file():
+        raise ConfigError(
+            f"{run_dir} has nothing to deliver: it is no run's folder, or it was not tracked"
+        )
+    spool = Spool(folder)
+    try:
+        if uri is not None:
+            spool.remember("target", spool.recall("target") | {"uri": uri, "tracked_as": None})
+        if spool.status == Status.RUNNING:
+            spool.append("status", at=spool.last_time, status=str(Status.FAILED))
+        delivery = Delivery(spool)
+        while batch := spool.pending(BATCH):
+            delivery.deliver(batch)
+        if spool.aside:
+            delivery.retry()
+    except Exception as error:
+        raise StorageError(
+            f"{spool.recall('target')['uri']} does not take the record of {run_dir}: "
+            f"{one_line(error)}. {spool.num_pending} events are kept: try again later"
+        ) from error
+    finally:
+        spool.close()
+    return delivery.count
