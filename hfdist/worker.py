@@ -51,6 +51,8 @@ class Job:
     resume: bool = False
     extra_tracker: Tracker | None = None
     """A tracker of the launcher's own, told the same as the configured one."""
+    retried: bool = False
+    """The launcher tries again after failures that another try may mend, and records the last itself."""
 
 
 def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
@@ -77,7 +79,7 @@ class Worker:
 
     def __init__(self, job: Job, comm: Communicator, display: Display, stop: StopRequest) -> None:
         self.config, self.comm, self._display, self._stop = job.config, comm, display, stop
-        self._resume = job.resume
+        self._resume, self._retried = job.resume, job.retried
         self.task, self.model = build(job.config, comm.device)
         self.params = ParameterVector(p for p in self.model.parameters() if p.requires_grad)
         self._layout = make_layout(self.params, comm, job.config.optim.shard_solver_state)
@@ -113,7 +115,9 @@ class Worker:
             # The step in progress is abandoned: parameters and state are those before it.
             status = Status.KILLED
         except BaseException as error:
-            self._coordinator.fail(progress, error)
+            # Of a rank cut off from the others, the run may go on elsewhere: it must not write then.
+            if not self._retried or getattr(error, "exit_code", 1) == 2:
+                self._coordinator.fail(progress, error)
             raise
         finally:
             self._loader.close()

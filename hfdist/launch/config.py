@@ -42,6 +42,10 @@ class LaunchConfig:
     resources: dict[str, float] = field(default_factory=dict)
     """Ray: custom resources reserved for a worker."""
 
+    placement_timeout: float | None = None
+    """Ray: seconds that a job waits for resources which the cluster does not have; by default 900 where
+    it scales itself, else 0."""
+
     def __post_init__(self) -> None:
         self._check_workers()
         if self.backend not in ("local", "ray"):
@@ -62,6 +66,8 @@ class LaunchConfig:
             value = getattr(self, key)
             if value is not None and not value >= 0.0:
                 raise ValueError(f"{key} is {value}: it must be at least 0")
+        if self.placement_timeout is not None and not self.placement_timeout >= 0.0:
+            raise ValueError(f"placement_timeout is {self.placement_timeout}: it must be at least 0")
         for name, amount in self.resources.items():
             if not amount >= 0.0:
                 raise ValueError(f"resources.{name} is {amount}: it must be at least 0")

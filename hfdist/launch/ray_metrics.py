@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from hfdist.tracking import NullTracker, RunInfo, Status
+from hfdist.tracking import NullTracker, RunInfo
 
 _GAUGES = {
     "final_loss": "Loss after the last step",
@@ -48,15 +46,6 @@ class RayMetricsTracker(NullTracker):
         for name, seconds in values.items():
             if name.startswith(_PHASE) and seconds > 0:
                 self._phases.inc(seconds, tags={"phase": name.removeprefix(_PHASE)})
-
-    def log_artifact(self, path: Path, folder: str = "") -> None:
-        pass
-
-    def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
-        pass
-
-    def finish(self, status: Status) -> None:
-        pass
 
 
 def _name(key: str) -> str:

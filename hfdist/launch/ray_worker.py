@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from hfdist.comm import Communicator
     from hfdist.config import RunConfig
+    from hfdist.display import Display
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +114,11 @@ def _work(job: Assignment, rank: int) -> dict[str, Any]:
 
     torch.set_num_threads(job.threads)
     comm = _join(job)
-    display = QuietDisplay()
+    logger.info(
+        "rank %d of %d on %s: process %d, device %s, %d threads",
+        *(rank, comm.world_size, platform.node(), os.getpid(), comm.device, job.threads),
+    )
+    display: Display = QuietDisplay()
     resume = job.resume
     if rank == 0:
         import ray
@@ -138,7 +146,7 @@ def _join(job: Assignment) -> Communicator:
     from hfdist.comm.environment import is_initialized
 
     device = _device(job)
-    if not is_initialized():
+    if get_context().get_world_size() == 1 or not is_initialized():
         return SerialCommunicator(device)
     return TorchCommunicator(device, timeout_seconds=job.config.launch.timeout_seconds)
 

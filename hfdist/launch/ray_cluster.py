@@ -1,0 +1,174 @@
+"""A connection to a Ray cluster: the job's, or a private one of this machine that ends with the run."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hfdist.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_OBJECT_STORE = 128 * 1024 * 1024  # bytes; nothing but the job and its events passes through it
+
+QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[bool]:
+    """Be connected to Ray inside the block.
+
+    Args:
+        address: "auto", HOST:PORT or ray://HOST:PORT; by default RAY_ADDRESS, else a private cluster.
+
+    Yields:
+        Whether the connection is this block's own, so that leaving it ends all that runs in it; False
+        where the program was connected before.
+
+    Raises:
+        ConfigError: There is no cluster at the address, or it does not accept this user's token.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray.is_initialized():
+        yield False
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    with contextlib.ExitStack() as stack:
+        if address:
+            _attach(address)
+            stack.callback(ray.shutdown)
+        else:
+            stack.enter_context(_private())
+        yield True
+
+
+def _attach(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address, **QUIET)
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "uthentication" in str(error) or "nauthenticated" in str(error):
+            raise ConfigError(
+                f"the Ray cluster at {address} does not accept this user: put its token into a file of "
+                "mode 0600, name it in RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token"
+            ) from error
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: start one with `hfdist cluster start-head`, or leave "
+            f"launch.address and RAY_ADDRESS out for one of this machine's own ({reason})"
+        ) from error
+
+
+@contextmanager
+def _private() -> Iterator[None]:
+    """A cluster of this machine's own: no dashboard, and nobody else has its token."""
+    import ray
+
+    # Ray's ports listen on all interfaces: the token keeps others out.
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_private_token())}
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        # gloo takes the address of the host's name, which need not lead back here.
+        environment["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    folder = tempfile.mkdtemp(prefix="hfdist-ray-")  # short: sockets have short names
+    try:
+        with _environment(environment):
+            _read_authentication_again()
+            ray.init(
+                "local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                _temp_dir=folder,
+                **QUIET,
+            )
+            try:
+                yield
+            finally:
+                ray.shutdown()
+        _read_authentication_again()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_authentication_again() -> None:
+    """Let Ray see that the variables have changed: it reads them when it is imported."""
+    try:
+        from ray import _raylet
+
+        raylet: Any = _raylet
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+    except (ImportError, AttributeError):
+        logger.debug("this Ray cannot read its variables again")
+
+
+@functools.cache
+def _private_token() -> Path:
+    """A token for this process's private clusters; Ray reads it once a process."""
+    folder = Path(tempfile.mkdtemp(prefix="hfdist-token-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write_token(folder / "token")
+
+
+def write_token(path: Path) -> Path:
+    """Make a token file that only this user can read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each node that is alive has in all."""
+    import ray
+
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def scales_itself() -> bool:
+    """Whether an autoscaler may add nodes."""
+    try:
+        from ray._private.state import state
+
+        return bool(state.get_max_resources_from_cluster_config())
+    except Exception:  # private to Ray: an answer of "no" costs only patience
+        return False
+
+
+def resources_in_use(names: Iterable[str]) -> str | None:
+    """What is left of resources while workers wait for them: "1 of 8 GPU free"; None if none wait."""
+    import ray
+
+    groups = ray.util.placement_group_table().values()
+    if not any(group["state"] == "PENDING" for group in groups):
+        return None
+    free, there = ray.available_resources(), ray.cluster_resources()
+    return ", ".join(f"{free.get(n, 0.0):g} of {there.get(n, 0.0):g} {n} free" for n in names)

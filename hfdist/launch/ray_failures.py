@@ -1,0 +1,67 @@
+"""Why a run on a cluster failed, in the words of who failed first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from hfdist import errors
+from hfdist.errors import UserError, WorkerError
+from hfdist.launch.child import Failed
+from hfdist.launch.failures import WorkerTraceback
+from hfdist.launch.logs import path_of
+
+_PEER = "PeerError"
+
+
+def cause_of(
+    said: Mapping[int, tuple[Failed, float]],
+    lost: Mapping[int, BaseException],
+    error: BaseException | None,
+    run_dir: Path,
+) -> UserError:
+    """The error that ended a run.
+
+    Args:
+        said: What workers said of themselves, by rank, and when.
+        lost: What Ray says of them, by rank: an exception of theirs, or that the process is gone.
+        error: What Ray Train says of the whole.
+        run_dir: The run's folder.
+    """
+    own = {r: f for r, (f, _) in said.items() if f.error_class != _PEER}
+    if own:
+        rank = min(own, key=lambda r: said[r][1])
+        return _of_worker(rank, own[rank])
+    silent = {r: e for r, e in lost.items() if r not in said}
+    for rank, exception in silent.items():
+        return WorkerError(f"rank {rank} {_how(exception)}; its log is {path_of(run_dir, rank)}")
+    if said:
+        rank = min(said, key=lambda r: said[r][1])
+        return _of_worker(rank, said[rank][0])
+    return WorkerError(f"Ray Train gave up: {_first(error)}")
+
+
+def _of_worker(rank: int, failed: Failed) -> UserError:
+    # What the lead says needs no sender: a run in one process says it in the same words.
+    sender = f"rank {rank}: " if rank > 0 else ""
+    error: UserError
+    if failed.is_user_error:
+        error = getattr(errors, failed.error_class, WorkerError)(sender + failed.message)
+    else:
+        error = WorkerError(f"rank {rank} failed: {failed.error_class}: {failed.message}")
+    error.__cause__ = WorkerTraceback("\n\n" + failed.traceback)
+    return error
+
+
+def _how(exception: BaseException) -> str:
+    text = str(exception)
+    name = type(exception).__name__
+    if "OutOfMemory" in name or ("memory" in text.lower() and "killed" in text.lower()):
+        return "was killed because its node ran out of memory"
+    if "node" in text.lower() and ("died" in text.lower() or "dead" in text.lower()):
+        return f"was on a node that died ({_first(exception)})"
+    return f"ended without a word: killed, or crashed ({_first(exception)})"
+
+
+def _first(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
