@@ -154,7 +154,7 @@ class Problem:
         products: list[Product] = []
         for microbatch in self.roles.gradient:
             with_graph = own_gradient is None or share
-            evaluation = self._evaluate(microbatch, graph=with_graph, record=True)
+            evaluation = self._evaluate(microbatch, graph=with_graph, split=share, record=True)
             if share:
                 gradient, product = self._gradient_and_product(evaluation)
                 products.append(product)
@@ -292,7 +292,7 @@ class Problem:
         products: list[Product] = []
         weight = torch.zeros(1, dtype=torch.float64, device=self.params.device)
         for microbatch in self.roles.curvature:
-            evaluation = self._evaluate(microbatch, graph=True)
+            evaluation = self._evaluate(microbatch, graph=True, split=True)
             products.append(self._gradient_and_product(evaluation)[1])
             weight += evaluation.weight
         self.comm.sum(weight)
@@ -368,8 +368,11 @@ class Problem:
             return reference / weight
         return 1.0 / weight
 
-    def _evaluate(self, microbatch: Microbatch, *, graph: bool, record: bool = False) -> Evaluation:
-        split = graph and self.curvature_opt == "ggn"
+    def _evaluate(
+        self, microbatch: Microbatch, *, graph: bool, split: bool = False, record: bool = False
+    ) -> Evaluation:
+        # Only the Gauss-Newton product looks at loss and outputs apart.
+        split = split and self.curvature_opt == "ggn"
         self.work.forward_with_graph += graph
         self.work.forward += not graph
         with (
