@@ -98,7 +98,10 @@ class JsonDisplay(QuietDisplay):
         )
 
     def step(self, step: int, report: StepReport, extra: Mapping[str, float]) -> None:
-        self._say("step", step=step, stop=str(report.stop), **report.metrics(), **extra)
+        values: dict[str, Any] = {"step": step, "stop": str(report.stop), **report.metrics()}
+        # The last evaluation has a loss, too.
+        more = {f"eval_{key}" if key in values else key: value for key, value in extra.items()}
+        self._say("step", **values, **more)
 
     def message(self, text: str) -> None:
         self._say("message", text=text)
