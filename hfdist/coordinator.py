@@ -252,8 +252,9 @@ class Coordinator:
         """Record a failure; never hides the error by one of its own."""
         try:
             self.finish(Status.FAILED, progress, error=f"{type(error).__name__}: {error}")
-        except Exception:
-            logger.exception("could not record the failure")
+        except Exception as second:
+            logger.warning("the failure is not recorded in %s: %s", self._run_dir, second)
+            logger.debug("where it was not recorded", exc_info=True)
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

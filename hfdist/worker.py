@@ -104,16 +104,9 @@ class Worker:
         self._warn_about_batch_norm()
         progress = self._coordinator.start(self._resume, self._info())
         self.model.train()
-        status = Status.FINISHED
         try:
-            while progress.state.step < self.config.steps:
-                report = self._step(progress)
-                if self._coordinator.commit(report, progress, self.params, self._extra(report)):
-                    status = Status.KILLED
-                    break
-        except Interrupted:
-            # The step in progress is abandoned: parameters and state are those before it.
-            status = Status.KILLED
+            status = self._loop(progress)
+            return self._coordinator.finish(status, progress, self._example)
         except BaseException as error:
             # Of a rank cut off from the others, the run may go on elsewhere: it must not write then.
             if not self._retried or getattr(error, "exit_code", 1) == 2:
@@ -122,7 +115,18 @@ class Worker:
         finally:
             self._loader.close()
             self._eval_loader.close()
-        return self._coordinator.finish(status, progress, self._example)
+
+    def _loop(self, progress: Progress) -> Status:
+        """Step until the last step, or until somebody asks to stop."""
+        try:
+            while progress.state.step < self.config.steps:
+                report = self._step(progress)
+                if self._coordinator.commit(report, progress, self.params, self._extra(report)):
+                    return Status.KILLED
+        except Interrupted:
+            # The step in progress is abandoned: parameters and state are those before it.
+            return Status.KILLED
+        return Status.FINISHED
 
     def _try_task(self) -> None:
         """Run model and loss on a few examples, so that a broken task is told from a broken run."""

@@ -38,7 +38,7 @@ def mean_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.parametrize("shared", ["all", "none", "curvature", "loss"])
 def test_each_role_sees_its_own_examples(model: nn.Module, curvature_opt: Any, shared: str) -> None:
     g, gx, gy = role(model, 7, seed=1)
-    c, cx, cy = (g, gx, gy) if shared in ("all", "curvature") else role(model, 5, seed=2)
+    c, _, _ = (g, gx, gy) if shared in ("all", "curvature") else role(model, 5, seed=2)
     f, fx, fy = (g, gx, gy) if shared in ("all", "loss") else role(model, 9, seed=3)
     params = ParameterVector(model.parameters())
     problem = Problem(
