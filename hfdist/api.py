@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfdist.config import RunConfig, load_config
-from hfdist.errors import ConfigError, StorageError
+from hfdist.config import CONFIG_FILE, RunConfig, load_config
+from hfdist.display import DISPLAYS
+from hfdist.errors import ConfigError, StorageError, UserError
 from hfdist.launch import start
 from hfdist.launch.torchrun import is_restart, run_id_of_group
+from hfdist.record import write_atomically
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -38,15 +41,18 @@ def train(
     Raises:
         UserError: Bad input, or a worker that failed; one message that names what is wrong.
     """
+    _check_display(display)
+    if isinstance(job, RunConfig) and overrides:
+        raise ConfigError("overrides belong to a job file: change the RunConfig itself")
     config = job if isinstance(job, RunConfig) else load_config(job, overrides)
     run_id = run_id or run_id_of_group(slug(config.name)) or new_run_id(config.name)
     if not _RUN_ID.fullmatch(run_id):
         raise ConfigError(f"run id {run_id!r}: use letters, digits, dots, dashes and underscores")
-    run_dir = Path(config.output).expanduser().resolve() / run_id
-    if (run_dir / "config.yaml").exists() and not is_restart():
+    run_dir = _output(config) / run_id
+    if (run_dir / CONFIG_FILE).exists() and not is_restart():
         raise ConfigError(f"run {run_id} exists already: `hfdist resume {run_dir}` goes on with it")
-    check_writable(run_dir.parent)
-    return start(config, run_dir=run_dir, resume=False, display=display)
+    with output_folder(run_dir.parent):
+        return start(_of(config, run_dir), run_dir=run_dir, resume=False, display=display)
 
 
 def resume(
@@ -63,13 +69,21 @@ def resume(
         As `train`.
 
     Raises:
-        UserError: As `train`.
+        UserError: As `train`; the run's job is then as it was before.
     """
-    run_dir = Path(run_dir).resolve()
-    config = RunConfig.from_run(run_dir, overrides)
+    _check_display(display)
+    run_dir = Path(run_dir).expanduser().resolve()
+    config = _of(RunConfig.from_run(run_dir, overrides), run_dir)
+    path = run_dir / CONFIG_FILE
+    before = path.read_text()
     if overrides:
-        config.save(run_dir / "config.yaml")
-    return start(config, run_dir=run_dir, resume=True, display=display)
+        config.save(path)
+    try:
+        return start(config, run_dir=run_dir, resume=True, display=display)
+    except UserError as error:
+        if overrides and error.exit_code == 2:  # the changes did not fit
+            write_atomically(path, before)
+        raise
 
 
 def new_run_id(name: str) -> str:
@@ -79,15 +93,17 @@ def new_run_id(name: str) -> str:
 
 def slug(name: str) -> str:
     """A name as part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:80] or "run"
 
 
-def check_writable(folder: Path) -> None:
-    """Make a folder if there is none.
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """Make the folder of the runs; take it away again if bad input leaves it empty.
 
     Raises:
         StorageError: It cannot be made or written.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     probe = folder / f".probe-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,3 +113,26 @@ def check_writable(folder: Path) -> None:
         raise StorageError(
             f"output {folder} cannot be written: {error.strerror}. Choose another folder: output=..."
         ) from error
+    try:
+        yield
+    except UserError:
+        with contextlib.suppress(OSError):  # not empty: something is worth keeping
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def _output(config: RunConfig) -> Path:
+    if "://" in config.output:
+        raise ConfigError(f"output is {config.output!r}: it must be a folder of this machine")
+    return Path(config.output).expanduser().resolve()
+
+
+def _of(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The job with its output as a full path: a run may be resumed from anywhere, or moved."""
+    return config.model_copy(update={"output": str(run_dir.parent)})
+
+
+def _check_display(display: str) -> None:
+    if display not in DISPLAYS:
+        raise ConfigError(f"display is {display!r}: it must be one of {', '.join(DISPLAYS)}")

@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from yaml import YAMLError
 
 from hfdist.checkpoint.config import CheckpointConfig
+from hfdist.config_errors import explain
 from hfdist.data import BatchesConfig
-from hfdist.errors import ConfigError, StorageError
+from hfdist.errors import ConfigError
 from hfdist.evaluation import EvaluateConfig
 from hfdist.launch.config import LaunchConfig
+from hfdist.masking import MASK, flatten, is_secret, masked, masked_override
 from hfdist.optim.options import PRESETS, HFOptions
+from hfdist.record import write_atomically
 from hfdist.tracking.config import TrackingConfig
 
 CONFIG_FILE = "config.yaml"
 """Name of the resolved job in a run's folder."""
 
-_SECRET = re.compile(r"(password|passwd|secret|token|api_?key|credential)", re.IGNORECASE)
-MASK = "********"
+_SECTIONS = ("optim", "batches", "launch", "checkpoint", "tracking", "evaluate")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 class RunConfig(BaseModel):
     """Everything that defines a run."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, title="hfdist job"
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,  # a run may be named 12
+        title="hfdist job",
     )
 
     name: str = Field(default="run", min_length=1)
@@ -46,10 +62,10 @@ class RunConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     """Seed of the initialisation, of the order of the data and of dropout."""
     device: str = "auto"
-    """auto, cpu, cuda, or one GPU: cuda:1."""
+    """auto (GPUs where there are any, else the CPU), cpu, cuda, or one GPU, cuda:1."""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of parameters and data."""
-    output: str = "runs"
+    output: str = Field(default="runs", min_length=1)
     """Folder of the runs."""
     optim: HFOptions = Field(default_factory=HFOptions)
     """Rules of the Hessian-free step."""
@@ -64,32 +80,46 @@ class RunConfig(BaseModel):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     """When held-out data is looked at."""
 
+    _references: dict[str, str] = PrivateAttr(default_factory=dict)
+    """Secrets that the job takes from elsewhere: {"task_args.token": "${oc.env:TOKEN}"}."""
+
     @model_validator(mode="before")
     @classmethod
-    def _apply_preset(cls, values: Any) -> Any:
-        """Put the preset's rules under the ones that are given."""
-        if not isinstance(values, Mapping) or not isinstance(values.get("optim"), Mapping):
+    def _fill_sections(cls, values: Any) -> Any:
+        """Put the preset's rules under the ones that are given; an empty section has the defaults."""
+        if not isinstance(values, Mapping):
             return values
-        optim = values["optim"]
-        rules = PRESETS.get(optim.get("preset", "default"), {})
-        return {**values, "optim": {**rules, **optim}}
+        empty = [key for key in (*_SECTIONS, "task_args") if values.get(key, ...) is None]
+        values = {key: value for key, value in values.items() if key not in empty}
+        optim = values.get("optim")
+        if isinstance(optim, Mapping) and isinstance(optim.get("preset"), str):
+            values["optim"] = {**PRESETS.get(optim["preset"], {}), **optim}
+        return values
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        if not _DEVICE.fullmatch(device):
+            raise ValueError(f"device is {device!r}: it must be auto, cpu, cuda or cuda:N")
+        return device
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in YAML."""
-        return TypeAdapter(RunConfig).dump_python(self, mode="json")
+        """Plain values, as in YAML; secrets are masked."""
+        return masked(_plain(self))
 
     def flatten(self) -> dict[str, Any]:
         """{"optim.damping": 1.0, ...}; secrets are masked."""
-        return dict(_flat(self.to_dict(), ""))
+        return dict(flatten(self.to_dict()))
 
     def save(self, path: Path) -> None:
         """Write the job as YAML; `load_config` reads it back equal.
 
+        A secret is written as a reference to where the job has it from, `${oc.env:NAME}`, or masked:
+        whoever loads the file has to give it again.
+
         Raises:
             StorageError: The file cannot be written.
         """
-        from hfdist.record import write_atomically
-
         write_atomically(path, to_yaml(self))
 
     @classmethod
@@ -105,11 +135,6 @@ class RunConfig(BaseModel):
         return load_config(path, overrides)
 
 
-def to_yaml(config: RunConfig) -> str:
-    """The resolved job as YAML text."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
-
-
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a job file, apply overrides, validate.
 
@@ -121,10 +146,22 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: One message that names the file or key at fault and the mend.
     """
     path = Path(path)
-    values = _read(path)
+    written = _read(path)
     for override in overrides:
-        _apply(values, override)
+        _apply(written, override)
+    values = _resolve(written, path)
+    for key, value in flatten(values):
+        if value == MASK and is_secret(key):
+            raise ConfigError(
+                f"{path}: {key} is a secret and was not written down: give it again, {key}=..., or "
+                f"let the job take it from the environment ({key}: ${{oc.env:NAME}})"
+            )
     config = from_dict(values, str(path))
+    config._references.update(
+        (key, value)
+        for key, value in flatten(written)
+        if is_secret(key, value) and "${" in value.replace("\\${", "")
+    )
     return _with_task_beside(config, path.parent)
 
 
@@ -135,128 +172,125 @@ def from_dict(values: Mapping[str, Any], where: str = "the job") -> RunConfig:
         ConfigError: As `load_config`.
     """
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error, values)}") from error
+        raise ConfigError(f"{where}: {explain(error, known_keys())}") from error
+    # To pydantic true is a 1, as to Python; in a job it is a mistake.
+    plain = dict(flatten(_plain(config)))
+    for key, value in flatten(values):
+        if isinstance(value, bool) and not isinstance(plain.get(key, value), bool):
+            raise ConfigError(f"{where}: {key} is {str(value).lower()}: it must be a number")
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved job as YAML text; secrets as in `RunConfig.save`."""
+    values = _escaped(config.to_dict())
+    for key, reference in config._references.items():
+        *sections, last = key.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[last] = reference
+    return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def schema() -> dict[str, Any]:
     """JSON schema of a job file, for editors."""
-    return RunConfig.model_json_schema() | {
-        "$schema": "https://json-schema.org/draft/2020-12/schema"
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **RunConfig.model_json_schema(),
     }
 
 
-def known_keys() -> list[str]:
-    """All dotted keys."""
+@cache
+def known_keys() -> tuple[str, ...]:
+    """All dotted keys, the sections' own names included."""
     example = RunConfig(task="module:Class").to_dict()
-    sections = [key for key, value in example.items() if isinstance(value, dict) and value]
-    return [*example, *(f"{s}.{key}" for s in sections for key in example[s])]
+    return (*example, *(f"{section}.{key}" for section in _SECTIONS for key in example[section]))
 
 
 # -- reading -----------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """The file's values, references not yet followed."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a job file in it")
     if not path.is_file():
         raise ConfigError(f"job file {path} does not exist")
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except OSError as error:
+        # OmegaConf raises one without a number for a file that holds a single text.
+        if error.errno is not None:
+            raise ConfigError(f"job file {path} cannot be read: {error.strerror}") from error
+        values = None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"job file {path}{line} is no valid YAML: {problem}") from error
     if not isinstance(values, dict):
         raise ConfigError(
-            f"job file {path} must hold key: value pairs, like `task: digits.py:Task`"
+            f"job file {path} must hold `key: value` lines, like `task: digits.py:Task`"
         )
     return {str(key): value for key, value in values.items()}
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
+    shown = masked_override(override)
     key, equals, text = override.partition("=")
-    key = key.strip().lstrip("+")
+    key = key.strip()
     if not equals or not key:
-        raise ConfigError(f"override {override!r}: write key=value, like optim.damping=0.1")
+        raise ConfigError(f"override {shown!r}: write key=value, like optim.damping=0.1")
     try:
-        value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=True)["value"]  # type: ignore[index,call-overload]
-    except (YAMLError, OmegaConfBaseException) as error:
+        parsed: Any = OmegaConf.create(f"value: {text}")
+        value = OmegaConf.to_container(parsed, resolve=False)["value"]  # type: ignore[index,call-overload]
+    except (YAMLError, OmegaConfBaseException, KeyError, TypeError, IndexError) as error:
         raise ConfigError(
-            f"override {mask_override(override)!r}: the value is no valid YAML: quote it"
+            f"override {shown!r}: the value is no valid YAML: put it in quotes"
         ) from error
     *sections, last = key.split(".")
     place = values
     for section in sections:
-        inner = place.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {section} is no section")
-        place = inner
+        if place.get(section) is None:
+            place[section] = {}
+        if not isinstance(place[section], dict):
+            raise ConfigError(f"override {shown!r}: {section} is no section")
+        place = place[section]
     place[last] = value
+
+
+def _resolve(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Follow references (`${steps}`, `${oc.env:NAME}`), after the overrides."""
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ConfigError(f"{path}: {key}{str(error).splitlines()[0]}") from error
+    return {str(key): value for key, value in resolved.items()}  # type: ignore[union-attr]
 
 
 def _with_task_beside(config: RunConfig, folder: Path) -> RunConfig:
     where, _, name = config.task.rpartition(":")
     if not where.endswith(".py"):
         return config
-    file = Path(where)
-    if not file.is_absolute():
-        file = (folder / file).resolve()
+    file = (folder / Path(where).expanduser()).resolve()
     return config.model_copy(update={"task": f"{file}:{name}"})
 
 
-# -- messages ----------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------
 
 
-def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
-    problem = error.errors(include_url=False)[0]
-    place = [str(part) for part in problem["loc"] if part not in ("int", "float", "str", "bool")]
-    # Parts that pydantic adds for the branches of a union are no keys.
-    place = [part for part in place if not part.startswith(("tuple[", "function-", "literal["))]
-    key = ".".join(place)
-    kind = problem["type"]
-    more = "" if len(error.errors()) == 1 else f" (and {len(error.errors()) - 1} more)"
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key {key!r}{_nearest(key)}{more}"
-    if kind == "missing":
-        return f"key {key!r} is missing{more}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{key}.{message}{more}" if key in _sections() else f"{key}: {message}{more}"
-    shown = MASK if _SECRET.search(key) else repr(problem.get("input"))
-    return f"{key} is {shown}: {message[0].lower()}{message[1:]}{more}"
+def _plain(config: RunConfig) -> dict[str, Any]:
+    return TypeAdapter(RunConfig).dump_python(config, mode="json")
 
 
-def _sections() -> set[str]:
-    return {"optim", "batches", "launch", "checkpoint", "tracking", "evaluate"}
-
-
-def _nearest(key: str) -> str:
-    keys = known_keys()
-    found = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if not found:  # perhaps the right name in the wrong section
-        last = key.rpartition(".")[2]
-        by_last = {k.rpartition(".")[2]: k for k in keys}
-        near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)
-        found = [by_last[near[0]]] if near else []
-    return f": did you mean {found[0]!r}?" if found else " (see `hfdist schema` for all keys)"
-
-
-def mask_override(override: str) -> str:
-    """An override that may be shown: the value of a secret is masked."""
-    key, equals, _ = override.partition("=")
-    return f"{key}{equals}{MASK}" if _SECRET.search(key) else override
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            pairs += _flat(value, f"{name}.")
-        else:
-            pairs.append((name, MASK if _SECRET.search(str(key)) and value else value))
-    return pairs
-
-
-__all__ = ["ConfigError", "RunConfig", "StorageError", "from_dict", "load_config", "schema"]
+def _escaped(values: Any) -> Any:
+    """So that a text with `${` in it is read back as that text."""
+    if isinstance(values, dict):
+        return {key: _escaped(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_escaped(value) for value in values]
+    return values.replace("${", "\\${") if isinstance(values, str) else values

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import math
+import shlex
 import sys
 from collections.abc import Mapping
-from typing import Any, Protocol, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from hfdist.optim.report import StepReport
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hfdist.optim.report import StepReport
 
 DISPLAYS = ("auto", "rich", "plain", "json", "quiet")
 
@@ -85,7 +92,8 @@ class PlainDisplay(QuietDisplay):
 
 
 class JsonDisplay(QuietDisplay):
-    """A JSON object a line: events start, step, message, finish."""
+    """A JSON object a line, with the key `event`: start, step, message, finish. What is not a finite
+    number is left out of steps and null elsewhere."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stdout
@@ -93,15 +101,14 @@ class JsonDisplay(QuietDisplay):
     def start(
         self, run_id: str, first_step: int, total_steps: int, info: Mapping[str, Any]
     ) -> None:
-        self._say(
-            "start", run_id=run_id, first_step=first_step, total_steps=total_steps, info=dict(info)
-        )
+        self._say("start", run_id=run_id, first_step=first_step, total_steps=total_steps, info=info)
 
     def step(self, step: int, report: StepReport, extra: Mapping[str, float]) -> None:
-        values: dict[str, Any] = {"step": step, "stop": str(report.stop), **report.metrics()}
-        # The last evaluation has a loss, too.
-        more = {f"eval_{key}" if key in values else key: value for key, value in extra.items()}
-        self._say("step", **values, **more)
+        numbers, evaluation = _split(extra)
+        held_out = {f"eval/{name}": value for name, value in evaluation.items()}
+        # The same names as in metrics.jsonl.
+        values = {"step": step, **report.metrics(), **numbers, **held_out}
+        self._say("step", **values, stop=str(report.stop))
 
     def message(self, text: str) -> None:
         self._say("message", text=text)
@@ -110,13 +117,13 @@ class JsonDisplay(QuietDisplay):
         self._say("finish", **result)
 
     def _say(self, event: str, **values: Any) -> None:
-        print(json.dumps({"event": event, **values}), file=self._out, flush=True)
+        print(json.dumps(_finite({"event": event, **values})), file=self._out, flush=True)
 
 
 class RichDisplay(QuietDisplay):
     """Progress of the steps, and beneath it of the present step's conjugate gradients."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -124,47 +131,56 @@ class RichDisplay(QuietDisplay):
             Progress,
             TextColumn,
             TimeElapsedColumn,
-            TimeRemainingColumn,
         )
+        from rich.table import Column
 
-        self._console = Console(highlight=False)
+        self._console = console or Console(highlight=False)
+        note = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", table_column=note),
             console=self._console,
             refresh_per_second=8,
+            expand=True,
         )
 
     def start(
         self, run_id: str, first_step: int, total_steps: int, info: Mapping[str, Any]
     ) -> None:
-        self._console.print(header(run_id, first_step, total_steps, info))
+        self._console.print(header(run_id, first_step, total_steps, info), markup=False)
         self._steps = self._progress.add_task(
             "steps", total=total_steps, completed=first_step, note=""
         )
-        self._cg = self._progress.add_task("  cg", total=None, note="")
+        self._cg = self._progress.add_task("   cg", total=None, note="")
         self._progress.start()
+        atexit.register(self._progress.stop)  # however the run ends, the cursor comes back
 
     def cg_iteration(self, step: int, iteration: int, max_iter: int) -> None:
+        if iteration <= 1:
+            self._progress.reset(self._cg, total=max_iter)
         self._progress.update(self._cg, completed=iteration, total=max_iter)
 
     def step(self, step: int, report: StepReport, extra: Mapping[str, float]) -> None:
         self._progress.update(
             self._steps, completed=step + 1, note=line(report, extra, is_short=True)
         )
-        self._progress.update(self._cg, completed=0, note=f"last: {report.stop}")
+        accepted = f"alpha {report.alpha:.3g}" if report.accepted else "rejected"
+        note = f"damping {report.damping:.3g}  {accepted}  stop: {report.stop}"
+        self._progress.update(self._cg, completed=report.cg_iterations, note=note)
 
     def message(self, text: str) -> None:
-        self._console.print(text)
+        self._console.print(text, markup=False)
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        self._progress.update(self._cg, visible=False)
+        if hasattr(self, "_cg"):
+            self._progress.update(self._cg, visible=False)
         self._progress.stop()
-        self._console.print(summary(result))
+        atexit.unregister(self._progress.stop)
+        # Not wrapped: paths and commands are to be copied.
+        self._console.print(summary(result), markup=False, soft_wrap=True)
 
 
 def make_display(name: str) -> Display:
@@ -203,14 +219,10 @@ def header(run_id: str, first_step: int, total_steps: int, info: Mapping[str, An
 
 def line(report: StepReport, extra: Mapping[str, float], is_short: bool = False) -> str:
     """A step in a line."""
-    evaluation = [
-        f"{name} {value:.4g}"
-        for name, value in extra.items()
-        if name not in ("data_passes", "examples_per_second", "peak_memory_bytes")
-    ]
+    _, evaluation = _split(extra)
     parts = [f"loss {report.final_loss:.6g}"]
     if evaluation:
-        parts.append(f"eval {' '.join(evaluation)}")
+        parts.append("eval " + " ".join(f"{k} {v:.4g}" for k, v in evaluation.items()))
     if is_short:
         return "  ".join(parts)
     parts += [
@@ -226,7 +238,7 @@ def summary(result: Mapping[str, Any]) -> str:
     """How a run ended, and where to look."""
     loss = result.get("final_loss")
     lines = [
-        f"{result['status']} after {result['steps']} steps, "
+        f"{result['status']} after {result['steps']} {'step' if result['steps'] == 1 else 'steps'}, "
         f"{result['wall_seconds']:.1f} s, {result['cg_iterations']} CG iterations"
         + (f", loss {loss:.6g}" if loss is not None else "")
     ]
@@ -234,12 +246,30 @@ def summary(result: Mapping[str, Any]) -> str:
     if evaluation:
         lines.append("evaluation: " + ", ".join(f"{k} {v:.6g}" for k, v in evaluation.items()))
     run_dir = result["run_dir"]
-    lines.append(f"results: {run_dir} (metrics.jsonl, plots/, checkpoints/, result.json)")
+    lines.append(f"results:    {run_dir}  (result.json, metrics.jsonl, plots/, checkpoints/)")
     if result.get("tracking_url"):
-        lines.append(f"tracked: {result['tracking_url']}")
+        lines.append(f"look at it: {result['tracking_url']}")
     elif result.get("mlflow_run_id"):
-        output = run_dir.rpartition("/")[0] or "."
-        lines.append(f"look at it: hfdist ui --output {output}")
+        output = str(Path(run_dir).parent)
+        lines.append(f"look at it: hfdist ui --output {shlex.quote(output)}")
     if result["status"] != "FINISHED":
-        lines.append(f"go on: hfdist resume {run_dir}")
+        lines.append(f"go on:      hfdist resume {shlex.quote(run_dir)}")
     return "\n".join(lines)
+
+
+_NUMBERS = ("data_passes", "examples_per_second", "peak_memory_bytes")
+
+
+def _split(extra: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """What is told of a step besides its report: numbers of the machine, and held-out values."""
+    numbers = {k: v for k, v in extra.items() if k in _NUMBERS}
+    return numbers, {k: v for k, v in extra.items() if k not in _NUMBERS}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

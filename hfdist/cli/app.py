@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from typing import Annotated, TextIO
 
 import typer
 
-from hfdist.cli import inspect, project, run
+from hfdist.cli import look, project, run
 
 app = typer.Typer(
     name="hfdist",
@@ -23,34 +24,66 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-TRAIN, LOOK, START = "Train", "Look", "Begin"
-app.command(rich_help_panel=TRAIN)(run.train)
-app.command(rich_help_panel=TRAIN)(run.resume)
-app.command(rich_help_panel=TRAIN)(run.evaluate)
-app.command(rich_help_panel=START)(project.init)
-app.command(rich_help_panel=START)(inspect.config)
-app.command(rich_help_panel=START)(inspect.schema)
-app.command(rich_help_panel=LOOK)(inspect.ui)
-app.command(rich_help_panel=LOOK)(inspect.sync)
-app.command(rich_help_panel=LOOK)(inspect.version)
+_VERBS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Begin": (project.init, look.config, look.schema),
+    "Train": (run.train, run.resume, run.evaluate),
+    "Look": (look.ui, look.sync, look.version),
+}
+
+
+def _help(verb: Callable[..., None]) -> str:
+    """The docstring without the line breaks of the source inside its paragraphs."""
+    paragraphs = inspect.cleandoc(verb.__doc__ or "").split("\n\n")
+    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+
+
+for panel, verbs in _VERBS.items():
+    for verb in verbs:
+        app.command(rich_help_panel=panel, help=_help(verb))(verb)
 
 
 @app.callback()
 def _options(
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="Show tracebacks and debug messages.", envvar="HFDIST_DEBUG"),
+        typer.Option(
+            "--debug", help="Show tracebacks and debug messages.", envvar="HFDIST_DEBUG", metavar=""
+        ),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print versions and exit.",
+            metavar="",
+            is_eager=True,
+            callback=look.print_version,
+        ),
     ] = False,
 ) -> None:
+    os.environ.pop("HFDIST_DEBUG", None)
     if debug:
-        os.environ["HFDIST_DEBUG"] = "1"
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s"
-    )
-    if debug:
-        # Of hfdist alone: other libraries' debug messages drown it.
-        logging.getLogger().setLevel(logging.WARNING)
-        logging.getLogger("hfdist").setLevel(logging.DEBUG)
+        os.environ["HFDIST_DEBUG"] = "1"  # the workers' processes see it, too
+    for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "true")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    handler = _Stderr()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    # Debug messages of hfdist alone: those of other libraries drown them.
+    handler.setLevel(logging.DEBUG if debug else logging.WARNING)
+    logging.getLogger("hfdist").setLevel(logging.DEBUG if debug else logging.NOTSET)
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to what sys.stderr is at the time: a progress display puts itself there."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
 
 
 def main() -> None:

@@ -8,23 +8,34 @@ from typing import Annotated, Any
 
 import typer
 
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Changes of the job, like optim.damping=0.1 launch.workers=4.",
+        metavar="KEY=VALUE",
+        help="Changes of the job, like optim.damping=0.1 launch.workers=4; values are YAML.",
+        show_default=False,
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")]
-Plain = Annotated[bool, typer.Option("--plain", help="Print a line a step, also on a terminal.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show nothing but warnings and errors.", metavar="")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.", metavar="")]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="Print a line a step, also on a terminal.", metavar="")
+]
 
 
 def train(
-    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    job: JobFile,
     overrides: Overrides = None,
     run_id: Annotated[
-        str | None, typer.Option(help="Name of the run's folder; by default made of name and time.")
+        str | None,
+        typer.Option(
+            help="Name of the run's folder; by default made of the job's name and the time.",
+            metavar="ID",
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -32,8 +43,10 @@ def train(
 ) -> None:
     """Train a job; its results are in OUTPUT/RUN_ID.
 
-    Ctrl-C abandons the step in progress, writes a checkpoint and ends with exit code 130;
+    Ctrl-C abandons the step in progress, writes a checkpoint and ends with exit code 130; then
     [bold]hfdist resume[/] goes on.
+
+    On several machines: [bold]torchrun ... -m hfdist train JOB.yaml[/] on each.
     """
     from hfdist import api
 
@@ -42,33 +55,39 @@ def train(
 
 
 def resume(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")],
+    run_dir: RunDir,
     overrides: Overrides = None,
     quiet: Quiet = False,
     as_json: Json = False,
     plain: Plain = False,
 ) -> None:
-    """Go on with a run from its newest checkpoint."""
+    """Go on with a run from its newest checkpoint.
+
+    The result is the same as without the interruption. Changes, such as steps=100, are saved with
+    the run.
+    """
     from hfdist import api
 
     _exit(api.resume(run_dir, overrides or (), display=_display(quiet, as_json, plain)))
 
 
 def evaluate(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")],
+    run_dir: RunDir,
     checkpoint: Annotated[
-        str, typer.Option(help="A step, 'best' or 'newest'.", metavar="STEP")
+        str, typer.Option(help="A step's number, best or newest.", metavar="WHICH")
     ] = "newest",
     as_json: Json = False,
 ) -> None:
-    """Loss and metrics of a run's checkpoint on its evaluation data."""
+    """Print loss and metrics of a run's checkpoint on the evaluation data."""
     import json
 
     from hfdist.errors import ConfigError
     from hfdist.worker import evaluate_run
 
     if checkpoint not in ("newest", "best") and not checkpoint.isdigit():
-        raise ConfigError(f"checkpoint is {checkpoint!r}: it must be a step, 'best' or 'newest'")
+        raise ConfigError(
+            f"checkpoint is {checkpoint!r}: it must be a step's number, best or newest"
+        )
     which: Any = int(checkpoint) if checkpoint.isdigit() else checkpoint
     values = evaluate_run(run_dir, None if which == "newest" else which)
     if as_json:

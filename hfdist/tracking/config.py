@@ -19,6 +19,7 @@ class TrackingConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {
         "extra": "forbid",
         "use_attribute_docstrings": True,
+        "coerce_numbers_to_str": True,
     }
 
     enabled: bool = True
