@@ -39,6 +39,8 @@ def deliver(run_dir: Path, uri: str | None = None) -> int:
         if spool.status == Status.RUNNING:
             spool.append("status", at=spool.last_time, status=str(Status.FAILED))
         delivery = Delivery(spool)
+        if spool.recall("run").get("uri") != spool.recall("target")["uri"]:
+            delivery.open()  # everything is pending there
         while batch := spool.pending(BATCH):
             delivery.deliver(batch)
         if spool.aside:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from hfdist.tracking.config import TrackingConfig, store_uri
 
 
 def serve(output: Path, *, host: str, port: int) -> None:
-    """Serve the pages until Ctrl-C.
+    """Become a server of the pages, until Ctrl-C. Does not return.
 
     Raises:
         ConfigError: There are no runs, the store is a server with pages of its own, or the port is taken.
@@ -34,11 +33,8 @@ def serve(output: Path, *, host: str, port: int) -> None:
                 f"port {port} of {host} cannot be used ({error.strerror}): choose another with --port"
             ) from error
     print(f"MLflow UI: http://{host}:{port}  (Ctrl-C ends it)", flush=True)
-    process = subprocess.Popen(command(uri, host=host, port=port), env=environment())
-    try:
-        process.wait()
-    except KeyboardInterrupt:
-        process.wait(10)
+    # In place of this process: Ctrl-C and SIGTERM reach the server, and nothing is left behind.
+    os.execve(sys.executable, command(uri, host=host, port=port), environment())
 
 
 def command(uri: str, *, host: str, port: int) -> list[str]:
@@ -51,4 +47,8 @@ def command(uri: str, *, host: str, port: int) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Without the server's job queue, which nobody here needs and which takes a dozen processes."""
-    return {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return {
+        **os.environ,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": os.environ.get("MLFLOW_DISABLE_TELEMETRY", "true"),
+    }
