@@ -1,0 +1,62 @@
+# `make` lists the verbs. The first one that needs Python makes .venv; a second run installs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("hfdist needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(READY) ## make .venv and install hfdist in it
+
+train: $(READY) ## train the digits autoencoder and say where its results are
+	$(BIN)/hfdist train deploy/jobs/digits.yaml
+
+test: lint ## format, lint, types, import contracts, and every test without GPU or Docker engine
+	$(PYTEST) -m 'not gpu and not docker and not bench and not slow'
+
+lint: $(READY) ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(READY) ## format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## measure: products, step, optimizers, scaling
+	$(BIN)/hfdist bench products
+	$(BIN)/hfdist bench scaling
+	$(BIN)/hfdist bench optimizers deploy/jobs/digits.yaml
+
+soak: $(READY) ## the long proofs: many kills, nodes that come and go
+	$(PYTEST) -m slow
+
+gpu-test: $(READY) ## the tests that need a CUDA device
+	$(PYTEST) -m gpu
+
+image-test: $(READY) ## build the image and run the compose cluster on a real Docker engine
+	$(PYTEST) -m docker
+
+sbom: $(READY) ## write a CycloneDX bill of materials to dist/
+	$(BIN)/python -m pip install --quiet cyclonedx-bom
+	mkdir -p dist
+	$(BIN)/cyclonedx-py environment $(BIN)/python --output-file dist/sbom.json
+
+clean: ## remove what the verbs made, but the runs
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help install train test lint format bench soak gpu-test image-test sbom clean
