@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow import MlflowClient
+from proxy import Proxy
 from server import MlflowServer
 from torch import nn
 
@@ -193,23 +195,62 @@ def test_a_server_that_hangs_and_one_that_crashes_lose_nothing_and_delay_nothing
     assert client.get_run(tracker.tracked_as).info.status == "FINISHED"
 
 
-def test_a_run_that_starts_while_the_server_hangs_is_one_run(server, client, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    start(server, tmp_path, "before").finish(Status.FINISHED)  # makes the experiment
-    server.pause()
+@pytest.mark.parametrize("fault", ["the answer is lost", "the request arrives late"])
+def test_a_job_is_one_run_over_a_bad_connection(server, client, tmp_path, fault):
+    created, late = [], []
+
+    def spoil(path, hand_on) -> bool:
+        if not path.endswith("/runs/create"):
+            return False
+        created.append(path)
+        if len(created) > 1:
+            return False
+        if fault == "the answer is lost":
+            hand_on()
+        else:
+            late.append(hand_on)
+        return True
+
+    proxy = Proxy(server.uri, spoil)
     try:
-        tracker = start(server, tmp_path, "hung")
-        for step in range(30):
-            tracker.log_metrics({"loss": float(step)}, step)
-            time.sleep(0.1)
-        assert tracker.tracked_as is None
+        tracker = start(server, tmp_path, f"bad-{len(fault)}", uri=proxy.uri)
+        tracker.log_metrics({"loss": 1.0}, 0)
+        assert tracker.flush()
+        for hand_on in late:
+            hand_on()  # as from a server that hung and takes up what lies on its desk
+        tracker.finish(Status.FINISHED)
     finally:
-        server.go_on()
-    assert tracker.flush()
-    tracker.finish(Status.FINISHED)
-    [run] = runs_of(client, "service", "hung")
+        proxy.close()
+    assert len(created) == (1 if fault == "the answer is lost" else 2)
+    [run] = runs_of(client, "service", f"bad-{len(fault)}")
     assert run.info.run_id == tracker.tracked_as
-    assert arrived(client, run.info.run_id) == told(tmp_path / "hung")
+    assert run.info.status == "FINISHED"
+    assert arrived(client, run.info.run_id) == told(tmp_path / f"bad-{len(fault)}")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (
+            {"MLFLOW_TRACKING_USERNAME": "ann", "MLFLOW_TRACKING_PASSWORD": "pw"},
+            "Basic " + base64.b64encode(b"ann:pw").decode(),
+        ),
+        ({"MLFLOW_TRACKING_TOKEN": "abc"}, "Bearer abc"),
+    ],
+)
+def test_credentials_come_from_the_usual_variables(
+    server, tmp_path, monkeypatch, variables, expected
+):
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    proxy = Proxy(server.uri, lambda path, hand_on: False)
+    try:
+        tracker = start(server, tmp_path, f"auth-{len(variables)}", uri=proxy.uri)
+        tracker.finish(Status.FINISHED)
+    finally:
+        proxy.close()
+    assert tracker.tracked_as is not None
+    assert {headers["Authorization"] for headers in proxy.headers} == {expected}
 
 
 def test_what_is_pending_at_the_end_waits_for_sync(server, client, tmp_path, caplog):
