@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,6 +60,7 @@ def _attach(address: str) -> None:
     import ray
 
     try:
+        _knock(address)
         ray.init(address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -71,6 +73,13 @@ def _attach(address: str) -> None:
             f"no Ray cluster answers at {address}: start one with `hfdist cluster start-head`, or leave "
             f"launch.address and RAY_ADDRESS out for one of this machine's own ({reason})"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """See whether anything listens there: Ray itself asks for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
 
 
 @contextmanager

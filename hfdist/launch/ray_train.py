@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -37,7 +38,7 @@ _GROUP_SECONDS = 120
 # Ray's own defaults answer slowly: 2 s to see a failure, 60 s at the old size after a node's loss.
 _TUNING = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -228,13 +229,17 @@ class _Driver:
 
     def _watch(self) -> None:
         """Show events and hand stop requests on, until Ray Train has ended."""
-        while not self._ended.wait(_POLL):
+        try:
+            while not self._ended.wait(_POLL):
+                self._show()
+                if self._signals:
+                    self._stop()
+                if not self._is_training:
+                    self._watch_room()
             self._show()
-            if self._signals:
-                self._stop()
-            if not self._is_training:
-                self._watch_room()
-        self._show()
+        except WorkerError as error:  # the workers are lost
+            self._record(error)
+            raise
 
     @property
     def _is_training(self) -> bool:
@@ -316,8 +321,17 @@ class _Driver:
         if self._error is None and self._result is not None:
             return self._result
         cause = self._cause()
-        record_cause(self._run_dir, cause)
+        self._record(cause)
         raise cause
+
+    def _record(self, cause: UserError) -> None:
+        """Close the run's records: workers leave a failure that may be mended to their driver."""
+        from hfdist.tracking import sync
+
+        record_cause(self._run_dir, cause)
+        if (self._run_dir / "spool").is_dir():
+            with contextlib.suppress(UserError):  # the error itself matters more
+                sync(self._run_dir)
 
     def _cause(self) -> UserError:
         """The error of the worker that failed first, in its own words."""
