@@ -67,12 +67,15 @@ def nearest(key: str, known: Collection[str]) -> str:
     if key in known:  # the whole dotted key was written at the top of a file
         section, _, name = key.rpartition(".")
         return f" at the top: write `{name}:` indented beneath `{section}:`"
-    found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not found:
-        # Perhaps it is in the wrong section.
-        by_name = {k.rpartition(".")[2]: k for k in known}
-        near = difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.7)
-        found = [by_name[near[0]]] if near else []
+    name = key.rpartition(".")[2]
+    by_name = {k.rpartition(".")[2]: k for k in known}
+    if name in by_name:  # the right key in the wrong section
+        found = [by_name[name]]
+    else:
+        found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        found = found or [
+            by_name[n] for n in difflib.get_close_matches(name, by_name, n=1, cutoff=0.7)
+        ]
     return f": did you mean {found[0]!r}?" if found else " (`hfdist schema` lists all keys)"
 
 
