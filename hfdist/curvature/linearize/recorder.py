@@ -1,0 +1,219 @@
+"""Watch a forward pass below autograd, and write down the linear map of every operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hfdist.curvature.linearize.call import Call, Unsupported
+from hfdist.curvature.linearize.generic import generic
+from hfdist.curvature.linearize.program import Program, Step
+from hfdist.curvature.linearize.rules import RULES
+
+_STOPS = {"aten::detach"}  # what is computed from it does not depend on the parameters
+_CONSTANT = {
+    f"aten::{name}"
+    for name in (
+        "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros",
+        "new_ones", "new_full", "new_empty", "bernoulli", "sign", "floor", "ceil", "round", "trunc",
+        "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "argmax", "argmin", "argsort",
+        "_local_scalar_dense", "is_same_size", "sym_size", "sym_numel", "equal", "logical_not",
+    )
+}  # fmt: skip
+_ERASES = {"aten::zero_", "aten::fill_", "aten::normal_", "aten::uniform_", "aten::bernoulli_"}
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operations that run inside the context and depend on the parameters.
+
+    The forward pass is the one that autograd records for the gradient: it runs once. What cannot be
+    recorded faithfully (a custom autograd.Function, code compiled elsewhere, writing into views) is
+    noticed, and remembered as `failure`; the pass itself is not disturbed.
+
+    Args:
+        tensors: The parameters.
+        v: If given, a direction, shaped like the parameters: tangents are then computed at once, and
+            nothing is kept for a second product.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], v: Sequence[Tensor] | None = None) -> None:
+        super().__init__()
+        self.failure: str | None = None
+        self._slots: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._num_slots = self._num_sources = len(tensors)
+        for k, t in enumerate(tensors):
+            self._slots[t] = k
+        self._steps: list[Step] = []
+        self._kept: list[tuple[Tensor, int]] = []  # with their versions
+        self._unversioned: list[Tensor] = []
+        self._direction = v
+        self._tangents: dict[int, Tensor | None] | None = None
+        if v is not None:
+            self._tangents = dict(enumerate(v))
+
+    # -- watching --------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.failure is not None:
+            return func(*args, **kwargs)
+        self._note_versions()
+        try:
+            call = self._call(func, args, kwargs)
+        except Unsupported as e:
+            self._fail(e)
+            call = None
+        if call is None:
+            return func(*args, **kwargs)
+        try:
+            if call.in_place:
+                # The rule may need what the operation is about to overwrite.
+                step = self._step(call)
+                out = func(*args, **kwargs)
+                self._track(call, step)
+                return out
+        except Unsupported as e:
+            self._fail(e)
+            return func(*args, **kwargs)
+        call.out = out = func(*args, **kwargs)
+        try:
+            self._track(call, self._step(call))
+        except Unsupported as e:
+            self._fail(e)
+        return out
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """The call, if its result depends on the parameters."""
+        name = func._schema.name
+        if name in _CONSTANT:
+            return None
+        mutates = func._schema.is_mutable
+        grad_mode = torch.is_grad_enabled()
+        if name in _STOPS or not grad_mode:
+            if mutates and any(map(self._is_tracked, args)):
+                raise Unsupported(f"{func} without gradient on a tensor that has one")
+            return None
+        call = Call(func, args, kwargs, None, self._is_tracked, in_place=mutates)
+        if not call.inputs:
+            return None
+        if mutates:
+            target = args[0]
+            if not name.endswith("_") or not isinstance(target, Tensor) or kwargs.get("out"):
+                raise Unsupported(f"{func} writes into its arguments")
+            if target._is_view():
+                raise Unsupported(f"{func} writes into a view")
+            if name in _ERASES:
+                del self._slots[target]
+                return None
+            call.out = target
+        return call
+
+    def _is_tracked(self, x: Any) -> bool:
+        if not isinstance(x, Tensor):
+            return False
+        if x in self._slots:
+            return True
+        if x.requires_grad and torch.is_grad_enabled():
+            raise Unsupported(
+                f"a tensor of shape {list(x.shape)} depends on the parameters by an operation that "
+                "cannot be watched (a custom autograd.Function, compiled code, or a write into a view)"
+            )
+        return False
+
+    def _step(self, call: Call) -> Step:
+        name = call.func._schema.name
+        rule = RULES.get(name[:-1] if call.in_place else name)
+        try:
+            linear_map = generic(call) if rule is None else rule(call)
+        except Unsupported:
+            raise
+        except Exception as e:
+            raise Unsupported(f"{call.func}: {type(e).__name__}: {e}") from e
+        self._unversioned += call.kept
+        return Step(
+            map=linear_map,
+            inputs=[self._slots[x] for x in call.inputs],
+            outputs=[],
+            aliases=call.aliases,
+            name=name,
+        )
+
+    def _track(self, call: Call, step: Step) -> None:
+        outs = call.out if isinstance(call.out, (tuple, list)) else [call.out]
+        for k, out in enumerate(outs):
+            slot = self._num_slots
+            self._num_slots += 1
+            step.outputs.append(slot)
+            if isinstance(out, Tensor) and out.is_floating_point() and k not in call.constant:
+                self._slots[out] = slot
+        if self._tangents is None:
+            self._steps.append(step)
+            return
+        known = [self._tangents[i] for i in step.inputs]
+        with torch.no_grad():
+            t = step.map(known, [False] * len(known))  # type: ignore[arg-type]
+        ts = t if isinstance(t, (tuple, list)) else [t]
+        self._tangents.update(zip(step.outputs, ts))
+        if len(self._tangents) > 2 * len(self._slots) + 16:  # of tensors that are gone
+            alive = set(self._slots.values())
+            self._tangents = {k: x for k, x in self._tangents.items() if k in alive}
+
+    def _note_versions(self) -> None:
+        # Not when they are kept: an operation in place counts its version up after it was seen here.
+        if self._unversioned:
+            if self._tangents is None:
+                self._kept += [(x, x._version) for x in self._unversioned]
+            self._unversioned = []
+
+    def _fail(self, reason: Unsupported) -> None:
+        self.failure = str(reason)
+        self._steps, self._kept, self._unversioned = [], [], []
+
+    # -- results ---------------------------------------------------------------------------------
+
+    def program(self, outputs: Sequence[Tensor]) -> Program:
+        """The map v -> Jv to these outputs of the recorded pass.
+
+        Raises:
+            Unsupported: The pass could not be recorded.
+        """
+        results = self._results(outputs)
+        return Program(self._steps, self._num_sources, results)
+
+    def tangents(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Jv for the direction given to the constructor.
+
+        Raises:
+            Unsupported: The pass could not be recorded.
+        """
+        results = self._results(outputs)
+        assert self._tangents is not None
+        return [None if r is None else self._tangents[r] for r in results]
+
+    def _results(self, outputs: Sequence[Tensor]) -> list[int | None]:
+        self._note_versions()
+        if self.failure is None and any(x._version != version for x, version in self._kept):
+            self.failure = "a value that the derivative needs was overwritten"
+        if self.failure is not None:
+            raise Unsupported(self.failure)
+        results: list[int | None] = []
+        for z in outputs:
+            if z.requires_grad and z not in self._slots:
+                raise Unsupported("an output depends on the parameters by an unwatched operation")
+            results.append(self._slots.get(z))
+        return results
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """No recorder watches inside."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        yield
