@@ -284,7 +284,14 @@ def _with_task_beside(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
-    return TypeAdapter(RunConfig).dump_python(config, mode="json")
+    # Not as JSON, which has no infinity.
+    return _with_lists(TypeAdapter(RunConfig).dump_python(config, mode="python"))
+
+
+def _with_lists(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _with_lists(value) for key, value in values.items()}
+    return [_with_lists(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 def _escaped(values: Any) -> Any:
@@ -293,4 +300,5 @@ def _escaped(values: Any) -> Any:
         return {key: _escaped(value) for key, value in values.items()}
     if isinstance(values, list):
         return [_escaped(value) for value in values]
-    return values.replace("${", "\\${") if isinstance(values, str) else values
+    # Backslashes before it would escape the escape: they are doubled.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", values) if isinstance(values, str) else values

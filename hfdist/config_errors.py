@@ -69,13 +69,11 @@ def nearest(key: str, known: Collection[str]) -> str:
         return f" at the top: write `{name}:` indented beneath `{section}:`"
     name = key.rpartition(".")[2]
     by_name = {k.rpartition(".")[2]: k for k in known}
-    if name in by_name:  # the right key in the wrong section
-        found = [by_name[name]]
-    else:
-        found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        found = found or [
-            by_name[n] for n in difflib.get_close_matches(name, by_name, n=1, cutoff=0.7)
-        ]
+    # A slip of the pen; the right key in the wrong section; a guess.
+    found = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    found = found or ([by_name[name]] if name in by_name else [])
+    found = found or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    found = found or [by_name[n] for n in difflib.get_close_matches(name, by_name, n=1, cutoff=0.7)]
     return f": did you mean {found[0]!r}?" if found else " (`hfdist schema` lists all keys)"
 
 

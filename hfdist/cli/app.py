@@ -13,7 +13,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from hfdist.cli import look, project, run
+from hfdist.cli import cluster, jobs, look, project, run, submit, sweep
 
 app = typer.Typer(
     name="hfdist",
@@ -28,6 +28,7 @@ _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Begin": (project.init, look.config, look.schema),
     "Train": (run.train, run.resume, run.evaluate),
     "Look": (look.ui, look.sync, look.version),
+    "Cluster": (submit.submit, sweep.sweep),
 }
 
 
@@ -40,6 +41,8 @@ def _help(verb: Callable[..., None]) -> str:
 for panel, verbs in _VERBS.items():
     for verb in verbs:
         app.command(rich_help_panel=panel, help=_help(verb))(verb)
+for name, family in {"jobs": jobs.app, "cluster": cluster.app}.items():
+    app.add_typer(family, name=name, rich_help_panel="Cluster")
 
 
 @app.callback()

@@ -57,6 +57,17 @@ def train(
 def resume(
     run_dir: RunDir,
     overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Go on as a job of this cluster: RUN_DIR may be the run's name there.",
+            metavar="http://HEAD:8265",
+        ),
+    ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", "-f", help="With --address: show what it prints.", metavar=""),
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
     plain: Plain = False,
@@ -66,6 +77,11 @@ def resume(
     The result is the same as without the interruption. Changes, such as steps=100, are saved with
     the run.
     """
+    if address is not None:
+        from hfdist.cli.submit import resume_job
+
+        resume_job(str(run_dir), overrides, address, follow, as_json)
+        return
     from hfdist import api
 
     _exit(api.resume(run_dir, overrides or (), display=_display(quiet, as_json, plain)))

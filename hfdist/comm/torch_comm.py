@@ -71,12 +71,13 @@ class TorchCommunicator:
             self._vectors = self._new_group("nccl", group) if on_gpu else self._objects
 
     def _new_group(self, backend: str, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-        return dist.new_group(
+        made: Any = dist.new_group(
             dist.get_process_group_ranks(group if group is not None else dist.group.WORLD),
             timeout=timedelta(seconds=self.timeout_seconds),
             backend=backend,
             use_local_synchronization=group is not None,  # ranks outside of `group` are not here
         )
+        return made
 
     @property
     def is_lead(self) -> bool:

@@ -67,7 +67,9 @@ class LaunchConfig:
             if value is not None and not value >= 0.0:
                 raise ValueError(f"{key} is {value}: it must be at least 0")
         if self.placement_timeout is not None and not self.placement_timeout >= 0.0:
-            raise ValueError(f"placement_timeout is {self.placement_timeout}: it must be at least 0")
+            raise ValueError(
+                f"placement_timeout is {self.placement_timeout}: it must be at least 0"
+            )
         for name, amount in self.resources.items():
             if not amount >= 0.0:
                 raise ValueError(f"resources.{name} is {amount}: it must be at least 0")

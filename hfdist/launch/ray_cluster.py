@@ -56,8 +56,22 @@ def connected(address: str | None) -> Iterator[bool]:
         yield True
 
 
+def token_path() -> Path:
+    """The file that holds this user's token for Ray clusters."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def use_token() -> None:
+    """Show this user's token to clusters, if there is one and nobody has said otherwise."""
+    if "RAY_AUTH_MODE" not in os.environ and token_path().is_file():
+        os.environ["RAY_AUTH_MODE"] = "token"
+        _read_authentication_again()
+
+
 def _attach(address: str) -> None:
     import ray
+
+    use_token()
 
     try:
         _knock(address)

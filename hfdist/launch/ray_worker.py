@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -173,6 +174,8 @@ def _surroundings(job: Assignment, rank: int) -> Iterator[None]:
     os.environ.update(job.environment)
     if job.folder.is_dir():
         os.chdir(job.folder)
+    if str(job.folder) not in sys.path:  # tasks are found from the driver's folder
+        sys.path.insert(0, str(job.folder))
     if not (job.run_dir / "config.yaml").is_file():
         raise StorageError(
             f"node {get_context().get_node_rank()} (rank {rank}) does not see {job.run_dir}: set `output` "

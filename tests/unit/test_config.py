@@ -126,11 +126,8 @@ def test_every_shipped_job_is_valid_and_survives_a_round_trip(tmp_path: Path) ->
 
 
 keys = st.text("abcdefgh_", min_size=1, max_size=8)
-texts = st.text(
-    st.sampled_from(
-        list("abeE0123456789+-_.:#'\"\\ ${}[]~!&*%@`|>,?=\ntruefalsenull") + ["é", "\t"]
-    ),
-    max_size=12,
+texts = st.text("abeE0123456789+-_.:#'\"\\ ${}[]~!&*%@`|>,?=\n\té", max_size=12) | st.sampled_from(
+    ["true", "no", "null", "~", "1e3", "0x1f", "2026-01-01", "12:30:00", "${steps}", "a: b", " x "]
 )
 values = st.recursive(
     st.none()
@@ -143,7 +140,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     name=texts.filter(bool),
     task_args=st.dictionaries(keys, values, max_size=4),

@@ -1,0 +1,146 @@
+"""jobs: list, status, logs, stop, delete."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from hfdist.cli.submit import Address, AsJson
+
+app = typer.Typer(
+    help="Jobs of a Ray cluster: list, status, logs, stop, delete.", no_args_is_help=True
+)
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job.")]
+
+
+@app.command("list")
+def list_(address: Address = None, as_json: AsJson = False) -> None:
+    """List the jobs, the newest first."""
+    from hfdist.launch import ray_jobs
+
+    jobs = ray_jobs.list_jobs(ray_jobs.dashboard_address(address))
+    if as_json:
+        _print_json(jobs)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("job", "status", "task", "steps", "experiment", "started", "took"):
+        table.add_column(title, overflow="fold" if title == "job" else "ellipsis")
+    for job in jobs:
+        words = [job["id"], job["status"], job["task"], job["steps"], job["experiment"]]
+        table.add_row(*(word or "" for word in words), _clock(job["started"]), _took(job))
+    Console().print(table if jobs else "no jobs")
+
+
+@app.command()
+def status(job: JobId, address: Address = None, as_json: AsJson = False) -> None:
+    """Show a job: how it stands, or how it ended."""
+    from hfdist.launch import ray_jobs
+
+    _show(ray_jobs.status(job, ray_jobs.dashboard_address(address)), as_json)
+
+
+@app.command()
+def logs(
+    job: JobId,
+    address: Address = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Stay until the job has ended.")
+    ] = False,
+) -> None:
+    """Show what a job has printed."""
+    from hfdist.launch import ray_jobs
+
+    where = ray_jobs.dashboard_address(address)
+    if follow:
+        follow_to_the_end(job, where)
+    else:
+        print(ray_jobs.logs(job, where), end="")
+
+
+@app.command()
+def stop(
+    job: JobId,
+    address: Address = None,
+    wait: Annotated[bool, typer.Option(help="Stay until it has stopped.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a job after a checkpoint; `hfdist resume ID --address ...` goes on with it."""
+    from hfdist.launch import ray_jobs
+
+    where = ray_jobs.dashboard_address(address)
+    stopped = ray_jobs.stop(job, where)
+    while wait and stopped["status"] in ("PENDING", "RUNNING"):
+        time.sleep(0.5)
+        stopped = ray_jobs.status(job, where)
+    _show(stopped, as_json)
+
+
+@app.command()
+def delete(job: JobId, address: Address = None) -> None:
+    """Forget a job that has ended; the run's folder stays."""
+    from hfdist.launch import ray_jobs
+
+    ray_jobs.delete(job, ray_jobs.dashboard_address(address))
+    print(f"deleted {job}")
+
+
+def follow_to_the_end(job: str, address: str) -> None:
+    """Print what a job prints, and end as it does: with its exit code."""
+    import asyncio
+
+    from hfdist.launch import ray_jobs
+
+    async def show() -> None:
+        async for text in ray_jobs.follow(job, address):
+            print(text, end="", flush=True)
+
+    try:
+        asyncio.run(show())
+        ended = ray_jobs.status(job, address)
+        while ended["status"] in ("PENDING", "RUNNING"):
+            time.sleep(0.5)
+            ended = ray_jobs.status(job, address)
+    except KeyboardInterrupt:
+        print(f"\nthe job goes on: hfdist jobs stop {job} --address {address}", file=sys.stderr)
+        sys.exit(130)
+    if ended["status"] == "STOPPED":
+        sys.exit(130)
+    if ended["status"] != "SUCCEEDED":
+        if ended["exit_code"] is None and ended["message"]:
+            print(f"error: {ended['message']}", file=sys.stderr)
+        sys.exit(ended["exit_code"] or 1)
+
+
+def _show(job: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(job)
+        return
+    for key, value in job.items():
+        if value is not None:
+            print(f"{key + ':':<12}{_clock(value) if key in ('started', 'ended') else value}")
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    print(json.dumps(value))
+
+
+def _clock(milliseconds: int | None) -> str:
+    if not milliseconds:
+        return ""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(milliseconds / 1000))
+
+
+def _took(job: dict[str, Any]) -> str:
+    if not job["started"]:
+        return ""
+    seconds = int((job["ended"] or 1000 * time.time()) / 1000 - job["started"] / 1000)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -1,0 +1,103 @@
+"""submit: a run as a job of a Ray cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfdist.cli.run import Json, Overrides
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="The cluster's dashboard; by default RAY_API_SERVER_ADDRESS, else this machine's.",
+        metavar="http://HEAD:8265",
+    ),
+]
+AsJson = Json
+
+
+def submit(
+    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    overrides: Overrides = None,
+    address: Address = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Stay, and show what the run prints.")
+    ] = False,
+    run_id: Annotated[
+        str | None, typer.Option(help="Name of the run; by default made of name and time.")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder that travels with the job; by default the job file's."),
+    ] = None,
+    max_size: Annotated[float, typer.Option(help="Megabytes that may travel.")] = 100.0,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job to a Ray cluster, with the folder it lies in.
+
+    What .gitignore ignores stays behind. [bold]output[/] must be a folder that all nodes see.
+    """
+    from hfdist import api
+    from hfdist.config import load_config
+    from hfdist.errors import ConfigError
+    from hfdist.launch import ray_jobs
+
+    config = load_config(job, overrides or ())
+    folder = (folder or job.parent).resolve()
+    if not job.resolve().is_relative_to(folder):
+        raise ConfigError(f"job file {job} is not in the folder {folder} that travels with it")
+    run_id = run_id or api.new_run_id(config.name)
+    address = ray_jobs.dashboard_address(address)
+    submitted = ray_jobs.submit(
+        job,
+        overrides or (),
+        address=address,
+        run_id=run_id,
+        config=config,
+        folder=folder,
+        max_size=int(max_size * 1e6),
+    )
+    _announce(submitted, address, as_json, follow)
+
+
+def resume_job(
+    run_id: str, overrides: list[str] | None, address: str, follow: bool, as_json: bool
+) -> None:
+    """Submit the continuation of a run."""
+    from hfdist.launch import ray_jobs
+
+    address = ray_jobs.dashboard_address(address)
+    path = Path(run_id)
+    run_dir = str(path.resolve()) if (path / "config.yaml").is_file() else None
+    submitted = ray_jobs.resume(
+        path.name if run_dir else run_id, overrides or (), address=address, run_dir=run_dir
+    )
+    _announce(submitted, address, as_json, follow)
+
+
+def _announce(submitted: object, address: str, as_json: bool, follow: bool) -> None:
+    import json
+
+    from hfdist.cli.jobs import follow_to_the_end
+
+    values = vars(submitted)
+    if as_json:
+        print(json.dumps(values), flush=True)
+    else:
+        print(f"job:       {values['job_id']}")
+        print(f"dashboard: {values['dashboard']}")
+        print(f"mlflow:    {values['mlflow'] or _file_store(values['run_dir'])}")
+        print(f"results:   {values['run_dir']}", flush=True)
+        if not follow:
+            at = f"--address {address}"
+            print(f"watch it:  hfdist jobs logs -f {values['job_id']} {at}")
+            print(f"stop it:   hfdist jobs stop {values['job_id']} {at}", flush=True)
+    if follow:
+        follow_to_the_end(values["job_id"], address)
+
+
+def _file_store(run_dir: str) -> str:
+    return f"hfdist ui --output {run_dir.rpartition('/')[0]}"

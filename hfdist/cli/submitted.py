@@ -1,0 +1,63 @@
+"""The driver of a submitted job, run by the cluster in the job's package."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from hfdist.cli.app import errors_as_messages
+from hfdist.errors import StorageError, UserError
+
+
+def main() -> None:
+    """Run, or go on with, what the package's submission names."""
+    with errors_as_messages():
+        result = _run(Path.cwd())
+    if result["status"] == "KILLED":
+        sys.exit(130)
+
+
+def _run(package: Path) -> dict[str, str]:
+    from hfdist import api
+    from hfdist.launch.ray_jobs import FOLDER, Submission
+
+    submission = Submission(**json.loads((package / FOLDER / "submission.json").read_text()))
+    os.environ.update(submission.environment)
+    run_dir = Path(submission.run_dir)
+    # The package goes with the cluster; the run keeps its own copy, which all nodes see.
+    code = run_dir / "code"
+    if submission.job is not None:
+        try:
+            shutil.copytree(
+                package, code, ignore=shutil.ignore_patterns(FOLDER), dirs_exist_ok=True
+            )
+        except (OSError, shutil.Error) as error:
+            raise StorageError(
+                f"cannot write {run_dir} on the cluster: set `output` to a folder that all nodes share "
+                f"({error})"
+            ) from error
+    if code.is_dir():
+        os.chdir(code)
+        sys.path.insert(0, str(code))
+    here = ["launch.backend=ray", "launch.address=auto"]
+    if submission.job is None:
+        return api.resume(run_dir, [*submission.overrides, *here], display="plain")
+    try:
+        return api.train(
+            code / submission.job,
+            [*submission.overrides, *here],
+            display="plain",
+            run_id=submission.run_id,
+        )
+    except UserError:
+        if not (run_dir / "metrics.jsonl").exists():  # nothing worth keeping
+            os.chdir(package)
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Where a person can look at a run before it has begun."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfdist.tracking.config import store_uri
+
+if TYPE_CHECKING:
+    from hfdist.tracking.config import TrackingConfig
+
+_PATIENCE = 3.0  # seconds: a link is worth no more
+
+
+def run_link(config: TrackingConfig, output: Path, run_id: str) -> str | None:
+    """The page of a server on which the run will be; the server's first page if it says no more.
+
+    Returns:
+        None where there is no server: a store in a file, or no tracking.
+    """
+    uri = store_uri(config, output).rstrip("/")
+    if not config.enabled or not uri.startswith(("http:", "https:")):
+        return None
+    name = urllib.parse.quote(config.experiment)
+    request = urllib.request.Request(
+        f"{uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}", headers=_headers()
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
+            experiment = json.load(answer)["experiment"]["experiment_id"]
+    except (OSError, ValueError, KeyError):  # it does not exist yet, or the server is away
+        return uri
+    query = urllib.parse.quote(f"tags.`hfdist.run_id` = '{run_id}'")
+    return f"{uri}/#/experiments/{experiment}/runs?searchFilter={query}"
+
+
+def _headers() -> dict[str, str]:
+    """What MLflow's own variables say of the user."""
+    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        return {"Authorization": f"Bearer {token}"}
+    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
+        return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
+    return {}
