@@ -137,7 +137,7 @@ class Worker:
             if self.num_examples is not None:
                 batch = self._loader.load(MicrobatchPlan(number=0, indices=torch.arange(n)))
             with Frozen(self.comm.device, self.model).evaluation(seed=0), torch.enable_grad():
-                from_task(self.task, self.model, batch, seed=0).evaluate(False)
+                from_task(self.task, self.model, batch, seed=0).evaluate(False, None)
         except UserError:
             raise
         except Exception as error:

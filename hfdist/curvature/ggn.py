@@ -1,4 +1,8 @@
-"""Product with the generalized Gauss-Newton matrix of one microbatch, G = J' H_L J ([2] sec. 6)."""
+"""Product with the generalized Gauss-Newton matrix of one microbatch, G = J' H_L J ([2] sec. 6).
+
+J is the Jacobian of the model outputs z in the parameters, H_L the Hessian of the loss in z. J' is a
+backward pass through the graph of the forward pass, which is kept. For J there are two ways.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +12,25 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from hfdist.curvature.linearize import Program
+from hfdist.curvature.loss_hessian import LossHessian
+
 
 class GGNProduct:
-    """v -> J' H_L J v by double backward; everything that does not depend on v is built once.
-
-    J is the Jacobian of the model outputs z in the parameters, H_L the Hessian of the loss in z.
+    """v -> J' H_L J v, J by double backward; everything that does not depend on v is built once.
 
     Args:
         outputs: z, attached to the parameters' graph.
-        loss_inputs: The tensors that the loss was computed from: z itself, or detached copies of it.
-        loss_gradient: dL/dz with a graph to `loss_inputs`; None where the loss does not use z_i.
+        loss_hessian: Product with H_L.
         tensors: The parameters.
     """
 
     def __init__(
-        self,
-        outputs: Sequence[Tensor],
-        loss_inputs: Sequence[Tensor],
-        loss_gradient: Sequence[Tensor | None],
-        tensors: Sequence[Tensor],
+        self, outputs: Sequence[Tensor], loss_hessian: LossHessian, tensors: Sequence[Tensor]
     ) -> None:
-        # An output that the loss does not use, or uses linearly, has no curvature.
-        curved = [k for k, dz in enumerate(loss_gradient) if dz is not None and dz.requires_grad]
         self._tensors = list(tensors)
-        self._z = [outputs[k] for k in curved]
-        self._z_in = [loss_inputs[k] for k in curved]
-        self._dz: list[Tensor] = [loss_gradient[k] for k in curved]  # type: ignore[misc]
+        self._H = loss_hessian
+        self._z = [outputs[k] for k in loss_hessian.curved]
         self._w: list[Tensor] = []
         if not self._z:
             return
@@ -41,7 +38,7 @@ class GGNProduct:
         self._w = [torch.zeros_like(z, requires_grad=True) for z in self._z]
         Jtw = grad(self._z, self._tensors, self._w, create_graph=True, allow_unused=True)
         self._used = [k for k, g in enumerate(Jtw) if g is not None and g.requires_grad]
-        self._Jtw: list[Tensor] = [Jtw[k] for k in self._used]
+        self._Jtw = [Jtw[k] for k in self._used]
 
     def __call__(self, v: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Gv, shaped like the parameters, for v shaped like the parameters; None stands for zero."""
@@ -57,13 +54,38 @@ class GGNProduct:
             materialize_grads=True,
         )
         # Jv -> H_L Jv
-        HJv = grad(
-            self._dz,
-            self._z_in,
-            Jv,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        HJv = self._H(Jv)
         # H_L Jv -> J' H_L Jv
+        return grad(self._z, self._tensors, HJv, retain_graph=True, allow_unused=True)
+
+
+class LinearizedGGNProduct:
+    """v -> J' H_L J v, J by replaying the forward pass's operations on tangents.
+
+    A layer's Jv costs two matrix products, as with double backward, but its elementary steps are fused
+    kernels and nothing but the forward pass's own values is kept.
+
+    Args:
+        outputs, loss_hessian, tensors: As for `GGNProduct`.
+        jacobian: v -> tangents of the outputs at `loss_hessian.curved`.
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[Tensor],
+        loss_hessian: LossHessian,
+        tensors: Sequence[Tensor],
+        jacobian: Program,
+    ) -> None:
+        self._tensors = list(tensors)
+        self._H = loss_hessian
+        self._J = jacobian
+        self._z = [outputs[k] for k in loss_hessian.curved]
+
+    def __call__(self, v: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Gv, shaped like the parameters, for v shaped like the parameters; None stands for zero."""
+        Jv = self._J(v)
+        if all(t is None for t in Jv):
+            return [None] * len(self._tensors)
+        HJv = self._H(Jv)
         return grad(self._z, self._tensors, HJv, retain_graph=True, allow_unused=True)

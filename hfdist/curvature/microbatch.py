@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hfdist.curvature.linearize import Recorder
+from hfdist.curvature.loss_hessian import ClosedForm, LossCall, LossWatch, closed_form
 from hfdist.curvature.outputs import differentiable_tensors, reached_first, replaced
 from hfdist.errors import TaskError
 from hfdist.tasks.task import Batch, Outputs, Task, num_examples
@@ -27,6 +30,17 @@ class Evaluation:
     loss_inputs: list[Tensor]
     """The tensors that the loss was computed from: z itself, or detached copies of it."""
 
+    loss_calls: Sequence[LossCall] = ()
+    """Calls of loss functions that are known in closed form."""
+    loss_recorder: Recorder | None = None
+    """Followed the loss inputs to these calls."""
+
+    def closed_form(self) -> ClosedForm | None:
+        """Hessian of the loss in its inputs, if it is one of those known in closed form."""
+        if not self.is_split:
+            return None
+        return closed_form(self.loss_sum, self.loss_inputs, self.loss_calls, self.loss_recorder)
+
     @property
     def is_split(self) -> bool:
         """Whether the loss hangs on copies of z: then its derivatives in z are partial ones."""
@@ -37,9 +51,9 @@ class Evaluation:
 class Microbatch:
     """A way to evaluate the same examples again and again."""
 
-    evaluate: Callable[[bool], Evaluation]
-    """Forward pass at the current parameters. The argument asks to split the loss from the outputs
-    (see `Evaluation.is_split`), where that is possible."""
+    evaluate: Callable[[bool, Recorder | None], Evaluation]
+    """Forward pass at the current parameters. The first argument asks to split the loss from the
+    outputs (see `Evaluation.is_split`), where that is possible; the second watches the pass."""
     seed: int
     """Seed of its random numbers: the same in every evaluation of a step."""
 
@@ -63,20 +77,31 @@ def from_parts(
 ) -> Microbatch:
     """Microbatch of a forward pass and a loss of nothing but its outputs, as (sum, weight)."""
 
-    def evaluate(split: bool) -> Evaluation:
-        outputs = forward()
+    def evaluate(split: bool, recorder: Recorder | None = None) -> Evaluation:
+        with recorder or nullcontext():
+            outputs = forward()
         z = z_in = differentiable_tensors(outputs)
         if split and z:
             copies = {id(t): t.detach().requires_grad_() for t in z}
             z_in = list(copies.values())
             outputs = replaced(outputs, copies)
-        loss_sum, weight = loss_of(outputs)
+        watch = LossWatch()
+        follow = Recorder(z_in, rearrangements_only=True) if split and z else None
+        with watch if follow else nullcontext(), follow or nullcontext():
+            loss_sum, weight = loss_of(outputs)
         if torch.is_grad_enabled() and not loss_sum.requires_grad:
             raise TaskError(
                 f"{name} is not differentiable: it has no graph to the model's outputs. "
                 "Compute it with torch operations from the outputs, without detach, item or no_grad"
             )
-        return Evaluation(loss_sum=loss_sum, weight=weight, outputs=z, loss_inputs=z_in)
+        return Evaluation(
+            loss_sum=loss_sum,
+            weight=weight,
+            outputs=z,
+            loss_inputs=z_in,
+            loss_calls=watch.calls,
+            loss_recorder=follow,
+        )
 
     return Microbatch(evaluate=evaluate, seed=seed)
 
@@ -85,8 +110,9 @@ def from_closure(forward: Callable[[], Sequence[Any]], seed: int) -> Microbatch:
     """Microbatch of a closure that returns (loss, outputs), or (loss, outputs, weight) with the loss
     a mean of the given weight (the number of this rank's examples, say)."""
 
-    def evaluate(split: bool) -> Evaluation:
-        result = forward()
+    def evaluate(split: bool, recorder: Recorder | None = None) -> Evaluation:
+        with recorder or nullcontext():
+            result = forward()
         if not isinstance(result, (tuple, list)) or len(result) not in (2, 3):
             raise TypeError("forward() must return (loss, outputs) or (loss, outputs, weight)")
         loss, outputs = result[0], result[1]

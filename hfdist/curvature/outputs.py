@@ -79,6 +79,12 @@ def reached_first(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
     return [z for z, _ in direct]
 
 
+def is_reached(loss: Tensor, inputs: Sequence[Tensor], without: Sequence[Tensor]) -> bool:
+    """Whether the loss depends on any of `inputs` other than through the tensors `without`."""
+    goals = {_place(t) for t in inputs}
+    return bool(goals & _meet([_place(loss)], goals | {_place(t) for t in without}))
+
+
 def _place(tensor: Tensor) -> _Place:
     if tensor.grad_fn is None:  # a leaf: its place is the node that would accumulate its gradient
         node = tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]

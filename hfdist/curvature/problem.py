@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd import grad
 
 from hfdist.comm import Communicator, SerialCommunicator
+from hfdist.curvature.engines import ProductBuilder, ProductEngine
 from hfdist.curvature.frozen import Frozen
-from hfdist.curvature.ggn import GGNProduct
-from hfdist.curvature.hessian import HessianProduct
 from hfdist.curvature.layout import Product, Replicated, Sharded
+from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.microbatch import Evaluation, Microbatch
 from hfdist.errors import DataError
 from hfdist.optim.problem import Operator
@@ -110,6 +110,8 @@ class Problem:
     frozen: Frozen | None = None
     layout: Replicated | Sharded | None = None
     """How solver vectors lie over ranks; None: whole on each."""
+    engine: ProductEngine = field(default_factory=ProductEngine)
+    """How products are computed; shared by the steps of a run."""
     abandon: Callable[[], bool] | None = None
     """Whether this rank asks to abandon the step; summed over ranks with every product."""
 
@@ -151,18 +153,17 @@ class Problem:
         share = self.overrides.product is None and self.roles.curvature is self.roles.gradient
         g = self.params.zeros()
         sums = torch.zeros(2, dtype=torch.float64, device=self.params.device)  # loss, weight
-        products: list[Product] = []
+        builder = self._builder(self.roles.gradient, record=True) if share else None
         for microbatch in self.roles.gradient:
-            with_graph = own_gradient is None or share
-            evaluation = self._evaluate(microbatch, graph=with_graph, split=share, record=True)
-            if share:
-                gradient, product = self._gradient_and_product(evaluation)
-                products.append(product)
+            gradient: Sequence[Tensor | None] = []
+            if builder is not None:
+                evaluation, gradient = builder.add(microbatch)
             elif own_gradient is None:
-                gradient = self._gradient(evaluation)
+                evaluation = self._evaluate(microbatch, graph=True, record=True)
+                gradient = grad(evaluation.loss_sum, self.params.tensors, allow_unused=True)
             else:
-                gradient = None
-            if gradient is not None:
+                evaluation = self._evaluate(microbatch, graph=False, record=True)
+            if own_gradient is None:
                 self.params.add(g, gradient)
             sums += _as_sums(evaluation, sums)
         self.comm.sum(sums)
@@ -175,42 +176,27 @@ class Problem:
             self._part_of_decay.add_product(g, self._layout.part(self._theta))
         else:
             g = self._layout.part(own_gradient.detach().to(self.params.dtype)).clone()
-        if share:
-            self._products, self._product_weight = products, weight
+        if builder is not None:
+            self._products, self._product_weight = builder.products, weight
         self._gradient_loss = loss_sum * scale + self.regularisation.loss(self._theta)
         if self.roles.loss is self.roles.gradient:
             self._start_loss = self._gradient_loss
         return self._gradient_loss, g
 
-    def _gradient(self, e: Evaluation) -> Sequence[Tensor | None]:
-        return grad(e.loss_sum, self.params.tensors, allow_unused=True)
+    def _builder(self, role: Sequence[Microbatch], record: bool) -> ProductBuilder:
+        recorded: set[int] = set() if record else {id(m) for m in role}
 
-    def _gradient_and_product(self, e: Evaluation) -> tuple[Sequence[Tensor | None], Product]:
-        """dL/dtheta, and the product with the curvature of the same forward pass."""
-        tensors = self.params.tensors
-        if self.curvature_opt == "hessian":
-            gradient = grad(e.loss_sum, tensors, create_graph=True, allow_unused=True)
-            return [None if g is None else g.detach() for g in gradient], HessianProduct(
-                gradient, tensors
+        def evaluate(microbatch: Microbatch, recorder: Recorder | None) -> Evaluation:
+            # What a pass moves the buffers to counts once, however often it is repeated.
+            first = id(microbatch) not in recorded
+            recorded.add(id(microbatch))
+            return self._evaluate(
+                microbatch, graph=True, split=True, record=first, recorder=recorder
             )
-        if not e.outputs:
-            raise ValueError(
-                "the GGN needs the model's outputs: let forward() return (loss, outputs) with outputs "
-                "that depend on the parameters, or use curvature_opt='hessian'"
-            )
-        dz = grad(e.loss_sum, e.loss_inputs, create_graph=True, allow_unused=True)
-        if e.is_split:
-            used = [k for k, d in enumerate(dz) if d is not None]
-            gradient = grad(
-                [e.outputs[k] for k in used],
-                tensors,
-                [dz[k].detach() for k in used],
-                retain_graph=True,
-                allow_unused=True,
-            )
-        else:
-            gradient = grad(e.loss_sum, tensors, retain_graph=True, allow_unused=True)
-        return gradient, GGNProduct(e.outputs, e.loss_inputs, dz, tensors)
+
+        return ProductBuilder(
+            self.engine, self.params, self.comm, self.curvature_opt, evaluate, len(role)
+        )
 
     # -- curvature -------------------------------------------------------------------------------
 
@@ -227,7 +213,9 @@ class Problem:
 
     def _replicated_product(self, layout: Replicated) -> Operator:
         products, weight = self._products or [], self._product_weight
-        first, last = products[:-1], products[-1] if products else None
+        # The last one's results are reduced while it goes on, if they can be told from others.
+        overlaps = bool(products) and getattr(products[-1], "overlaps", True)
+        first, last = (products[:-1], products[-1]) if overlaps else (products, None)
         buffer = torch.zeros(
             self.params.numel + 1, dtype=self.params.dtype, device=self.params.device
         )
@@ -274,6 +262,14 @@ class Problem:
         return self.params.numel
 
     @property
+    def product_engine(self) -> str:
+        if self.overrides.product is not None:
+            return "own"
+        if self.curvature_opt == "hessian" and self.engine.name != "recompute":
+            return "double_backward"
+        return self.engine.name
+
+    @property
     def is_sharded(self) -> bool:
         return isinstance(self._layout, Sharded)
 
@@ -289,14 +285,12 @@ class Problem:
         return B
 
     def _build_products(self) -> None:
-        products: list[Product] = []
         weight = torch.zeros(1, dtype=torch.float64, device=self.params.device)
+        builder = self._builder(self.roles.curvature, record=False)
         for microbatch in self.roles.curvature:
-            evaluation = self._evaluate(microbatch, graph=True, split=True)
-            products.append(self._gradient_and_product(evaluation)[1])
-            weight += evaluation.weight
+            weight += builder.add(microbatch)[0].weight
         self.comm.sum(weight)
-        self._products, self._product_weight = products, float(weight)
+        self._products, self._product_weight = builder.products, float(weight)
         _check_weight(self._product_weight, "curvature")
 
     def release(self) -> None:
@@ -369,7 +363,13 @@ class Problem:
         return 1.0 / weight
 
     def _evaluate(
-        self, microbatch: Microbatch, *, graph: bool, split: bool = False, record: bool = False
+        self,
+        microbatch: Microbatch,
+        *,
+        graph: bool,
+        split: bool = False,
+        record: bool = False,
+        recorder: Recorder | None = None,
     ) -> Evaluation:
         # Only the Gauss-Newton product looks at loss and outputs apart.
         split = split and self.curvature_opt == "ggn"
@@ -379,7 +379,7 @@ class Problem:
             torch.set_grad_enabled(graph),
             self._frozen.evaluation(microbatch.seed),
         ):
-            evaluation = microbatch.evaluate(split)
+            evaluation = microbatch.evaluate(split, recorder)
             if record:
                 self._frozen.record(float(evaluation.weight))
             return evaluation

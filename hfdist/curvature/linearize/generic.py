@@ -13,7 +13,7 @@ from torch.overrides import enable_reentrant_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from hfdist.curvature.linearize.call import Call, Map, Unsupported
+from hfdist.curvature.linearize.call import Call, Unsupported
 
 
 class _PassThrough(TorchDispatchMode):
@@ -39,55 +39,73 @@ def _autograd() -> Iterator[None]:
         reentrant.__exit__(None, None, None)
 
 
-def generic(call: Call) -> Map:
+class generic:
     """v -> Jv of one operation by double backward: J'w is linear in w, and its derivative along v is Jv.
 
     The operation is evaluated once more, on detached inputs, so its result must be no random one.
 
     Raises:
-        Unsupported: It is not differentiable twice, or random.
+        Unsupported: (also from the first use) It is not differentiable twice, or random.
     """
-    if torch.Tag.nondeterministic_seeded in call.func.tags:
-        raise Unsupported(f"{call.func} is random")
-    if call.in_place:
-        raise Unsupported(f"{call.func} has no rule")
-    copies: dict[int, Tensor] = {}
-    inputs: list[Tensor] = []
 
-    def copied(x: Any) -> Any:
-        if any(x is y for y in call.inputs):
-            if id(x) not in copies:
-                copies[id(x)] = x.detach().requires_grad_()
-            return copies[id(x)]
-        return x.detach() if isinstance(x, Tensor) else x
+    def __init__(self, call: Call) -> None:
+        if torch.Tag.nondeterministic_seeded in call.func.tags:
+            raise Unsupported(f"{call.func} is random")
+        if call.in_place:
+            raise Unsupported(f"{call.func} has no rule")
+        self._call: Call | None = call
+        call.kept += call.inputs
 
-    with _autograd(), torch.enable_grad():
-        args, kwargs = tree_map(copied, (list(call.args), dict(call.kwargs)))
-        inputs = [copies[id(x)] for x in call.inputs]
-        out = call.func(*args, **kwargs)
-        outs = list(out) if isinstance(out, (tuple, list)) else [out]
-        curved = [k for k, y in enumerate(outs) if isinstance(y, Tensor) and y.requires_grad]
-        unique = list({id(x): x for x in inputs}.values())
-        w = [torch.zeros_like(outs[k], requires_grad=True) for k in curved]
-        Jtw = grad([outs[k] for k in curved], unique, w, create_graph=True, allow_unused=True)
-    used = [k for k, g in enumerate(Jtw) if g is not None and g.requires_grad]
-    graph = [Jtw[k] for k in used]
-    # A tensor that stands in two places has the same tangent in both.
-    first_place = [next(i for i, x in enumerate(inputs) if x is u) for u in unique]
-    call.kept += [x for x in call.inputs]
+    def prepare(self) -> None:
+        """Build what every use shares. (Not at once: much that is recorded is never used.)"""
+        call, self._call = self._call, None
+        if call is None:
+            return
+        try:
+            self._build(call)
+        except Exception as e:
+            raise Unsupported(f"{call.func}: {e}") from e
 
-    def f(t: Sequence[Tensor], free: Sequence[bool]) -> Any:
-        results: list[Tensor | None] = [
-            torch.zeros_like(y) if isinstance(y, Tensor) and y.is_floating_point() else None
-            for y in outs
-        ]
-        if used:
-            v = [t[first_place[k]] for k in used]
+    def _build(self, call: Call) -> None:
+        copies: dict[int, Tensor] = {}
+
+        def copied(x: Any) -> Any:
+            if any(x is y for y in call.inputs):
+                if id(x) not in copies:
+                    copies[id(x)] = x.detach().requires_grad_()
+                return copies[id(x)]
+            return x.detach() if isinstance(x, Tensor) else x
+
+        with _autograd(), torch.enable_grad():
+            args, kwargs = tree_map(copied, (list(call.args), dict(call.kwargs)))
+            inputs = [copies[id(x)] for x in call.inputs]
+            out = call.func(*args, **kwargs)
+            outs = list(out) if isinstance(out, (tuple, list)) else [out]
+            self._outs = [
+                y.detach() if isinstance(y, Tensor) and y.is_floating_point() else None
+                for y in outs
+            ]
+            self._curved = [
+                k for k, y in enumerate(outs) if isinstance(y, Tensor) and y.requires_grad
+            ]
+            unique = list(copies.values())
+            curved = [outs[k] for k in self._curved]
+            self._w = [torch.zeros_like(y, requires_grad=True) for y in curved]
+            Jtw = grad(curved, unique, self._w, create_graph=True, allow_unused=True)
+        used = [k for k, g in enumerate(Jtw) if g is not None and g.requires_grad]
+        self._graph = [Jtw[k] for k in used]
+        # A tensor that stands in two places has the same tangent in both.
+        places = [next(i for i, x in enumerate(inputs) if x is u) for u in unique]
+        self._used = [places[k] for k in used]
+
+    def __call__(self, t: Sequence[Tensor], free: Sequence[bool]) -> Any:
+        self.prepare()
+        results = [None if y is None else torch.zeros_like(y) for y in self._outs]
+        if self._used:
+            v = [t[i] for i in self._used]
             with _autograd():
-                Jv = grad(graph, w, v, retain_graph=True, allow_unused=True)
-            for k, y in zip(curved, Jv):
+                Jv = grad(self._graph, self._w, v, retain_graph=True, allow_unused=True)
+            for k, y in zip(self._curved, Jv):
                 if y is not None:
                     results[k] = y.detach()
         return tuple(results)
-
-    return f

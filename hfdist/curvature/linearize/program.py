@@ -9,6 +9,17 @@ import torch
 from torch import Tensor
 
 from hfdist.curvature.linearize.call import Map
+from hfdist.curvature.linearize.generic import generic
+
+REARRANGEMENTS = {
+    f"aten::{name}"
+    for name in (
+        "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "slice",
+        "select", "squeeze", "unsqueeze", "alias", "clone", "split", "split_with_sizes", "unbind",
+        "_to_copy", "index_select",
+    )
+}  # fmt: skip
+"""Operations that move numbers about, whatever their values."""
 
 
 @dataclass(kw_only=True)
@@ -39,6 +50,9 @@ class Program:
         self, steps: Sequence[Step], num_sources: int, results: Sequence[int | None]
     ) -> None:
         self.steps = _needed(steps, results)
+        for step in self.steps:
+            if isinstance(step.map, generic):
+                step.map.prepare()
         self.results = results
         self._num_slots = 1 + max(
             [num_sources - 1, *(slot for step in steps for slot in step.outputs)]
@@ -95,8 +109,6 @@ def _find_last_uses(steps: Sequence[Step], num_sources: int, results: set[int]) 
         # Two arguments of one storage: neither is free.
         roots = [of(i) for i in step.inputs]
         step.free = [f and roots.count(r) == 1 for f, r in zip(step.free, roots)]
-        step.dead = [i for i in inputs - read_later] + [
-            o for o in step.outputs if o not in read_later
-        ]
+        step.dead = list(inputs - read_later) + [o for o in step.outputs if o not in read_later]
         read_later |= inputs
         groups_later |= set(roots)

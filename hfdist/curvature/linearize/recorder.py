@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hfdist.curvature.linearize.call import Call, Unsupported
 from hfdist.curvature.linearize.generic import generic
-from hfdist.curvature.linearize.program import Program, Step
+from hfdist.curvature.linearize.program import REARRANGEMENTS, Program, Step
 from hfdist.curvature.linearize.rules import RULES
 
 _STOPS = {"aten::detach"}  # what is computed from it does not depend on the parameters
@@ -40,10 +39,18 @@ class Recorder(TorchDispatchMode):
         tensors: The parameters.
         v: If given, a direction, shaped like the parameters: tangents are then computed at once, and
             nothing is kept for a second product.
+        rearrangements_only: Follow the tensors only through operations that move numbers about.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], v: Sequence[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        v: Sequence[Tensor] | None = None,
+        *,
+        rearrangements_only: bool = False,
+    ) -> None:
         super().__init__()
+        self._rearrangements_only = rearrangements_only
         self.failure: str | None = None
         self._slots: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._num_slots = self._num_sources = len(tensors)
@@ -101,6 +108,10 @@ class Recorder(TorchDispatchMode):
             if mutates and any(map(self._is_tracked, args)):
                 raise Unsupported(f"{func} without gradient on a tensor that has one")
             return None
+        if self._rearrangements_only and name not in REARRANGEMENTS:
+            if mutates and any(map(self._is_tracked, args)):
+                raise Unsupported(f"{func} writes into what is followed")
+            return None
         call = Call(func, args, kwargs, None, self._is_tracked, in_place=mutates)
         if not call.inputs:
             return None
@@ -121,7 +132,7 @@ class Recorder(TorchDispatchMode):
             return False
         if x in self._slots:
             return True
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad and torch.is_grad_enabled() and not self._rearrangements_only:
             raise Unsupported(
                 f"a tensor of shape {list(x.shape)} depends on the parameters by an operation that "
                 "cannot be watched (a custom autograd.Function, compiled code, or a write into a view)"
@@ -210,10 +221,3 @@ class Recorder(TorchDispatchMode):
                 raise Unsupported("an output depends on the parameters by an unwatched operation")
             results.append(self._slots.get(z))
         return results
-
-
-@contextmanager
-def unrecorded() -> Iterator[None]:
-    """No recorder watches inside."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        yield

@@ -103,7 +103,7 @@ def _where(call: Call) -> Map:
     call.only(1, 2)
     if len(call.args) != 3:
         raise Unsupported(str(call.func))
-    condition, a, b = call.args
+    condition = call.args[0]
     pa, pb = call.place(1), call.place(2)
     zero = torch.zeros((), dtype=call.out.dtype, device=call.out.device)
 
