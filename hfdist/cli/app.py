@@ -13,7 +13,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from hfdist.cli import cluster, jobs, look, project, run, submit, sweep
+from hfdist.cli import bench, cluster, jobs, look, project, run, submit, sweep
 
 app = typer.Typer(
     name="hfdist",
@@ -41,6 +41,7 @@ def _help(verb: Callable[..., None]) -> str:
 for panel, verbs in _VERBS.items():
     for verb in verbs:
         app.command(rich_help_panel=panel, help=_help(verb))(verb)
+app.add_typer(bench.app, name="bench", rich_help_panel="Look")
 for name, family in {"jobs": jobs.app, "cluster": cluster.app}.items():
     app.add_typer(family, name=name, rich_help_panel="Cluster")
 

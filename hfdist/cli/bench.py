@@ -1,0 +1,151 @@
+"""bench: measurements of this machine, as tables, JSON and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure: scaling over ranks, Hessian-free beside other optimizers.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw to this file.", metavar="FILE.png")]
+
+
+@app.command()
+def scaling(
+    workers: Annotated[
+        str, typer.Option(help="Numbers of ranks on this machine, separated by commas.")
+    ] = "1,2",
+    examples: Annotated[int, typer.Option(help="Examples a rank.")] = 2500,
+    iterations: Annotated[int, typer.Option(help="CG iterations a step.")] = 5,
+    repetitions: Annotated[int, typer.Option(help="Rounds; medians are reported.")] = 7,
+    threads: Annotated[int, typer.Option(help="Threads a rank.")] = 1,
+    as_json: Json = False,
+    plot: Plot = None,
+) -> None:
+    """Time steps on ranks of this machine, fit a model, check it, and foresee a cluster's efficiency."""
+    import json
+
+    from hfdist.bench import scaling as bench
+    from hfdist.errors import ConfigError
+
+    try:
+        numbers = [int(part) for part in workers.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"workers is {workers!r}: write numbers like 1,2,4") from error
+    if min(numbers) < 1 or min(examples, iterations, repetitions, threads) < 1:
+        raise ConfigError(
+            "workers, examples, iterations, repetitions and threads must be at least 1"
+        )
+    report = bench.run(
+        numbers,
+        examples=examples,
+        cg_iterations=iterations,
+        repetitions=repetitions,
+        threads=threads,
+    )
+    if plot is not None:
+        bench.plot(report, plot)
+    if as_json:
+        print(json.dumps(report.to_dict()))
+        return
+    _table(
+        f"Steps on this machine ({report.num_parameters:,} parameters, {threads} thread(s) a rank)",
+        [
+            {
+                "ranks": check.world_size,
+                "examples a rank": check.point.examples,
+                "CG iterations": check.point.cg_iterations,
+                "delay (ms)": 1000 * check.point.delay,
+                "measured (s)": check.measured,
+                "foreseen (s)": check.foreseen,
+                "error (%)": 100 * check.error,
+            }
+            for check in report.checks
+        ],
+    )
+    _table(
+        "Fitted rates",
+        [
+            {
+                "busy ranks": W,
+                "Gflop/s a rank": m.flops / 1e9,
+                "vectors (GB/s)": m.memory_bandwidth / 1e9,
+                "latency (us)": 1e6 * m.link.latency,
+                "link (GB/s)": m.link.bandwidth / 1e9,
+                "step / control": report.overhead.get(W, 1.0),
+            }
+            for W, m in report.machines.items()
+        ],
+    )
+    for name, rows in report.ahead.items():
+        chosen = [row for row in rows if row["world_size"] in (1, 8, 64, 512, 4096)]
+        _table(f"Foreseen efficiency: {name}", chosen)
+
+
+@app.command()
+def optimizers(
+    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Task and rules.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes of the job.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Training time of every contender.")] = 20.0,
+    rivals: Annotated[
+        str | None, typer.Option(help="Names separated by commas; by default all there are.")
+    ] = None,
+    as_json: Json = False,
+    plot: Plot = None,
+) -> None:
+    """Hessian-free beside torch's optimizers on a job's task: one model, batch and budget of seconds.
+
+    Each rival gets the best of a small grid.
+    """
+    import json
+
+    from hfdist.bench import optimizers as bench
+    from hfdist.config import load_config
+    from hfdist.errors import ConfigError
+    from hfdist.tasks.loading import load_task
+
+    config = load_config(job, overrides or ())
+    arena = bench.Arena(
+        load_task(config.task, config.task_args),
+        seconds=seconds,
+        weight_decay=config.optim.weight_decay,
+        examples=config.batches.gradient,
+        seed=config.seed,
+    )
+    try:
+        found = bench.compare(arena, config.optim, rivals.split(",") if rivals else None)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    rows = bench.to_rows(found)
+    if plot is not None:
+        bench.plot(found, plot, f"{config.name}: one batch of {arena.num_examples} examples")
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        _table(f"{config.name}, {seconds:g} s each, a batch of {arena.num_examples}", rows)
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for key in rows[0]:
+        table.add_column(str(key), justify="right" if _is_number(rows[0][key]) else "left")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console().print(table)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
