@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hfdist.comm import Communicator, current_communicator
+from hfdist.curvature.engines import ProductEngine
 from hfdist.curvature.frozen import Frozen
 from hfdist.curvature.layout import Layout, Replicated, make_layout
 from hfdist.curvature.loss_weight import mean_weight
@@ -108,6 +109,7 @@ class HessianFree(torch.optim.Optimizer):
             "step": 0,
             "seed": torch.initial_seed() % 2**63 if seed is None else seed,
             "has_x0": False,
+            "chosen_engine": None,
         }
         super().__init__(params, defaults)
         self._trainable()  # there must be something to train
@@ -242,6 +244,11 @@ class HessianFree(torch.optim.Optimizer):
                 preconditioner=None if M_func is None else lambda _: _of_parts(M_func, layout),
             ),
             frozen=Frozen(params.device, model),
+            engine=ProductEngine(
+                requested=options.product_engine,
+                memory_budget=options.memory_budget,
+                chosen=self.param_groups[0]["chosen_engine"],
+            ),
         )
         if test_deterministic:
             self._test_deterministic(problem)
@@ -388,7 +395,12 @@ class HessianFree(torch.optim.Optimizer):
         x0 = None
         if first["has_x0"]:
             x0 = layout.part(params.flatten([self.state[p]["x0"] for p in params.tensors]))
-        return HFState(damping=first["damping"], x0=x0, step=first["step"])
+        return HFState(
+            damping=first["damping"],
+            x0=x0,
+            step=first["step"],
+            product_engine=first["chosen_engine"],
+        )
 
     def _set_state(self, params: ParameterVector, state: HFState, layout: Layout) -> None:
         x0 = params.zeros() if state.x0 is None else layout.whole(state.x0)
@@ -398,6 +410,7 @@ class HessianFree(torch.optim.Optimizer):
             group["damping"] = state.damping
             group["step"] = state.step
             group["has_x0"] = state.x0 is not None
+            group["chosen_engine"] = state.product_engine
 
     # -- helpers ---------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from hfdist.checkpoint import CheckpointStore, check
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config import RunConfig
 from hfdist.coordinator import Coordinator, Progress, model_tensors
+from hfdist.curvature.engines import ProductEngine
 from hfdist.curvature.frozen import Frozen
 from hfdist.curvature.layout import make_layout
 from hfdist.curvature.microbatch import Microbatch, from_task
@@ -103,6 +104,12 @@ class Worker:
         """The loop; see `run`."""
         self._warn_about_batch_norm()
         progress = self._coordinator.start(self._resume, self._info())
+        optim = self.config.optim
+        self._engine = ProductEngine(
+            requested=optim.product_engine,
+            memory_budget=optim.memory_budget,
+            chosen=progress.state.product_engine,
+        )
         self.model.train()
         try:
             status = self._loop(progress)
@@ -214,6 +221,7 @@ class Worker:
             regularisation=Regularisation(weight_decay=options.weight_decay),
             frozen=Frozen(self.comm.device, self.model),
             layout=self._layout,
+            engine=self._engine,
             abandon=lambda: self._stop.requested,
         )
         if options.preconditioner == "empirical_fisher":

@@ -102,6 +102,16 @@ class HFOptions:
     shard_solver_state: bool = False
     """Hold 1/W of every CG vector and kept iterate on each of W ranks, instead of all of them."""
 
+    # Curvature products
+    product_engine: Literal["linearize", "auto", "double_backward", "recompute"] = "linearize"
+    """How products are computed: by replaying the forward pass on tangents (double backward where that
+    is impossible), by double backward, or without keeping anything between products (least memory).
+    "auto" times the first two on the first solve and keeps the faster; runs of the same seed may then
+    differ by rounding."""
+    memory_budget: int | None = None
+    """Bytes for the graphs that are kept between products; microbatches beyond it are recomputed for
+    every product, with the same result. null: what the device has left."""
+
     # Choosing the step
     use_cg_backtracking: bool = True
     """Choose among the kept CG iterates by their loss [1, sec. 4.6]."""
@@ -128,6 +138,7 @@ class HFOptions:
         for key, low, high, what in (
             ("damping", 0.0, math.inf, "at least 0"),
             ("damping_min", 0.0, math.inf, "at least 0"),
+            ("memory_budget", 0, math.inf, "at least 0"),
             ("damping_increase", 1.0, math.inf, "at least 1"),
             ("damping_decrease", 0.0, 1.0, "between 0 and 1"),
             ("weight_decay", 0.0, math.inf, "at least 0"),
@@ -140,7 +151,7 @@ class HFOptions:
             ("preconditioner_exponent", 0.0, 1.0, "between 0 and 1"),
         ):
             value = getattr(self, key)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ValueError(f"{key} is {value}: it must be {what}")
         for key in ("cg_max_iter", "cg_stop_window", "linesearch_max_iter", "cg_decay_x0_steps"):
             value = getattr(self, key)

@@ -50,6 +50,11 @@ class Problem(Protocol):
         """Undamped curvature matrix at theta, on the curvature batch."""
         ...
 
+    @property
+    def product_engine(self) -> str:
+        """How products are computed, once `curvature` was called."""
+        ...
+
     def release(self) -> None:
         """Free what `curvature` keeps: no product will be asked for any more."""
         ...

@@ -69,6 +69,8 @@ class StepReport:
     num_products: int
     num_loss_evaluations: int
     """Candidate evaluations (backtracking and line search together)."""
+    product_engine: str = ""
+    """How curvature products were computed (see `HFOptions.product_engine`)."""
     solver_bytes: int = 0
     """Memory of the solver's vectors on this rank: right-hand side, CG's own, kept iterates, start."""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -30,6 +30,8 @@ class HFState:
     """Last CG iterate of the last step, this rank's part [n] (not the backtracked one, [1] sec. 4.6)."""
     step: int = 0
     """Number of the next step."""
+    product_engine: str | None = None
+    """What product_engine="auto" has chosen, so that a resumed run computes the same bits."""
 
 
 class Clock:
@@ -181,6 +183,7 @@ def hf_step(
         update_norm=alpha * math.sqrt(delta_squared),
         directional_derivative=slope,
         num_products=result.num_products,
+        product_engine=problem.product_engine,
         solver_bytes=result.num_bytes + (0 if x0 is None else x0.nbytes),
         num_loss_evaluations=candidates.num_evaluations + num_evaluations,
         seconds=clock.total(),
@@ -189,7 +192,10 @@ def hf_step(
     )
     keep_start = accepted or not options.reset_warm_start
     next_state = HFState(
-        damping=next_damping, x0=result.x if keep_start else None, step=state.step + 1
+        damping=next_damping,
+        x0=result.x if keep_start else None,
+        step=state.step + 1,
+        product_engine=problem.product_engine,
     )
     return report, next_state
 

@@ -247,18 +247,19 @@ def _matrix_product(call: Call) -> Map:
     a = None if pb is None else call.value(0)
     b = None if pa is None else call.value(1)
     func = call.func
-    accumulate = {"mm": aten.addmm, "bmm": aten.baddbmm}.get(func._schema.name[6:])
-    in_place = {"mm": Tensor.addmm_, "bmm": Tensor.baddbmm_}.get(func._schema.name[6:])
+    accumulate: Any = {"aten::mm": Tensor.addmm_, "aten::bmm": Tensor.baddbmm_}.get(
+        func._schema.name
+    )
 
     def f(t: Sequence[Tensor], free: Sequence[bool]) -> Tensor:
         if pa is None:
-            return func(a, t[pb])
+            return func(a, t[pb])  # type: ignore[index]
         out = func(t[pa], b)
         if pb is None:
             return out
         if accumulate is None:
             return out.add_(func(a, t[pb]))
-        return in_place(out, a, t[pb])  # type: ignore[misc]
+        return accumulate(out, a, t[pb])
 
     return f
 
@@ -305,15 +306,13 @@ def _convolution(call: Call) -> Map:
     w = None if px is None else call.value(1)
     shape = call.out.shape
     channels = [1, -1] + [1] * (len(shape) - 2)
-    if len(shape) != x.ndim if x is not None else False:
-        raise Unsupported(str(call.func))
 
     def f(t: Sequence[Tensor], free: Sequence[bool]) -> Tensor:
         bias = None if pb is None else t[pb]
         if px is None and pw is None:
             return bias.view(channels).expand(shape).clone()  # type: ignore[union-attr]
         if pw is None:
-            return aten.convolution(t[px], w, bias, *how)
+            return aten.convolution(t[px], w, bias, *how)  # type: ignore[index]
         out = aten.convolution(x, t[pw], bias, *how)
         if px is None:
             return out
