@@ -334,7 +334,7 @@ def run(
             link = fit_link([(W, size, s) for size, s in found.all_reduces])
             overhead[W] = by_point[connected[0]] / by_point[controls[1]]
         machines[W] = Machine(flops=flops, memory_bandwidth=memory, link=link)
-        for point in connected:
+        for point in dict.fromkeys(connected):
             step = work(point, W, P)
             # The gradient's loss, the curvature's weight and each evaluation are reductions, too.
             reductions = point.cg_iterations + step.loss_evaluations + 2 if W > 1 else 0

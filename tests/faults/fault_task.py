@@ -1,0 +1,68 @@
+"""A task whose forward pass goes wrong on one rank, some steps into the run, once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfdist.data import ArrayData
+from hfdist.tasks.task import Task
+
+
+class Fault(Task):
+    """Args: kind: none, raise, kill, stop, sleep or drift; marker: a file that says it has happened;
+    only worker `rank` is hit."""
+
+    def __init__(
+        self, kind: str = "none", marker: str = "", rank: int = 1, calls: int = 30
+    ) -> None:
+        self.kind, self.marker, self.calls_left = kind, Path(marker or "unused"), calls
+        # The log file that a worker opens says its rank; nothing else tells a task.
+        self.rank = rank
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(64, 5, generator=g)
+        self.data = ArrayData(x, x.sin().sum(1, keepdim=True))
+        self.linear: Any = None
+
+    def model(self) -> nn.Module:
+        model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.linear = model[0]
+        return model
+
+    def train_data(self) -> ArrayData:
+        return self.data
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        self.calls_left -= 1
+        if self.calls_left == 0 and self.kind != "none" and my_rank() == self.rank:
+            self._fail()
+        return nn.functional.mse_loss(outputs, batch[1])
+
+    def _fail(self) -> None:
+        if self.marker.exists():
+            return
+        self.marker.write_text(str(os.getpid()))
+        if self.kind == "raise":
+            raise ValueError("the fault of rank one")
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.kind == "sleep":
+            time.sleep(1000)
+        if self.kind == "drift":
+            with torch.no_grad():
+                self.linear.weight.data[0, 0] += 1e-3
+
+
+def my_rank() -> int:
+    """The rank of this process in the default group."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0

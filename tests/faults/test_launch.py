@@ -1,0 +1,181 @@
+"""Workers that die, stall, raise or drift apart; groups by torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(180)]
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "fault",
+                "task": f"{HERE / 'fault_task.py'}:Fault",
+                "task_args": {"marker": str(tmp_path / "happened")},
+                "steps": 12,
+                "output": str(tmp_path / "runs"),
+                "optim": {"cg_max_iter": 5},
+                "checkpoint": {"every": 1},
+                "launch": {"workers": 2, "timeout_seconds": 8, "threads_per_worker": 1},
+                "tracking": {"enabled": False},
+            }
+        )
+    )
+    return path
+
+
+def hfdist(
+    *arguments: str, timeout: float = 90, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hfdist", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+def result(job: Path, run_id: str) -> dict[str, Any]:
+    return json.loads((job.parent / "runs" / run_id / "result.json").read_text())
+
+
+def left_behind(job: Path) -> list[str]:
+    """Processes that still work on the run."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ", "status"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if "hfdist.launch.child" in command:
+            found.append(command)
+    return found
+
+
+@pytest.fixture
+def undisturbed(job: Path) -> dict[str, Any]:
+    run = hfdist("train", str(job), "--run-id", "undisturbed", "--quiet")
+    assert run.returncode == 0, run.stderr
+    return result(job, "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("raise", ["rank 1", "ValueError", "the fault of rank one"]),
+        ("kill", ["rank 1", "SIGKILL"]),
+        ("stop", ["rank 1"]),
+        ("sleep", ["rank 1"]),
+    ],
+)
+def test_the_failing_rank_is_named_all_end_and_resume_goes_on(
+    kind: str, words: list[str], job: Path, undisturbed: dict[str, Any]
+) -> None:
+    start = time.monotonic()
+    run = hfdist("train", str(job), "--run-id", kind, "--quiet", f"task_args.kind={kind}")
+    seconds = time.monotonic() - start
+    assert run.returncode == 1, run.stderr
+    for word in words:
+        assert word in run.stderr
+    assert "Traceback" not in run.stderr
+    assert seconds < 60  # start-up included; the timeout is 8 s
+    assert left_behind(job) == []
+    assert result(job, kind)["status"] == "FAILED"
+
+    again = hfdist("resume", str(job.parent / "runs" / kind), "--quiet")
+    assert again.returncode == 0, again.stderr
+    assert result(job, kind)["parameters_sha256"] == undisturbed["parameters_sha256"]
+
+
+def test_a_group_is_restarted_as_often_as_the_job_allows(
+    job: Path, undisturbed: dict[str, Any]
+) -> None:
+    changes = ["task_args.kind=kill", "launch.max_failures=1"]
+    run = hfdist("train", str(job), "--run-id", "again", "--quiet", *changes)
+    assert run.returncode == 0, run.stderr
+    assert result(job, "again")["parameters_sha256"] == undisturbed["parameters_sha256"]
+    assert left_behind(job) == []
+
+
+def test_replicas_that_drift_apart_stop_the_run(job: Path) -> None:
+    run = hfdist("train", str(job), "--run-id", "drift", "--quiet", "task_args.kind=drift")
+    assert run.returncode == 1
+    assert "parameters of rank" in run.stderr
+    assert "differ" in run.stderr
+
+
+def torchrun(job: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", *arguments, "-m", "hfdist", "train", str(job), "--quiet"),
+            "--run-id=torchrun",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+def test_torchrun_gives_the_same_run(job: Path, undisturbed: dict[str, Any]) -> None:
+    run = torchrun(job)
+    assert run.returncode == 0, run.stderr
+    assert result(job, "torchrun")["parameters_sha256"] == undisturbed["parameters_sha256"]
+
+
+def test_elastic_torchrun_goes_on_from_the_checkpoint(
+    job: Path, undisturbed: dict[str, Any]
+) -> None:
+    text = yaml.safe_load(job.read_text())
+    text["task_args"]["kind"] = "kill"
+    job.write_text(yaml.safe_dump(text))
+    run = torchrun(job, "--max-restarts", "1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert run.returncode == 0, run.stderr
+    found = result(job, "torchrun")
+    assert found["parameters_sha256"] == undisturbed["parameters_sha256"]
+    log = (job.parent / "runs" / "torchrun" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(12))
+
+
+def test_workers_that_disagree_are_told_in_what(job: Path) -> None:
+    other = job.with_name("other.yaml")
+    other.write_text(job.read_text().replace("cg_max_iter: 5", "cg_max_iter: 6"))
+    script = (
+        "import os, sys; job = sys.argv[1 + int(os.environ['RANK'])]; "
+        "sys.argv = ['hfdist', 'train', job, '--quiet']; from hfdist.cli import main; main()"
+    )
+    path = job.with_name("program.py")
+    path.write_text(script)
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", str(path), str(job), str(other)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode != 0
+    assert "do not agree on optim.cg_max_iter" in run.stderr
+
+
+def test_more_workers_than_gpus_is_one_message(job: Path) -> None:
+    run = hfdist("train", str(job), "device=cuda", "--quiet", CUDA_VISIBLE_DEVICES="")
+    assert run.returncode == 2
+    assert "2 workers but 0 GPUs" in run.stderr
