@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hfdist.tasks.task import Task
 
 
 class Fault(Task):
-    """Args: kind: none, raise, kill, stop, sleep or drift; marker: a file that says it has happened;
+    """Args: kind: none, raise, kill, stop or drift; marker: a file that says it has happened;
     only worker `rank` is hit."""
 
     def __init__(
@@ -40,7 +39,11 @@ class Fault(Task):
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         self.calls_left -= 1
-        if self.calls_left == 0 and self.kind != "none" and my_rank() == self.rank:
+        if (
+            self.calls_left == 0
+            and self.kind in ("raise", "kill", "stop")
+            and my_rank() == self.rank
+        ):
             self._fail()
         return nn.functional.mse_loss(outputs, batch[1])
 
@@ -54,11 +57,16 @@ class Fault(Task):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
-        if self.kind == "sleep":
-            time.sleep(1000)
-        if self.kind == "drift":
+
+    def eval_data(self) -> ArrayData:
+        return self.data
+
+    def metrics(self, outputs: Any, batch: Any) -> dict[str, Tensor]:
+        """Drift: evaluation changes the parameters of one rank, in the last bits."""
+        if self.kind == "drift" and my_rank() == self.rank:
             with torch.no_grad():
-                self.linear.weight.data[0, 0] += 1e-3
+                self.linear.weight[0, 0] *= 1 + 1e-6
+        return {}
 
 
 def my_rank() -> int:

@@ -19,18 +19,18 @@ pytestmark = [pytest.mark.ranks, pytest.mark.timeout(180)]
 HERE = Path(__file__).parent
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Path:
-    path = tmp_path / "job.yaml"
+def write_job(folder: Path) -> Path:
+    path = folder / "job.yaml"
     path.write_text(
         yaml.safe_dump(
             {
                 "name": "fault",
                 "task": f"{HERE / 'fault_task.py'}:Fault",
-                "task_args": {"marker": str(tmp_path / "happened")},
+                "task_args": {"marker": str(folder / "happened")},
                 "steps": 12,
-                "output": str(tmp_path / "runs"),
+                "output": str(folder / "runs"),
                 "optim": {"cg_max_iter": 5},
+                "evaluate": {"batch": 16},
                 "checkpoint": {"every": 1},
                 "launch": {"workers": 2, "timeout_seconds": 8, "threads_per_worker": 1},
                 "tracking": {"enabled": False},
@@ -38,6 +38,11 @@ def job(tmp_path: Path) -> Path:
         )
     )
     return path
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    return write_job(tmp_path)
 
 
 def hfdist(
@@ -66,8 +71,10 @@ def left_behind(job: Path) -> list[str]:
     return found
 
 
-@pytest.fixture
-def undisturbed(job: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the run becomes when nothing happens."""
+    job = write_job(tmp_path_factory.mktemp("undisturbed"))
     run = hfdist("train", str(job), "--run-id", "undisturbed", "--quiet")
     assert run.returncode == 0, run.stderr
     return result(job, "undisturbed")
@@ -79,7 +86,6 @@ def undisturbed(job: Path) -> dict[str, Any]:
         ("raise", ["rank 1", "ValueError", "the fault of rank one"]),
         ("kill", ["rank 1", "SIGKILL"]),
         ("stop", ["rank 1"]),
-        ("sleep", ["rank 1"]),
     ],
 )
 def test_the_failing_rank_is_named_all_end_and_resume_goes_on(
