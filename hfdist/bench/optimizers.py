@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,8 @@ class Arena:
         weight_decay: L2 coefficient, the same for all.
         examples: Size of the batch; None: all training data.
         seed: Of the model's initialisation.
+        clock: "wall", or "cpu": the seconds that this process had a core, of all its threads together,
+            which others on a busy machine do not change.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class Arena:
         examples: int | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        clock: Literal["wall", "cpu"] = "wall",
     ) -> None:
+        self._now = time.process_time if clock == "cpu" else time.perf_counter
         self.task, self.budget, self.weight_decay, self._seed = task, seconds, weight_decay, seed
         self._comm = SerialCommunicator(device)
         data = task.train_data()
@@ -133,11 +137,11 @@ class Arena:
         curve = [self._moment(model, clock, work, count)]
         looked = 0.0
         while clock < self.budget:
-            start = time.perf_counter()
+            start = self._now()
             done = next(updates, None)
             if done is None:
                 break
-            clock += time.perf_counter() - start
+            clock += self._now() - start
             work += done
             count += 1
             if clock - looked >= self.budget / points or clock >= self.budget:
