@@ -47,9 +47,6 @@ soak: $(READY) ## the long proofs: many kills, nodes that come and go
 gpu-test: $(READY) ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
-image-test: $(READY) ## build the image and run the compose cluster on a real Docker engine
-	$(PYTEST) -m docker
-
 sbom: $(READY) ## write a CycloneDX bill of materials to dist/
 	$(BIN)/python -m pip install --quiet cyclonedx-bom
 	mkdir -p dist
@@ -59,4 +56,4 @@ clean: ## remove what the verbs made, but the runs
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install train test lint format bench soak gpu-test image-test sbom clean
+.PHONY: help install train test lint format bench soak gpu-test sbom clean
