@@ -9,29 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import hfdist
+from hfdist.cli import main
 
-VERBS = [
-    "bench",
-    "cluster",
-    "config",
-    "evaluate",
-    "init",
-    "jobs",
-    "resume",
-    "schema",
-    "submit",
-    "sweep",
-    "sync",
-    "train",
-    "ui",
-    "version",
-]
+VERBS = (
+    *("bench", "cluster", "config", "evaluate", "init", "jobs", "resume"),
+    *("schema", "submit", "sweep", "sync", "train", "ui", "version"),
+)
 
 TASK = """
 import time
@@ -69,6 +60,35 @@ tracking:
 def environment(**changes: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("HFDIST_DEBUG", "FORCE_COLOR")}
     return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"} | changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a call of the program gave."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Answer]:
+    """Runs the program in this process, which has paid for torch already."""
+    for name in ("HFDIST_DEBUG", "DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "")  # what the program sets is undone afterwards
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def call(*arguments: Any) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["hfdist", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return Answer(returncode=int(ended.value.code or 0), stdout=out, stderr=err)
+
+    return call
 
 
 def run(*arguments: Any, cwd: Path | None = None, **changes: str) -> subprocess.CompletedProcess:
@@ -113,17 +133,20 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])
-def test_help_of_every_verb_fits_the_terminal(columns: str) -> None:
-    for verb in ("train", "resume", "config", "ui"):
-        result = run(verb, "-h", COLUMNS=columns)
+def test_help_of_every_verb_fits_the_terminal(
+    call: Any, columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for verb in ("train", "resume", "evaluate", "config", "schema", "init", "ui", "sync"):
+        result = call(verb, "-h")
         assert result.returncode == 0
-        assert f"Usage: hfdist {verb}" in result.stdout
+        assert f"hfdist {verb} [OPTIONS]" in result.stdout
         assert max(map(len, result.stdout.splitlines())) <= int(columns)
 
 
-def test_version_is_the_package_s() -> None:
-    first = run("version").stdout.splitlines()[0]
-    assert first == run("--version").stdout.splitlines()[0] == f"hfdist {hfdist.__version__}"
+def test_version_is_the_package_s(call: Any) -> None:
+    first = call("version").stdout.splitlines()[0]
+    assert first == call("--version").stdout.splitlines()[0] == f"hfdist {hfdist.__version__}"
 
 
 def test_public_names_are_loaded_when_used() -> None:
@@ -138,22 +161,22 @@ def test_public_names_are_loaded_when_used() -> None:
 # -- jobs
 
 
-def test_config_prints_the_resolved_job(job: Path) -> None:
-    result = run("config", job, "optim.preset=seed", "steps=7", "task_args.token=hunter2")
+def test_config_prints_the_resolved_job(job: Path, call: Any) -> None:
+    result = call("config", job, "optim.preset=seed", "steps=7", "task_args.token=hunter2")
     assert result.returncode == 0
     assert "hunter2" not in result.stdout
     (job.parent / "resolved.yaml").write_text(result.stdout)
-    again = run("config", job.parent / "resolved.yaml", "task_args.token=hunter2")
+    again = call("config", job.parent / "resolved.yaml", "task_args.token=hunter2")
     assert again.stdout == result.stdout
     for line in ("steps: 7", "cg_stop: relative_progress", f"task: {job.parent}/task.py:Own"):
         assert line in result.stdout
 
 
-def test_schema_is_json() -> None:
-    assert "optim" in json.loads(run("schema").stdout)["properties"]
+def test_schema_is_json(call: Any) -> None:
+    assert "optim" in json.loads(call("schema").stdout)["properties"]
 
 
-def test_train_resume_and_evaluate(job: Path) -> None:
+def test_train_resume_and_evaluate(job: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = job.parent
     result = run("train", "job.yaml", "--json", cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -166,25 +189,26 @@ def test_train_resume_and_evaluate(job: Path) -> None:
         assert (run_dir / name).exists(), name
 
     # From elsewhere, and plain because the output is no terminal.
-    resumed = run("resume", run_dir, "steps=5", cwd="/")
+    monkeypatch.chdir("/")
+    resumed = call("resume", run_dir, "steps=5")
     assert resumed.returncode == 0, resumed.stderr
     assert "going on at step 3 of 5" in resumed.stdout
     assert [line[:8] for line in resumed.stdout.splitlines()[1:3]] == ["step 4/5", "step 5/5"]
     assert str(run_dir) in resumed.stdout
     assert "steps: 5" in (run_dir / "config.yaml").read_text()
 
-    newest = json.loads(run("evaluate", run_dir, "--json").stdout)
+    newest = json.loads(call("evaluate", run_dir, "--json").stdout)
     assert newest["step"] == 5
-    older = run("evaluate", run_dir, "--checkpoint", "3")
+    older = call("evaluate", run_dir, "--checkpoint", "3")
     assert "step: 3" in older.stdout
-    best = json.loads(run("evaluate", run_dir, "--checkpoint", "best", "--json").stdout)
+    best = json.loads(call("evaluate", run_dir, "--checkpoint", "best", "--json").stdout)
     assert best["loss"] <= newest["loss"]
-    missing = run("evaluate", run_dir, "--checkpoint", "77")
+    missing = call("evaluate", run_dir, "--checkpoint", "77")
     assert missing.returncode == 2
     assert "77" in _only_message(missing)
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_exit_code_130(job: Path) -> None:
+def test_ctrl_c_leaves_a_checkpoint_and_exit_code_130(job: Path, call: Any) -> None:
     command = [sys.executable, "-m", "hfdist", "train", str(job), "--run-id", "stopped", "--plain"]
     changes = ["steps=1000", "task_args.seconds=0.05", f"output={job.parent}/runs"]
     process = subprocess.Popen(
@@ -206,19 +230,19 @@ def test_ctrl_c_leaves_a_checkpoint_and_exit_code_130(job: Path) -> None:
     result = json.loads((run_dir / "result.json").read_text())
     assert result["status"] == "KILLED"
     done = result["steps"]
-    resumed = run("resume", run_dir, f"steps={done + 1}", "task_args.seconds=0", "--quiet")
+    resumed = call("resume", run_dir, f"steps={done + 1}", "task_args.seconds=0", "--quiet")
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout == ""
     assert json.loads((run_dir / "result.json").read_text())["steps"] == done + 1
 
 
-def test_changes_that_do_not_fit_leave_a_run_s_job_as_it_was(job: Path) -> None:
+def test_changes_that_do_not_fit_leave_a_run_s_job_as_it_was(job: Path, call: Any) -> None:
     out = f"output={job.parent}/runs"
-    assert run("train", job, "--run-id", "one", "steps=1", out, "--quiet").returncode == 0
+    assert call("train", job, "--run-id", "one", "steps=1", out, "--quiet").returncode == 0
     path = job.parent / "runs" / "one" / "config.yaml"
     before = path.read_text()
     for change in ("batches.gradient=9999", "dtype=float64"):
-        refused = run("resume", path.parent, "steps=2", change)
+        refused = call("resume", path.parent, "steps=2", change)
         assert refused.returncode == 2
         assert len(_only_message(refused)) > 20
         assert path.read_text() == before
@@ -254,11 +278,17 @@ def test_changes_that_do_not_fit_leave_a_run_s_job_as_it_was(job: Path) -> None:
     ids=lambda value: " ".join(value) if value[0].isalpha() and len(value) > 1 else None,
 )
 def test_bad_input_is_one_message_and_exit_code_2(
-    job: Path, arguments: list[str], words: list[str]
+    job: Path,
+    call: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: list[str],
 ) -> None:
     (job.parent / "broken.yaml").write_text("task: [1\nname: x\n")
     before = sorted(job.parent.rglob("*"))
-    result = run(*arguments, cwd=job.parent, MLFLOW_TRACKING_URI="")
+    monkeypatch.chdir(job.parent)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    result = call(*arguments)
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     message = _only_message(result)
@@ -268,17 +298,27 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert not {name for name in made if "pycache" not in name and not name.endswith(".pyc")}
 
 
+def test_the_process_ends_with_that_code(job: Path) -> None:
+    result = run("train", job, "stepz=1")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")
+
+
 @pytest.mark.parametrize("how", ["option", "environment"])
-def test_a_traceback_is_for_those_who_ask(job: Path, how: str) -> None:
-    changes = {"HFDIST_DEBUG": "1"} if how == "environment" else {}
+def test_a_traceback_is_for_those_who_ask(
+    job: Path, call: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "environment":
+        monkeypatch.setenv("HFDIST_DEBUG", "1")
     options = ["--debug"] if how == "option" else []
-    result = run(*options, "config", job, "stepz=1", **changes)
+    result = call(*options, "config", job, "stepz=1")
     assert result.returncode == 2
     assert "Traceback" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
-def _only_message(result: subprocess.CompletedProcess) -> str:
+def _only_message(result: Answer) -> str:
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
@@ -288,8 +328,8 @@ def _only_message(result: subprocess.CompletedProcess) -> str:
 # -- a project of one's own
 
 
-def test_init_makes_a_project_that_trains_and_tests_itself(tmp_path: Path) -> None:
-    made = run("init", tmp_path / "my project")
+def test_init_makes_a_project_that_trains_and_tests_itself(tmp_path: Path, call: Any) -> None:
+    made = call("init", tmp_path / "my project")
     assert made.returncode == 0
     assert "hfdist train job.yaml" in made.stdout
     folder = tmp_path / "my project"
