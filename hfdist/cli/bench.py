@@ -10,12 +10,52 @@ import typer
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Measure: scaling over ranks, Hessian-free beside other optimizers.",
+    help="Measure: products, steps, scaling over ranks, Hessian-free beside other optimizers.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw to this file.", metavar="FILE.png")]
+
+
+@app.command()
+def products(
+    workloads: Annotated[
+        str | None,
+        typer.Option(
+            help="autoencoder, all-cnn-c, resnet-18, transformer; by default all.", metavar="NAMES"
+        ),
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="Rounds; medians are reported.", min=1)] = 7,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch; by default as many as cores.", min=1)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu",
+    as_json: Json = False,
+    plot: Plot = None,
+) -> None:
+    """Time curvature products beside torch's gradient and BackPACK's products, interleaved."""
+    import json
+
+    from hfdist.bench import products as bench
+    from hfdist.devices import resolve
+    from hfdist.errors import ConfigError
+
+    try:
+        timings = bench.run(
+            workloads.split(",") if workloads else None,
+            repetitions=repetitions,
+            threads=threads,
+            device=resolve(device, local_rank=0),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if plot is not None:
+        bench.plot(timings, plot)
+    if as_json:
+        print(json.dumps(bench.to_rows(timings)))
+    else:
+        _table("Curvature products, in gradients of the same batch", bench.to_rows(timings))
 
 
 @app.command()
