@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
@@ -285,13 +285,15 @@ def _with_task_beside(config: RunConfig, folder: Path) -> RunConfig:
 
 def _plain(config: RunConfig) -> dict[str, Any]:
     # Not as JSON, which has no infinity.
-    return _with_lists(TypeAdapter(RunConfig).dump_python(config, mode="python"))
+    return _as_yaml_types(TypeAdapter(RunConfig).dump_python(config, mode="python"))
 
 
-def _with_lists(values: Any) -> Any:
+def _as_yaml_types(values: Any) -> Any:
     if isinstance(values, dict):
-        return {key: _with_lists(value) for key, value in values.items()}
-    return [_with_lists(value) for value in values] if isinstance(values, list | tuple) else values
+        return {key: _as_yaml_types(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_as_yaml_types(value) for value in values]
+    return str(values) if isinstance(values, PurePath) else values
 
 
 def _escaped(values: Any) -> Any:

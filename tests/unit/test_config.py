@@ -188,6 +188,14 @@ def test_flatten_gives_dotted_keys_and_plain_values(write: Any) -> None:
     assert flat["batches.gradient"] is None
 
 
+def test_jobs_made_in_python_are_saved_as_plain_yaml(tmp_path: Path) -> None:
+    config = RunConfig(task="a:B", task_args={"folder": Path("/x/y"), "shape": (1, 2)})
+    config.save(tmp_path / "config.yaml")
+    assert "!!" not in (tmp_path / "config.yaml").read_text()
+    loaded = load_config(tmp_path / "config.yaml")
+    assert loaded.task_args == {"folder": "/x/y", "shape": [1, 2]}
+
+
 def test_saving_where_nothing_can_be_written_is_a_storage_error(write: Any) -> None:
     path = write(TASK)
     with pytest.raises(StorageError, match=r"config\.yaml"):
