@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from hfdist.data import ArrayData
 from hfdist.errors import TaskError
-from hfdist.tasks.digits import autoencoder, initialise_sparsely
-from hfdist.tasks.task import Batch, Outputs, Task
+from hfdist.tasks.autoencoders import PixelAutoencoder, autoencoder, initialise_sparsely
 
 SIDE = 28
 _LOW, _HIGH = 6.0, 21.0  # where the three points may lie, in pixels
@@ -48,7 +47,7 @@ def draw_curves(number: int, seed: int) -> Tensor:
     return torch.cat(images)
 
 
-class Curves(Task):
+class Curves(PixelAutoencoder):
     """The deep autoencoder of Hinton & Salakhutdinov 2006 and Martens 2010 on CURVES-R.
 
     Loss is the cross-entropy summed over pixels, mean over images; `error` is the squared error summed
@@ -91,12 +90,3 @@ class Curves(Task):
     def eval_data(self) -> ArrayData | None:
         n = self._sizes[1]
         return ArrayData(draw_curves(n, self._seed + 1_000_003)) if n else None
-
-    def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, float]:
-        pixels = batch[0]
-        return nn.functional.binary_cross_entropy_with_logits(
-            outputs, pixels, reduction="sum"
-        ), float(len(pixels))
-
-    def metrics(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        return {"error": (torch.sigmoid(outputs) - batch[0]).square().sum(-1).mean()}

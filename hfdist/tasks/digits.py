@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hfdist.data import ArrayData
 from hfdist.errors import TaskError
+from hfdist.tasks.autoencoders import PixelAutoencoder, autoencoder, initialise_sparsely
 from hfdist.tasks.task import Batch, Outputs, Task
 
 _EVERY = 5
@@ -69,7 +70,7 @@ class DigitsClassifier(_Digits):
         return {"accuracy": (outputs.argmax(-1) == batch[1]).float().mean()}
 
 
-class DigitsAutoencoder(_Digits):
+class DigitsAutoencoder(_Digits, PixelAutoencoder):
     """A deep autoencoder with logistic units and a linear code, untied, as in Hinton & Salakhutdinov
     2006; loss is the cross-entropy summed over pixels, mean over digits.
 
@@ -88,44 +89,6 @@ class DigitsAutoencoder(_Digits):
         if self._sparse:
             initialise_sparsely(model, self._sparse)
         return model
-
-    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
-        return model(batch[0])
-
-    def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, float]:
-        pixels = batch[0]
-        return nn.functional.binary_cross_entropy_with_logits(
-            outputs, pixels, reduction="sum"
-        ), float(len(pixels))
-
-    def metrics(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """`error`: squared error summed over pixels, mean over digits."""
-        return {"error": (torch.sigmoid(outputs) - batch[0]).square().sum(-1).mean()}
-
-
-def autoencoder(widths: Sequence[int]) -> nn.Sequential:
-    """widths[0] - ... - widths[-1] - ... - widths[0], logistic units but a linear code; its outputs are
-    logits of the inputs."""
-    layers: list[nn.Module] = []
-    for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b), nn.Sigmoid()]
-    layers.pop()  # the code is linear
-    for a, b in pairwise(list(reversed(widths))):
-        layers += [nn.Linear(a, b), nn.Sigmoid()]
-    layers.pop()  # the loss takes logits
-    return nn.Sequential(*layers)
-
-
-@torch.no_grad()
-def initialise_sparsely(model: nn.Module, incoming: int) -> None:
-    """[Martens 2010, sec. 5]: `incoming` random weights of each unit are N(0, 1), the rest is zero."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.bias.zero_()
-            layer.weight.zero_()
-            for row in layer.weight:
-                places = torch.randperm(len(row))[:incoming]
-                row[places] = torch.randn(len(places))
 
 
 def _checked(key: str, widths: Sequence[int]) -> list[int]:
