@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -29,7 +30,14 @@ MAX_SIZE = 100_000_000
 """Bytes that a job may carry, unless told otherwise."""
 # A stop lets the step in progress end and a checkpoint be written.
 _STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+"""Loggers that report every upload."""
 _CREDENTIALS = ("MLFLOW_TRACKING_", "AWS_", "MLFLOW_S3_")
+_DESCRIBED = ("task", "steps", "experiment")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -72,17 +80,21 @@ def jobs_of(address: str) -> Iterator[JobSubmissionClient]:
         ConfigError: The cluster does not answer, does not accept the user, or does not know the job.
     """
     use_token()
-    import logging
-
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         yield JobSubmissionClient(address)
-    except (RuntimeError, ConnectionError, ValueError) as error:
+    except (RuntimeError, ConnectionError, ValueError, AuthenticationError) as error:
         text = str(error)
+        if found := re.search(r"Job (\S+) does not exist", text):
+            raise ConfigError(
+                f"the cluster at {address} has no job {found[1]}: see `hfdist jobs list`"
+            ) from error
         reason = (text.strip().splitlines() or [type(error).__name__])[-1]
-        if re.search(r"uthenticat|401|403", text):
+        if isinstance(error, AuthenticationError) or re.search(r"uthenticat|code 40[13]", text):
             raise ConfigError(
                 f"the cluster at {address} does not accept this user: put its token into "
                 "~/.ray/auth_token with mode 0600, or name its file in RAY_AUTH_TOKEN_PATH"
@@ -180,13 +192,18 @@ def resume(
     submission = Submission(
         run_id=run_id, run_dir=run_dir, overrides=list(overrides), environment=_credentials()
     )
+    described = {key: metadata[key] for key in _DESCRIBED if key in metadata}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in ("steps", "task"):
+            described[key] = value
     with tempfile.TemporaryDirectory(prefix="hfdist-job-") as package:
         return _send(
             submission,
             f"{run_id}-r{max(numbers, default=1) + 1}",
             Path(package),
             address,
-            {key: metadata[key] for key in ("task", "steps", "experiment") if key in metadata},
+            described,
             metadata.get("mlflow"),
             0,
         )
@@ -205,7 +222,7 @@ def _send(
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(vars(submission)))
     file.chmod(0o600)
-    what = shlex.quote(submission.job or f"--resume {submission.run_id}")
+    words = [submission.job] if submission.job else ["--resume", submission.run_id]
     with jobs_of(address) as client:
         if any(details.submission_id == job_id for details in client.list_jobs()):
             raise ConfigError(
@@ -213,7 +230,7 @@ def _send(
                 f"`hfdist resume {job_id} --address {address}`"
             )
         client.submit_job(
-            entrypoint=f"python -m hfdist.cli.submitted {what}",
+            entrypoint=shlex.join(["python", "-m", "hfdist.cli.submitted", *words]),
             submission_id=job_id,
             runtime_env={"working_dir": str(package), "env_vars": dict(_STOP)},
             metadata={

@@ -13,7 +13,8 @@ from pathlib import Path
 from hfdist.errors import ConfigError
 
 _NEVER = (".git", ".hg", ".svn", ".venv", "venv", "__pycache__", ".mypy_cache", ".ruff_cache")
-_NEVER_FILES = ("*.pyc", ".DS_Store", "mlflow.db", "mlflow.db-*")
+# Ray would apply these files again, to what was chosen here.
+_NEVER_FILES = (".gitignore", ".rayignore", "*.pyc", ".DS_Store", "mlflow.db", "mlflow.db-*")
 
 
 def files_of(folder: Path, without: Sequence[Path] = ()) -> list[Path]:

@@ -161,11 +161,12 @@ class _Sweep:
         return [_row(trial, self._folder) for trial in self._trials]
 
     def _tune(self) -> None:
-        from ray import tune
-
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # it prints even where it is told not to
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        from ray import tune
+
         assignment = {
             "trials": list(self._trials),
             "parent": self._parent,
