@@ -92,6 +92,11 @@ class Worker:
         self._eval_loader = BatchLoader(self.task, self.eval_data, comm.device, dtype)
         self._costs = self.task.example_costs()
         # What is wrong with the job shows here, before anything is written.
+        if self.num_examples is not None and self.num_examples < comm.world_size:
+            raise DataError(
+                f"{comm.world_size} workers but {self.num_examples} training examples: lower "
+                f"launch.workers to at most {self.num_examples}"
+            )
         self._plan(0)
         self._try_task()
         tracker = _tracker(job) if comm.is_lead else NullTracker()

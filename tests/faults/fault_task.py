@@ -19,13 +19,18 @@ class Fault(Task):
     only worker `rank` is hit."""
 
     def __init__(
-        self, kind: str = "none", marker: str = "", rank: int = 1, calls: int = 30
+        self,
+        kind: str = "none",
+        marker: str = "",
+        rank: int = 1,
+        calls: int = 30,
+        examples: int = 64,
     ) -> None:
         self.kind, self.marker, self.calls_left = kind, Path(marker or "unused"), calls
         # The log file that a worker opens says its rank; nothing else tells a task.
         self.rank = rank
         g = torch.Generator().manual_seed(0)
-        x = torch.randn(64, 5, generator=g)
+        x = torch.randn(examples, 5, generator=g)
         self.data = ArrayData(x, x.sin().sum(1, keepdim=True))
         self.linear: Any = None
 

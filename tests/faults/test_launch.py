@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -185,3 +186,28 @@ def test_more_workers_than_gpus_is_one_message(job: Path) -> None:
     run = hfdist("train", str(job), "device=cuda", "--quiet", CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 2
     assert "2 workers but 0 GPUs" in run.stderr
+
+
+def test_more_workers_than_examples_is_one_message(job: Path) -> None:
+    run = hfdist("train", str(job), "task_args.examples=1", "--quiet")
+    assert run.returncode == 2, run.stderr
+    assert "2 workers but 1 training examples" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_taken_port_is_one_message(job: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        run = hfdist(
+            *("train", str(job), "--quiet"),
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+    assert run.returncode == 2, run.stderr
+    assert f"port {port}" in run.stderr
+    assert "Traceback" not in run.stderr
