@@ -17,7 +17,7 @@ from hfdist.errors import ConfigError, WorkerError
 from hfdist.launch.ray_cluster import token_path, write_token
 
 _START_SECONDS = 60.0
-_STOP_SECONDS = 15.0
+_STOP_SECONDS = 5.0
 # Ray's own defaults take half a minute to see that a node is gone.
 _DETECTION = {
     "RAY_health_check_period_ms": "1000",
@@ -180,17 +180,13 @@ def stop_nodes() -> list[Node]:
     nodes = sorted(nodes_here(), key=lambda node: node.is_head)
     for node in nodes:
         process = psutil.Process(node.pid)
-        family = process.children(recursive=True)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(_STOP_SECONDS)
-        except psutil.TimeoutExpired:
-            process.kill()
-        for left in psutil.wait_procs(family, timeout=_STOP_SECONDS)[1]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                left.kill()
-        if psutil.wait_procs(family, timeout=5.0)[1]:
+        family = [process, *process.children(recursive=True)]
+        for number, patience in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, 5.0)):
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.send_signal(number)
+            family = psutil.wait_procs(family, timeout=patience)[1]
+        if family:
             raise WorkerError(f"node {node.pid} does not end: see {node.log}")
         (_folder() / f"node-{node.pid}.json").unlink(missing_ok=True)
     return nodes

@@ -1,0 +1,182 @@
+"""Jobs of a cluster that `hfdist cluster` has started: submitted, followed, stopped, gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from ray_nodes import ROOT
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+SECRET = "tracking.tags.api_token=hidden-7"
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+TASK = """
+import time
+from hfdist.tasks.digits import DigitsClassifier
+
+class Slow(DigitsClassifier):
+    def loss(self, *arguments):
+        time.sleep(0.02)
+        return super().loss(*arguments)
+"""
+JOB = """
+name: demo
+task: task.py:Slow
+steps: 4
+launch: {workers: 2, cpus_per_worker: 0.5}
+checkpoint: {every: 1}
+tracking: {system_metrics: false, log_model: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def command(home: Path) -> Command:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= {"HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"MLFLOW_TRACKING_PASSWORD": "hidden-8"}
+
+    def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "hfdist", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=150,
+            cwd=home,
+            env=environment | more,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def dashboard(command: Command, home: Path) -> Iterator[str]:
+    port, dashboard_port = free_port(), free_port()
+    started = command(
+        *("cluster", "start-head", "--port", str(port), "--cpus", "1"),
+        *("--dashboard-port", str(dashboard_port)),
+    )
+    try:
+        assert started.returncode == 0, started.stderr
+        joined = command("cluster", "join", f"127.0.0.1:{port}", "--cpus", "1")
+        assert joined.returncode == 0, joined.stderr
+        yield f"http://127.0.0.1:{dashboard_port}"
+    finally:
+        stopped = command("cluster", "stop")
+        assert stopped.stdout.count("stopped") == 2, stopped.stderr
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(port) in cmdline(p)]
+
+
+def cmdline(process: psutil.Process) -> str:
+    return " ".join(process.info["cmdline"] or [])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "job.yaml").write_text(JOB + f"output: {tmp_path / 'runs'}\n")
+    return tmp_path
+
+
+def test_the_token_is_nowhere_but_in_its_file(command: Command, dashboard: str, home: Path) -> None:
+    path = home / ".ray" / "auth_token"
+    token = path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(token) >= 32
+    assert not [p.pid for p in psutil.process_iter(["cmdline"]) if token in cmdline(p)]
+    refused = command("jobs", "list", "--address", dashboard, RAY_AUTH_TOKEN_PATH="/dev/null")
+    assert refused.returncode == 2
+    wrong = home / "wrong"
+    wrong.write_text("0" * len(token))
+    refused = command(
+        *("jobs", "list", "--address", dashboard),
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=str(wrong),
+    )
+    assert refused.returncode == 2
+    assert "does not accept this user" in refused.stderr
+    assert token not in refused.stderr
+
+
+def test_a_job_from_submission_to_its_continuation(
+    command: Command, dashboard: str, project: Path
+) -> None:
+    at = ("--address", dashboard)
+    began = time.monotonic()
+    answer = command(
+        *("submit", str(project / "job.yaml"), "steps=200", SECRET),
+        *("--run-id", "one", *at, "--json"),
+    )
+    assert answer.returncode == 0, answer.stderr
+    submitted = json.loads(answer.stdout)
+    assert submitted["job_id"] == submitted["run_id"] == "one"
+    run_dir = Path(submitted["run_dir"])
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert time.monotonic() - began < 100, command("jobs", "logs", "one", *at).stdout
+        time.sleep(0.2)
+    seconds = time.monotonic() - began
+    print(f"from submission to the second step: {seconds:.1f} s")
+    again = command("resume", "one", *at)
+    assert again.returncode == 2
+    assert "goes on as job one" in again.stderr
+    stopped = command("jobs", "stop", "one", *at, "--json")
+    assert json.loads(stopped.stdout)["status"] == "STOPPED"
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["status"] == "KILLED"
+    assert 2 <= result["steps"] < 200
+    more = result["steps"] + 2
+    resumed = command("resume", "one", f"steps={more}", SECRET, *at, "--follow")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"going on at step {result['steps']} of {more}" in resumed.stdout
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(more))
+
+    jobs = {job["id"]: job for job in json.loads(command("jobs", "list", *at, "--json").stdout)}
+    assert jobs["one"]["status"] == "STOPPED"
+    assert jobs["one-r2"]["status"] == "SUCCEEDED"
+    assert jobs["one-r2"]["run_id"] == "one"
+    assert jobs["one-r2"]["task"] == "task.py:Slow"
+    assert jobs["one-r2"]["steps"] == str(more)
+    shown = json.dumps(jobs) + command("jobs", "logs", "one", *at).stdout
+    assert "hidden-" not in shown
+    assert command("jobs", "delete", "one-r2", *at).returncode == 0
+    left = [job["id"] for job in json.loads(command("jobs", "list", *at, "--json").stdout)]
+    assert left == ["one"]
+
+
+def test_a_mistake_in_a_job(command: Command, dashboard: str, project: Path) -> None:
+    at = ("--address", dashboard)
+    job = str(project / "job.yaml")
+    failed = command("submit", job, "--run-id", "bad", "task=task.py:Nothing", *at, "--follow")
+    assert failed.returncode == 2
+    assert "has no class 'Nothing'" in failed.stdout
+    assert not (project / "runs" / "bad").exists()
+    unknown = command("jobs", "status", "nobody", *at)
+    assert (unknown.returncode, "has no job nobody" in unknown.stderr) == (2, True)
+
+
+def test_no_dashboard(command: Command) -> None:
+    answer = command("jobs", "list", "--address", "http://127.0.0.1:1")
+    assert answer.returncode == 2
+    assert "no Ray dashboard answers" in answer.stderr
