@@ -18,6 +18,7 @@ import yaml
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(180)]
 
 HERE = Path(__file__).parent
+MARK = "HFDIST_TEST_FOLDER"
 
 
 def write_job(folder: Path) -> Path:
@@ -49,12 +50,13 @@ def job(tmp_path: Path) -> Path:
 def hfdist(
     *arguments: str, timeout: float = 90, **environment: str
 ) -> subprocess.CompletedProcess[str]:
+    mark = {MARK: str(Path(arguments[1]).parent)}
     return subprocess.run(
         [sys.executable, "-m", "hfdist", *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | mark | environment,
     )
 
 
@@ -63,12 +65,15 @@ def result(job: Path, run_id: str) -> dict[str, Any]:
 
 
 def left_behind(job: Path) -> list[str]:
-    """Processes that still work on the run."""
+    """Workers that are still there, of this test's runs: they have its mark from their parent."""
     found = []
-    for process in psutil.process_iter(["cmdline", "environ", "status"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if "hfdist.launch.child" in command:
-            found.append(command)
+    for process in psutil.process_iter():
+        try:
+            command = " ".join(process.cmdline())
+            if "hfdist.launch.child" in command and process.environ().get(MARK) == str(job.parent):
+                found.append(command)
+        except psutil.Error:
+            continue
     return found
 
 
