@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hfdist.cli.submit import Address, AsJson
+from hfdist.cli.options import Address, Json
 
 app = typer.Typer(
     help="Jobs of a Ray cluster: list, status, logs, stop, delete.", no_args_is_help=True
@@ -17,7 +17,7 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="The job.")]
 
 
 @app.command("list")
-def list_(address: Address = None, as_json: AsJson = False) -> None:
+def list_(address: Address = None, as_json: Json = False) -> None:
     """List the jobs, the newest first."""
     from hfdist.launch import ray_jobs
 
@@ -39,7 +39,7 @@ def list_(address: Address = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def status(job: JobId, address: Address = None, as_json: AsJson = False) -> None:
+def status(job: JobId, address: Address = None, as_json: Json = False) -> None:
     """Show a job: how it stands, or how it ended."""
     from hfdist.launch import ray_jobs
 
@@ -69,7 +69,7 @@ def stop(
     job: JobId,
     address: Address = None,
     wait: Annotated[bool, typer.Option(help="Stay until it has stopped.")] = True,
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Stop a job after a checkpoint; `hfdist resume ID --address ...` goes on with it."""
     from hfdist.launch import ray_jobs

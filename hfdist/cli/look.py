@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hfdist.cli.run import JobFile, Overrides, RunDir
+from hfdist.cli.options import JobFile, Overrides, RunDir
 
 
 def config(

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Changes of the job, like optim.damping=0.1 launch.workers=4; values are YAML.",
-        show_default=False,
-    ),
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Show nothing but warnings and errors.", metavar="")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.", metavar="")]
-Plain = Annotated[
-    bool, typer.Option("--plain", help="Print a line a step, also on a terminal.", metavar="")
-]
+from hfdist.cli.options import JobFile, Json, Overrides, Plain, Quiet, RunDir
 
 
 def train(

@@ -7,16 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hfdist.cli.run import Json, Overrides
-
-Address = Annotated[
-    str | None,
-    typer.Option(
-        help="The cluster's dashboard; by default RAY_API_SERVER_ADDRESS, else this machine's.",
-        metavar="http://HEAD:8265",
-    ),
-]
-AsJson = Json
+from hfdist.cli.options import Address, Json, Overrides
 
 
 def submit(
@@ -34,7 +25,7 @@ def submit(
         typer.Option(help="Folder that travels with the job; by default the job file's."),
     ] = None,
     max_size: Annotated[float, typer.Option(help="Megabytes that may travel.")] = 100.0,
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Submit a job to a Ray cluster, with the folder it lies in.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hfdist.cli.run import JobFile, Json
+from hfdist.cli.options import JobFile, Json
 
 
 def sweep(

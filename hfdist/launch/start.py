@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfdist.errors import StorageError, UserError
+from hfdist.launch.folder import run_folder
 
 if TYPE_CHECKING:
     from hfdist.config import RunConfig
@@ -50,25 +47,3 @@ def start(
 
     with run_folder(config, run_dir):
         return local.run(config, run_dir=run_dir, resume=resume, display=display)
-
-
-@contextmanager
-def run_folder(config: RunConfig, run_dir: Path) -> Iterator[None]:
-    """Make the run's folder and save the job in it; take it away again if bad input leaves nothing
-    worth keeping there."""
-    is_new = not run_dir.exists()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / "config.yaml").exists():
-            config.save(run_dir / "config.yaml")
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {run_dir}: {error.strerror}. Choose another `output`"
-        ) from error
-    try:
-        yield
-    except UserError as error:
-        # Training begins with the record: before it, a mistake of the user's leaves no run behind.
-        if is_new and error.exit_code == 2 and not (run_dir / "metrics.jsonl").exists():
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise

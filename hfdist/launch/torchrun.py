@@ -24,7 +24,7 @@ def run(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict
 
     from hfdist.comm.environment import GroupCommunicator, join_environment, record_failure
     from hfdist.devices import resolve
-    from hfdist.launch.start import run_folder
+    from hfdist.launch.folder import run_folder
 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))

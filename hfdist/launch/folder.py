@@ -1,0 +1,36 @@
+"""A run's folder, from before its workers are started."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfdist.errors import StorageError, UserError
+
+if TYPE_CHECKING:
+    from hfdist.config import RunConfig
+
+
+@contextmanager
+def run_folder(config: RunConfig, run_dir: Path) -> Iterator[None]:
+    """Make the run's folder and save the job in it; take it away again if bad input leaves nothing
+    worth keeping there."""
+    is_new = not run_dir.exists()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not (run_dir / "config.yaml").exists():
+            config.save(run_dir / "config.yaml")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {run_dir}: {error.strerror}. Choose another `output`"
+        ) from error
+    try:
+        yield
+    except UserError as error:
+        # Training begins with the record: before it, a mistake of the user's leaves no run behind.
+        if is_new and error.exit_code == 2 and not (run_dir / "metrics.jsonl").exists():
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
