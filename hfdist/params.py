@@ -61,6 +61,16 @@ class ParameterVector:
             if t is not None:
                 piece.view(t.shape).add_(t)
 
+    def scale_into(self, vector: Tensor, tensors: Sequence[Tensor | None], factor: float) -> None:
+        """vector [P] = factor times the tensors, shaped like the parameters; None stands for zeros."""
+        for piece, t in zip(vector.split(self._sizes), tensors):
+            if t is None:
+                piece.zero_()
+            elif t.dtype == piece.dtype:
+                torch.mul(t, factor, out=piece.view(t.shape))
+            else:
+                piece.view(t.shape).copy_(t).mul_(factor)
+
     def views(self, vector: Tensor) -> list[Tensor]:
         """Pieces of a vector [P], shaped and typed like the parameters; views where the dtype allows."""
         return [

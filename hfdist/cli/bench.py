@@ -59,6 +59,55 @@ def products(
 
 
 @app.command()
+def step(
+    workloads: Annotated[
+        str | None,
+        typer.Option(
+            help="autoencoder, all-cnn-c, resnet-18, transformer; by default all.", metavar="NAMES"
+        ),
+    ] = None,
+    iterations: Annotated[int, typer.Option(help="CG iterations a step.", min=1)] = 10,
+    repetitions: Annotated[int, typer.Option(help="Rounds; medians are reported.", min=1)] = 3,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch; by default as many as cores.", min=1)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Time steps by phase beside the same steps on BackPACK's products, and weigh their memory."""
+    import json
+
+    from hfdist.bench import steps as bench
+    from hfdist.devices import resolve
+    from hfdist.errors import ConfigError
+
+    try:
+        timings = bench.run(
+            workloads.split(",") if workloads else None,
+            repetitions=repetitions,
+            cg_iterations=iterations,
+            threads=threads,
+            device=resolve(device, local_rank=0),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    rows = bench.to_rows(timings)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    phases = [row.pop("phases") for row in rows]
+    _table(f"Steps of {iterations} CG iterations", rows)
+    _table(
+        "Seconds by phase",
+        [
+            {"workload": row["workload"], "kind": row["kind"], "by": row["by"], **phase}
+            for row, phase in zip(rows, phases)
+            if phase
+        ],
+    )
+
+
+@app.command()
 def scaling(
     workers: Annotated[
         str, typer.Option(help="Numbers of ranks on this machine, separated by commas.")

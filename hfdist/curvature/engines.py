@@ -195,7 +195,7 @@ def _loss_derivatives(e: Evaluation) -> tuple[LossHessian, Sequence[Tensor | Non
 
 
 class RecomputedGGNProduct:
-    """v -> Gv that keeps nothing: forward over reverse, one forward pass with tangents a product.
+    """v -> Gv that keeps nothing between products: a forward pass, its replay, a backward pass each.
 
     Args:
         evaluate: The microbatch's forward pass.
@@ -211,12 +211,12 @@ class RecomputedGGNProduct:
         self._evaluate, self._tensors = evaluate, list(tensors)
 
     def __call__(self, v: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        recorder = Recorder(self._tensors, v)
+        recorder = Recorder(self._tensors)
         e = self._evaluate(recorder)
         H, _ = _loss_derivatives(e)
         z = [e.outputs[k] for k in H.curved]
         try:
-            Jv = recorder.tangents(z)
+            Jv = recorder.program(z)(v)
         except Unsupported:
             return GGNProduct(e.outputs, H, self._tensors)(v)
         del recorder

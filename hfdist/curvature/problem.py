@@ -122,7 +122,7 @@ class Problem:
         self.signal: Tensor | None = None
         self._frozen = self.frozen or Frozen(self.params.device)
         self._theta = self.params.read()  # [P], the step's start
-        self._trial = torch.empty_like(self._theta)
+        self._trial: Tensor | None = None
         self._reference_weight: float | None = None
         self._gradient_loss: float | None = None
         self._start_loss: float | None = None
@@ -221,6 +221,17 @@ class Problem:
         )
         out, self.signal = buffer[:-1], buffer[-1]
 
+        def alone(v: Tensor) -> Tensor:
+            # One product on one rank: its result is scaled into place, no other pass over it.
+            self.params.scale_into(out, products[0](self.params.views(v)), self._scale(weight))
+            self._raise_signal()
+            self.work.products += 1
+            self.regularisation.add_product(out, v)
+            return out
+
+        if len(products) == 1 and self.comm.world_size == 1:
+            return alone
+
         def B(v: Tensor) -> Tensor:
             views = self.params.views(v)
             buffer.zero_()
@@ -313,10 +324,7 @@ class Problem:
 
     def losses(self, steps: Sequence[tuple[float, Tensor]]) -> list[float]:
         """All candidates of one call share one scalar reduction."""
-        candidates = (
-            torch.add(self._theta, self._layout.whole(delta), alpha=alpha, out=self._trial)
-            for alpha, delta in steps
-        )
+        candidates = (self._moved(alpha, self._layout.whole(delta)) for alpha, delta in steps)
         return self._losses_at(candidates, len(steps))
 
     def _losses_at(self, thetas: Iterable[Tensor], number: int) -> list[float]:
@@ -340,12 +348,18 @@ class Problem:
             for (loss_sum, weight), penalty in zip(rows, penalties)
         ]
 
+    def _moved(self, alpha: float, delta: Tensor) -> Tensor:
+        """theta + alpha * delta, valid until the next call."""
+        if self._trial is None:  # not before CG's vectors are gone
+            self._trial = torch.empty_like(self._theta)
+        return torch.add(self._theta, delta, alpha=alpha, out=self._trial)
+
     # -- the rest --------------------------------------------------------------------------------
 
     def move(self, alpha: float, delta: Tensor) -> None:
         """Move the parameters, and the batch-norm statistics to where this step's gradient saw them."""
         whole = self._layout.whole(delta)
-        self.params.write(torch.add(self._theta, whole, alpha=alpha, out=self._trial))
+        self.params.write(self._moved(alpha, whole))
         moved = self._frozen.moved_buffers()
         if moved is not None:
             self._frozen.apply(self.comm.sum(moved))

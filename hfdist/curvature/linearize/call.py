@@ -37,7 +37,6 @@ class Call:
     ) -> None:
         self.func, self.args, self.kwargs, self.out = func, args, kwargs, out
         self.in_place = in_place
-        self._is_tracked = is_tracked
         self.inputs: list[Tensor] = []
         """Inputs with a tangent, in the order of the map's arguments."""
         self._places: dict[
@@ -46,9 +45,9 @@ class Call:
         for k, arg in [*enumerate(args), *kwargs.items()]:
             if isinstance(arg, (list, tuple)):
                 for i, item in enumerate(arg):
-                    self._add((k, i), item)
+                    self._add((k, i), item, is_tracked)
             else:
-                self._add(k, arg)
+                self._add(k, arg, is_tracked)
         self.kept: list[Tensor] = []
         """Values that the map reads whenever it runs."""
         self.constant: set[int] = set()
@@ -56,8 +55,8 @@ class Call:
         self.aliases = False
         """Whether the map's result may share memory with its input."""
 
-    def _add(self, key: Any, arg: Any) -> None:
-        if isinstance(arg, Tensor) and self._is_tracked(arg):
+    def _add(self, key: Any, arg: Any, is_tracked: Callable[[Any], bool]) -> None:
+        if isinstance(arg, Tensor) and is_tracked(arg):
             self._places[key] = len(self.inputs)
             self.inputs.append(arg)
 

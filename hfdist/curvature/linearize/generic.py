@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
-from torch.overrides import enable_reentrant_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from hfdist.curvature.linearize.call import Call, Unsupported
-
-
-class _PassThrough(TorchDispatchMode):
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _autograd() -> Iterator[None]:
-    """Autograd at work, also where a recorder below it was just called."""
-    try:
-        reentrant = enable_reentrant_dispatch()
-        reentrant.__enter__()
-    except RuntimeError:  # in no recorder: nothing to restore
-        yield
-        return
-    try:
-        with _PassThrough():  # torch expects a mode where it restores one
-            yield
-    finally:
-        reentrant.__exit__(None, None, None)
 
 
 class generic:
@@ -53,6 +27,7 @@ class generic:
             raise Unsupported(f"{call.func} is random")
         if call.in_place:
             raise Unsupported(f"{call.func} has no rule")
+        call.out = None  # not needed, and large
         self._call: Call | None = call
         call.kept += call.inputs
 
@@ -76,7 +51,7 @@ class generic:
                 return copies[id(x)]
             return x.detach() if isinstance(x, Tensor) else x
 
-        with _autograd(), torch.enable_grad():
+        with torch.enable_grad():
             args, kwargs = tree_map(copied, (list(call.args), dict(call.kwargs)))
             inputs = [copies[id(x)] for x in call.inputs]
             out = call.func(*args, **kwargs)
@@ -103,8 +78,7 @@ class generic:
         results = [None if y is None else torch.zeros_like(y) for y in self._outs]
         if self._used:
             v = [t[i] for i in self._used]
-            with _autograd():
-                Jv = grad(self._graph, self._w, v, retain_graph=True, allow_unused=True)
+            Jv = grad(self._graph, self._w, v, retain_graph=True, allow_unused=True)
             for k, y in zip(self._curved, Jv):
                 if y is not None:
                     results[k] = y.detach()

@@ -37,15 +37,12 @@ class Recorder(TorchDispatchMode):
 
     Args:
         tensors: The parameters.
-        v: If given, a direction, shaped like the parameters: tangents are then computed at once, and
-            nothing is kept for a second product.
         rearrangements_only: Follow the tensors only through operations that move numbers about.
     """
 
     def __init__(
         self,
         tensors: Sequence[Tensor],
-        v: Sequence[Tensor] | None = None,
         *,
         rearrangements_only: bool = False,
     ) -> None:
@@ -59,10 +56,6 @@ class Recorder(TorchDispatchMode):
         self._steps: list[Step] = []
         self._kept: list[tuple[Tensor, int]] = []  # with their versions
         self._unversioned: list[Tensor] = []
-        self._direction = v
-        self._tangents: dict[int, Tensor | None] | None = None
-        if v is not None:
-            self._tangents = dict(enumerate(v))
 
     # -- watching --------------------------------------------------------------------------------
 
@@ -80,21 +73,18 @@ class Recorder(TorchDispatchMode):
             call = None
         if call is None:
             return func(*args, **kwargs)
+        if not call.in_place:
+            call.out = func(*args, **kwargs)
         try:
-            if call.in_place:
-                # The rule may need what the operation is about to overwrite.
-                step = self._step(call)
-                out = func(*args, **kwargs)
-                self._track(call, step)
-                return out
+            # In place, the rule comes first: it may need what the operation is about to overwrite.
+            out = call.out
+            step = self._step(call)
         except Unsupported as e:
             self._fail(e)
-            return func(*args, **kwargs)
-        call.out = out = func(*args, **kwargs)
-        try:
-            self._track(call, self._step(call))
-        except Unsupported as e:
-            self._fail(e)
+            return func(*args, **kwargs) if call.in_place else call.out
+        if call.in_place:
+            func(*args, **kwargs)
+        self._track(call, step, out)
         return out
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -157,31 +147,20 @@ class Recorder(TorchDispatchMode):
             name=name,
         )
 
-    def _track(self, call: Call, step: Step) -> None:
-        outs = call.out if isinstance(call.out, (tuple, list)) else [call.out]
-        for k, out in enumerate(outs):
+    def _track(self, call: Call, step: Step, out: Any) -> None:
+        outs = out if isinstance(out, (tuple, list)) else [out]
+        for k, y in enumerate(outs):
             slot = self._num_slots
             self._num_slots += 1
             step.outputs.append(slot)
-            if isinstance(out, Tensor) and out.is_floating_point() and k not in call.constant:
-                self._slots[out] = slot
-        if self._tangents is None:
-            self._steps.append(step)
-            return
-        known = [self._tangents[i] for i in step.inputs]
-        with torch.no_grad():
-            t = step.map(known, [False] * len(known))  # type: ignore[arg-type]
-        ts = t if isinstance(t, (tuple, list)) else [t]
-        self._tangents.update(zip(step.outputs, ts))
-        if len(self._tangents) > 2 * len(self._slots) + 16:  # of tensors that are gone
-            alive = set(self._slots.values())
-            self._tangents = {k: x for k, x in self._tangents.items() if k in alive}
+            if isinstance(y, Tensor) and y.is_floating_point() and k not in call.constant:
+                self._slots[y] = slot
+        self._steps.append(step)
 
     def _note_versions(self) -> None:
         # Not when they are kept: an operation in place counts its version up after it was seen here.
         if self._unversioned:
-            if self._tangents is None:
-                self._kept += [(x, x._version) for x in self._unversioned]
+            self._kept += [(x, x._version) for x in self._unversioned]
             self._unversioned = []
 
     def _fail(self, reason: Unsupported) -> None:
@@ -196,20 +175,6 @@ class Recorder(TorchDispatchMode):
         Raises:
             Unsupported: The pass could not be recorded.
         """
-        results = self._results(outputs)
-        return Program(self._steps, self._num_sources, results)
-
-    def tangents(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Jv for the direction given to the constructor.
-
-        Raises:
-            Unsupported: The pass could not be recorded.
-        """
-        results = self._results(outputs)
-        assert self._tangents is not None
-        return [None if r is None else self._tangents[r] for r in results]
-
-    def _results(self, outputs: Sequence[Tensor]) -> list[int | None]:
         self._note_versions()
         if self.failure is None and any(x._version != version for x, version in self._kept):
             self.failure = "a value that the derivative needs was overwritten"
@@ -220,4 +185,4 @@ class Recorder(TorchDispatchMode):
             if z.requires_grad and z not in self._slots:
                 raise Unsupported("an output depends on the parameters by an unwatched operation")
             results.append(self._slots.get(z))
-        return results
+        return Program(self._steps, self._num_sources, results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -360,3 +361,21 @@ def test_activation_checkpointing_composes() -> None:
     for engine in ("linearize", "recompute", "double_backward"):
         got = products(problem_of(lean, ProductEngine(requested=engine)))
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@by_name
+def test_products_leave_no_cycles_behind(case: Case) -> None:
+    """A graph in a reference cycle would live until the garbage collector comes by."""
+    problem = problem_of(case, ProductEngine(requested="recompute"))
+    products(problem)  # what is made once and for all
+    gc.collect()
+    gc.disable()
+    try:
+        products(problem)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [o for o in gc.garbage if isinstance(o, (Tensor, Recorder))]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

@@ -1,0 +1,318 @@
+"""Time whole steps beside the same steps on BackPACK's products, and measure their memory.
+
+Both follow the seed preset's rules with the same number of CG iterations; only the product differs. As
+PyTorchHessianFree does, BackPACK's step evaluates the model once for the products of `step`, and for
+every minibatch and product of `acc_step`.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hfdist.bench.products import loss_of, medians, problem, synchronize
+from hfdist.bench.workloads import Workload, workloads
+from hfdist.curvature.frozen import Frozen
+from hfdist.hessian_free import HessianFree
+from hfdist.optim.cg import cg
+from hfdist.optim.damping import damped
+from hfdist.optim.options import HFOptions
+from hfdist.params import ParameterVector
+
+How = Literal["hfdist", "lean", "backpack"]
+"""Our step, ours with a memory budget of zero, or the same step on BackPACK's products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTiming:
+    """One way to take steps on one workload."""
+
+    workload: str
+    kind: str
+    """"step", or "acc_step" on 8 minibatches."""
+    by: str
+    seconds: float
+    """Median of a step."""
+    speedup: float
+    """Over BackPACK's."""
+    peak_bytes: int
+    """Memory of a step beyond what model and data take; 0 if it was not measured."""
+    relative_memory: float
+    """Relative to BackPACK's."""
+    phases: dict[str, float]
+    """Median seconds by phase."""
+    solver_share: float
+    """Part of a CG iteration that is no product."""
+
+
+@dataclass(kw_only=True)
+class _Runner:
+    """Takes the same step again and again, from the same start."""
+
+    workload: Workload
+    how: How
+    cg_iterations: int
+    minibatches: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.model = self.workload.task.model().to(self.device).train(self.workload.training)
+            self.batch = tree_map(lambda t: t.to(self.device), self.workload.batch())
+        self._start = copy.deepcopy(self.model.state_dict())
+        self.product_seconds: list[float] = []
+
+    def __call__(self) -> HessianFree:
+        """One step from the start."""
+        self.model.load_state_dict(self._start)
+        optimizer = HessianFree(
+            self.model.parameters(),
+            preset="seed",
+            cg_max_iter=self.cg_iterations,
+            cg_tol=0.0,
+            cg_stop_eps=0.0,
+            memory_budget=0 if self.how == "lean" else None,
+        )
+        if self.minibatches == 1:
+            mvp = self._backpack_product() if self.how == "backpack" else None
+            optimizer.step(self._forward, mvp=mvp)
+        else:
+            self._acc_step(optimizer)
+        return optimizer
+
+    def _forward(self) -> tuple[Tensor, Any]:
+        outputs = self.workload.task.forward(self.model, self.batch)
+        return loss_of(self.workload, outputs, self.batch), outputs
+
+    def _backpack_product(self) -> Callable[[Tensor], Tensor]:
+        from backpack.hessianfree.ggnvp import ggn_vector_product
+
+        params = ParameterVector(self.model.parameters())
+        with Frozen(self.device, self.model).evaluation(0):
+            loss, outputs = self._forward()
+        return lambda v: params.flatten(
+            ggn_vector_product(loss, outputs, self.model, params.views(v))
+        )
+
+    def _acc_step(self, optimizer: HessianFree) -> None:
+        parts = list(zip(*(t.chunk(self.minibatches) for t in self.batch)))
+        data = [(part[0], part) for part in parts]
+        wrapped = _FirstInput(self.model)
+
+        def loss_func(outputs: Any, part: Any) -> Tensor:
+            return loss_of(self.workload, outputs, part)
+
+        if self.how != "backpack":
+            optimizer.acc_step(wrapped, loss_func, data)
+            return
+        from backpack.hessianfree.ggnvp import ggn_vector_product
+
+        params = ParameterVector(self.model.parameters())
+
+        def product(v: Tensor) -> Tensor:
+            total, views = params.zeros(), params.views(v)
+            for x, part in data:
+                with Frozen(self.device, self.model).evaluation(0):
+                    outputs = self.model(x)
+                    loss = loss_func(outputs, part)
+                total += params.flatten(ggn_vector_product(loss, outputs, self.model, views))
+            return total.div_(len(data))
+
+        def forward() -> tuple[Tensor, None]:
+            # PyTorchHessianFree's losses and gradients also go over the minibatches one by one.
+            losses = [loss_func(self.model(x), part) for x, part in data]
+            return torch.stack(losses).mean(), None
+
+        optimizer.step(forward, mvp=product)
+
+
+class _FirstInput(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x)
+
+
+def measure(
+    workload: Workload,
+    *,
+    repetitions: int,
+    cg_iterations: int,
+    minibatches: int,
+    device: torch.device,
+    memory: bool,
+) -> list[StepTiming]:
+    """Our steps and BackPACK's, in turn; memory in processes of their own."""
+    ways: tuple[How, ...] = ("hfdist", "backpack")
+    runners = {how: _Runner(workload=workload, how=how, cg_iterations=cg_iterations,
+                            minibatches=minibatches, device=device) for how in ways}  # fmt: skip
+    seconds: dict[How, list[float]] = {how: [] for how in ways}
+    phases: dict[How, list[dict[str, float]]] = {how: [] for how in ways}
+    iterations: dict[How, int] = {}
+    for repetition in range(repetitions + 1):
+        for how, runner in runners.items():
+            synchronize(device)
+            start = time.perf_counter()
+            report = runner().report
+            synchronize(device)
+            assert report is not None
+            iterations[how] = report.cg_iterations
+            if repetition > 0:
+                seconds[how].append(time.perf_counter() - start)
+                phases[how].append(report.seconds)
+    if len(set(iterations.values())) > 1:
+        raise RuntimeError(
+            f"{workload.name}: CG took different numbers of iterations: {iterations}"
+        )
+    kind = "step" if minibatches == 1 else f"acc_step on {minibatches}"
+    median = {how: statistics.median(seconds[how]) for how in ways}
+    peaks: dict[str, int] = {}
+    if memory:
+        for name in ("hfdist", "lean", "backpack"):
+            peaks[name] = _peak_in_process(workload.name, name, cg_iterations, minibatches, device)
+    share = solver_share(workload, repetitions=repetitions, device=device)
+    results = []
+    for how in [*ways, *(["lean"] if memory else [])]:
+        known = how in median
+        results.append(
+            StepTiming(
+                workload=workload.name,
+                kind=kind,
+                by=how,
+                seconds=median[how] if known else float("nan"),
+                speedup=median["backpack"] / median[how] if known else float("nan"),
+                peak_bytes=peaks.get(how, 0),
+                relative_memory=peaks[how] / peaks["backpack"] if memory else float("nan"),
+                phases={
+                    key: statistics.median(p.get(key, 0.0) for p in phases[how])
+                    for key in (phases[how][0] if known else {})
+                },
+                solver_share=share if how == "hfdist" else float("nan"),
+            )
+        )
+    return results
+
+
+def solver_share(
+    workload: Workload, *, repetitions: int, device: torch.device, iterations: int = 10
+) -> float:
+    """Part of a CG iteration that is no product: CG on a product that costs nothing, beside one that
+    does."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = workload.task.model().to(device).train(workload.training)
+        batch = tree_map(lambda t: t.to(device), workload.batch())
+    p = problem(workload, model, batch)
+    _, g = p.loss_and_gradient()
+    (product,) = p._products or []
+    views = p.params.views(torch.ones_like(g))
+    known = product(views)
+    p._products = [lambda v: known]
+    A, b = damped(p.curvature(), 1.0), g.neg()
+    options = HFOptions(
+        cg_max_iter=iterations, cg_stop="residual", cg_tol=0.0, nonpositive_curvature="ignore"
+    )
+    per_product, per_solve = medians(
+        [lambda: product(views), lambda: cg(A, b, None, None, options, keep_iterates=False)],
+        max(repetitions, 3),
+        device,
+    )
+    return per_solve / iterations / (per_solve / iterations + per_product)
+
+
+def _peak_in_process(name: str, how: str, cg_iterations: int, minibatches: int, device: Any) -> int:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(
+            _peak, (name, how, cg_iterations, minibatches, str(device), torch.get_num_threads())
+        )
+
+
+def _peak(
+    name: str, how: How, cg_iterations: int, minibatches: int, device: str, threads: int
+) -> int:
+    """Peak memory of a step beyond what the process held before it."""
+    torch.set_num_threads(threads)
+    workload = next(w for w in workloads() if w.name == name)
+    runner = _Runner(
+        workload=workload,
+        how=how,
+        cg_iterations=cg_iterations,
+        minibatches=minibatches,
+        device=torch.device(device),
+    )
+    with torch.no_grad():  # libraries set up what they keep for good
+        runner._forward()
+    if runner.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(runner.device)
+        before = torch.cuda.memory_allocated(runner.device)
+        runner()
+        return torch.cuda.max_memory_allocated(runner.device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
+    before = _status("VmRSS")
+    runner()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {key} in /proc/self/status")
+
+
+def run(
+    names: Sequence[str] | None = None,
+    *,
+    repetitions: int = 3,
+    cg_iterations: int = 10,
+    minibatches: Sequence[int] = (1, 8),
+    threads: int | None = None,
+    device: torch.device | None = None,
+    memory: bool = True,
+) -> list[StepTiming]:
+    """Time and weigh steps on the workloads.
+
+    Raises:
+        ValueError: An unknown workload.
+    """
+    known = {w.name: w for w in workloads()}
+    unknown = set(names or ()) - set(known)
+    if unknown:
+        raise ValueError(f"unknown workload {sorted(unknown)[0]!r}: choose from {', '.join(known)}")
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        results = []
+        for name in names or known:
+            for number in minibatches:
+                results += measure(
+                    known[name],
+                    repetitions=repetitions,
+                    cg_iterations=cg_iterations,
+                    minibatches=number,
+                    device=device or torch.device("cpu"),
+                    memory=memory and number == 1,
+                )
+        return results
+    finally:
+        torch.set_num_threads(before)
+
+
+def to_rows(timings: Sequence[StepTiming]) -> list[dict[str, Any]]:
+    """A table, one row a way."""
+    return [asdict(t) for t in timings]
