@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ _TALKATIVE = (
     "ray._private.runtime_env.packaging",
 )
 """Loggers that report every upload."""
+_AGENT_WAIT = 60.0  # seconds that a new head's agent may take to come up
 _CREDENTIALS = ("MLFLOW_TRACKING_", "AWS_", "MLFLOW_S3_")
 _DESCRIBED = ("task", "steps", "experiment")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -229,7 +231,8 @@ def _send(
                 f"the cluster has a job {job_id} already: choose another --run-id, or go on with it by "
                 f"`hfdist resume {job_id} --address {address}`"
             )
-        client.submit_job(
+        _submitted(
+            client,
             entrypoint=shlex.join(["python", "-m", "hfdist.cli.submitted", *words]),
             submission_id=job_id,
             runtime_env={"working_dir": str(package), "env_vars": dict(_STOP)},
@@ -248,6 +251,19 @@ def _send(
         mlflow=mlflow,
         bytes=size,
     )
+
+
+def _submitted(client: JobSubmissionClient, **job: Any) -> None:
+    """Submit, waiting for the agent of a head that has only just started."""
+    deadline = time.monotonic() + _AGENT_WAIT
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
 
 
 # -- looking and stopping ------------------------------------------------------------------------------

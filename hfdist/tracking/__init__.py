@@ -40,6 +40,6 @@ def sync(run_dir: Path, uri: str | None = None) -> int:
     Raises:
         UserError: There is nothing to deliver, the run goes on, or the server cannot be reached.
     """
-    from hfdist.tracking.sync import deliver
+    from hfdist.tracking.resend import deliver
 
     return deliver(run_dir, uri)
