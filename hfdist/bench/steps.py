@@ -185,7 +185,8 @@ def measure(
             peaks[name] = _peak_in_process(workload.name, name, cg_iterations, minibatches, device)
     share = solver_share(workload, repetitions=repetitions, device=device)
     results = []
-    for how in [*ways, *(["lean"] if memory else [])]:
+    reported: list[How] = [*ways, *(["lean"] if memory else [])]  # type: ignore[list-item]
+    for how in reported:
         known = how in median
         results.append(
             StepTiming(
