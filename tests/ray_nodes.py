@@ -34,7 +34,7 @@ class Nodes:
 
         self.environment = environment
         self._cluster = Cluster(initialize_head=False)
-        self._nodes: list[Any] = []
+        self.members: list[Any] = []
 
     @property
     def address(self) -> str:
@@ -45,7 +45,7 @@ class Nodes:
         node = self._cluster.add_node(
             object_store_memory=STORE, include_dashboard=False, **resources
         )
-        self._nodes.append(node)
+        self.members.append(node)
         return node
 
     def kill(self, node: Any) -> None:
@@ -56,10 +56,10 @@ class Nodes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         self._cluster.remove_node(node, allow_graceful=False)
-        self._nodes.remove(node)
+        self.members.remove(node)
 
     def shut_down(self) -> None:
-        for node in reversed(self._nodes):
+        for node in reversed(self.members):
             with contextlib.suppress(Exception):
                 self._cluster.remove_node(node, allow_graceful=False)
 

@@ -1,0 +1,165 @@
+"""Long proofs on real Ray nodes: workers and nodes that die at any moment lose nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ray_nodes import Program, hfdist, nodes, workers_of
+
+from hfdist import api
+
+JOB = """
+name: digits
+task: slow.py:Slow
+launch: {workers: 2, threads_per_worker: 1, timeout_seconds: 30}
+checkpoint: {every: 1}
+tracking: {system_metrics: false, log_model: false}
+"""
+
+SLOW_TASK = """
+import time
+from hfdist.tasks.digits import DigitsClassifier
+
+class Slow(DigitsClassifier):
+    def loss(self, *arguments):
+        time.sleep(0.03)
+        return super().loss(*arguments)
+"""
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB + f"output: {tmp_path / 'runs'}\n")
+    (tmp_path / "slow.py").write_text(SLOW_TASK)
+    return path
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def tracked_steps(run_dir: Path, mlflow_run_id: str) -> list[int]:
+    """Steps of the loss in the run's MLflow store, as often as they are there."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+    return [metric.step for metric in client.get_metric_history(mlflow_run_id, "loss")]
+
+
+@pytest.mark.timeout(2400)
+def test_twenty_kills_leave_the_same_parameters(tmp_path: Path, job: Path) -> None:
+    """Workers are killed 20 times at random moments of a run of 40 steps."""
+    dice, kills = random.Random(0), 20
+    undisturbed = api.train(job, ["steps=40"], run_id="undisturbed")
+    run_dir = tmp_path / "runs" / "killed"
+    with nodes(tmp_path, {"num_cpus": 1}, {"num_cpus": 1}) as cluster:
+        arguments = [
+            *("train", str(job), "--json", "--run-id", "killed", "steps=40"),
+            *("launch.backend=ray", f"launch.address={cluster.address}"),
+            f"launch.max_failures={kills}",
+        ]
+        with hfdist(*arguments, environment=cluster.environment, cwd=tmp_path) as program:
+            for number in range(kills):
+                groups = number + 1
+                program.wait_for(lambda p, n=groups: len(p.events("start")) >= n, 180)
+                # Between the loading of the checkpoint and two or three steps later.
+                time.sleep(dice.uniform(0.0, 1.5))
+                victims = workers_of(run_dir)
+                if program.events("finish"):
+                    break
+                dice.choice(victims).send_signal(signal.SIGKILL)
+            assert program.end(300) == 0, program.output
+    result = json.loads((run_dir / "result.json").read_text())
+    starts = program.events("start")
+    print(
+        f"{len(starts) - 1} kills, steps at which groups began:", [s["first_step"] for s in starts]
+    )
+    assert len(starts) == kills + 1
+    assert result["status"] == "FINISHED"
+    assert result["parameters_sha256"] == undisturbed["parameters_sha256"]
+    assert steps_of(run_dir) == list(range(40))
+    assert tracked_steps(run_dir, result["mlflow_run_id"]) == list(range(40))
+
+
+@pytest.mark.timeout(900)
+def test_an_elastic_run_survives_a_node_and_uses_a_new_one(tmp_path: Path, job: Path) -> None:
+    run_dir = tmp_path / "runs" / "elastic"
+
+    def group(number: int, workers: int) -> object:
+        def there(program: Program) -> bool:
+            starts = program.events("start")[number:]
+            return any(s["info"]["world_size"] == workers for s in starts)
+
+        return there
+
+    with nodes(tmp_path, {"num_cpus": 1}, {"num_cpus": 1}) as cluster:
+        arguments = [
+            *("train", str(job), "--json", "--run-id", "elastic", "steps=2000"),
+            *("launch.backend=ray", f"launch.address={cluster.address}"),
+            *("launch.workers=[1, 2]", "launch.max_failures=5"),
+        ]
+        with hfdist(*arguments, environment=cluster.environment, cwd=tmp_path) as program:
+            program.wait_for(group(0, 2), 120)
+            program.wait_for(lambda p: len(p.events("step")) >= 5, 60)
+            groups, steps = len(program.events("start")), len(program.events("step"))
+            cluster.kill(cluster.members[1])
+            shrunk = program.wait_for(group(groups, 1), 60)
+            shrunk += program.wait_for(lambda p: len(p.events("step")) > steps + 1, 60 - shrunk)
+            groups = len(program.events("start"))
+            cluster.add(num_cpus=1)
+            grown = program.wait_for(group(groups, 2), 60)
+            program.wait_for(lambda p: len(p.events("step")) > steps + 5, 60)
+            program.signal(signal.SIGINT)
+            assert program.end(90) == 130, program.output
+    print(f"went on after {shrunk:.1f} s, used the new node after {grown:.1f} s")
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["status"] == "KILLED"
+    assert steps_of(run_dir) == list(range(result["steps"]))
+    assert tracked_steps(run_dir, result["mlflow_run_id"]) == list(range(result["steps"]))
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_driver_leaves_no_process_and_its_run_goes_on(tmp_path: Path, job: Path) -> None:
+    run_dir = tmp_path / "runs" / "driver"
+    arguments = ["train", str(job), "--json", "--run-id", "driver", "steps=8", "launch.backend=ray"]
+    with hfdist(*arguments, environment={"OMP_NUM_THREADS": "1"}, cwd=tmp_path) as program:
+        program.wait_for(lambda p: len(p.events("step")) >= 3, 180)
+        family = psutil.Process(program.process.pid).children(recursive=True)
+        program.signal(signal.SIGKILL)
+        program.end(30)
+    assert psutil.wait_procs(family, timeout=150)[1] == []
+    resumed = api.resume(run_dir, ["launch.backend=local"])
+    undisturbed = api.train(job, ["steps=8"], run_id="undisturbed")
+    assert resumed["parameters_sha256"] == undisturbed["parameters_sha256"]
+    assert steps_of(run_dir) == list(range(8))
+
+
+@pytest.mark.timeout(900)
+def test_ray_costs_no_time_in_a_step(tmp_path: Path, job: Path) -> None:
+    """The same run of two workers here and through Ray, in turn; the medians of a step's time."""
+    more = ["task=hfdist.tasks.digits:DigitsAutoencoder", "steps=12", "checkpoint.every=100"]
+    here: list[float] = []
+    there: list[float] = []
+    for turn in range(3):
+        for times, backend in ((here, "local"), (there, "ray")):
+            run_id = f"{backend}-{turn}"
+            api.train(job, [*more, f"launch.backend={backend}"], run_id=run_id)
+            lines = (tmp_path / "runs" / run_id / "metrics.jsonl").read_text().splitlines()
+            ends = [json.loads(line)["time"] for line in lines]
+            # The first is a cold start.
+            times += [b - a for a, b in itertools.pairwise(ends[1:])]
+    overhead = sum(sorted(there)[: len(there) // 2]) / sum(sorted(here)[: len(here) // 2]) - 1
+    medians = sorted(here)[len(here) // 2], sorted(there)[len(there) // 2]
+    print(f"a step: {medians[0]:.4f} s here, {medians[1]:.4f} s through Ray: {overhead:+.1%}")
+    assert overhead < 0.03
