@@ -43,6 +43,7 @@ class TorchCommunicator:
         device: Where summed vectors live; a CUDA device selects nccl, any other gloo.
         timeout_seconds: A collective that takes longer means that a peer is dead or stalls.
         group: Ranks that take part; by default all of the initialised default group.
+        shares_device: Whether several ranks use one GPU, which nccl refuses: gloo then, by way of the host.
 
     Raises:
         PeerError: (every collective) Another rank died, or did not come within the timeout.
@@ -53,6 +54,7 @@ class TorchCommunicator:
         device: torch.device | str = "cpu",
         timeout_seconds: float = 60.0,
         group: dist.ProcessGroup | None = None,
+        shares_device: bool = False,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
@@ -67,8 +69,8 @@ class TorchCommunicator:
         with self._guarded("joining the group"):
             self._objects = self._new_group("gloo", group)
             # Objects stay on the host's group: sending a decision must not wait for the device.
-            on_gpu = self.device.type == "cuda"
-            self._vectors = self._new_group("nccl", group) if on_gpu else self._objects
+            by_nccl = self.device.type == "cuda" and not shares_device
+            self._vectors = self._new_group("nccl", group) if by_nccl else self._objects
 
     def _new_group(self, backend: str, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         made: Any = dist.new_group(

@@ -149,7 +149,11 @@ def _join(job: Assignment) -> Communicator:
     device = _device(job)
     if get_context().get_world_size() == 1 or not is_initialized():
         return SerialCommunicator(device)
-    return TorchCommunicator(device, timeout_seconds=job.config.launch.timeout_seconds)
+    return TorchCommunicator(
+        device,
+        timeout_seconds=job.config.launch.timeout_seconds,
+        shares_device=0.0 < job.gpus_per_worker < 1.0,
+    )
 
 
 def _device(job: Assignment) -> torch.device:
