@@ -79,6 +79,8 @@ class TorchCommunicator:
             backend=backend,
             use_local_synchronization=group is not None,  # ranks outside of `group` are not here
         )
+        assert isinstance(made, dist.ProcessGroup), "this process is not one of the group's ranks"
+        return made
         return made
 
     @property

@@ -235,8 +235,9 @@ class Group:
 
     def _lead_is_done(self, endings: list[Ended]) -> bool:
         """Whether the lead has written down how the run ended, cannot, or has nothing to write."""
-        lead = self._members[0]
-        return endings[0].answer is not None or endings[0].is_stopped or not lead.joined
+        lead = endings[0]
+        has_ended = lead.answer is not None or lead.exit_code is not None
+        return has_ended or lead.is_stopped or not self._members[0].joined
 
     def _end_all(self) -> None:
         lead_was_killed = bool(self._members) and not self._members[0].has_ended

@@ -144,9 +144,11 @@ class _Driver:
     def _demand(self, nodes: list[dict[str, float]]) -> Demand:
         launch = self._config.launch
         fewest = launch.workers if isinstance(launch.workers, int) else launch.workers[0]
+        kind = launch.accelerator_type
         return Demand(
             num_workers=fewest,
-            per_worker=_per_worker(self._config, nodes),
+            per_worker=_per_worker(self._config, nodes)
+            | ({f"accelerator_type:{kind}": 0.001} if kind else {}),
             placement=launch.placement,
         )
 
