@@ -1,146 +1,88 @@
-"""One worker of a group that torchrun (or any launcher that sets RANK and its kin) has started."""
+"""One worker of a group that torchrun (or anything that sets its variables) has started."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-import re
-import socket
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfdist.errors import ConfigError, UserError
-from hfdist.launch.child import die_with_parent
 from hfdist.launch.logs import logging_to_file
-from hfdist.launch.start import run_folder
-from hfdist.record import write_json
 
 if TYPE_CHECKING:
+    from hfdist.comm import Communicator
     from hfdist.config import RunConfig
-
-_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 def run(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict[str, Any]:
-    """Join the group and work; see `hfdist.launch.start`. Run folder and resume are the lead's.
+    """Join the group and work; see `hfdist.launch.start`. The lead's folder binds all.
 
-    After a restart by torchrun (`--max-restarts`, or a node that joined or left) the lead goes on
-    with the run that it had begun.
+    A group that torchrun restarts goes on from the newest checkpoint.
     """
-    from hfdist.comm.environment import join_environment, record_failure
+    import torch
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # torchrun leaves workers behind that are stopped when it ends.
-        die_with_parent(os.getppid())
+    from hfdist.comm.environment import GroupCommunicator, join_environment, record_failure
+    from hfdist.devices import resolve
+    from hfdist.launch.folder import run_folder
+
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     try:
-        _check_environment()
+        device = resolve(config.device, local_rank, local_world_size)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if config.launch.threads_per_worker is not None:
+            torch.set_num_threads(config.launch.threads_per_worker)
         join_environment(config.launch.timeout_seconds)
-        return _work(config, run_dir, resume, display)
+        comm = GroupCommunicator(device, config.launch.timeout_seconds)
+        try:
+            run_dir, resume = comm.from_lead((run_dir, resume or is_restart()))
+            if not comm.is_lead:
+                with logging_to_file(run_dir, comm.rank):
+                    return _work(config, run_dir, resume, comm, "quiet")
+            with run_folder(config, run_dir), logging_to_file(run_dir, comm.rank):
+                return _work(config, run_dir, resume, comm, display)
+        finally:
+            comm.close()
     except BaseException as error:
-        # torchrun's summary then names the first failure by its own error.
-        with suppress(Exception):
-            record_failure(error)
+        record_failure(error)
         raise
 
 
-def _work(config: RunConfig, run_dir: Path, resume: bool, display: str) -> dict[str, Any]:
-    import torch
-
-    from hfdist.comm.environment import GroupCommunicator
-    from hfdist.devices import resolve
+def _work(
+    config: RunConfig, run_dir: Path, resume: bool, comm: Communicator, display: str
+) -> dict[str, Any]:
     from hfdist.display import make_display
     from hfdist.worker import Job
     from hfdist.worker import run as run_worker
 
-    device = resolve(
-        config.device,
-        int(os.environ.get("LOCAL_RANK", 0)),
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-    )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if config.launch.threads_per_worker is not None:
-        torch.set_num_threads(config.launch.threads_per_worker)
-    comm = GroupCommunicator(device, config.launch.timeout_seconds)
-    with ExitStack() as stack:
-        stack.callback(comm.close)
-        story = Story.of_environment(Path(config.output)) if comm.is_lead else None
-        refused: UserError | None = None
-        if story is not None:
-            # A mistake found here must reach the peers, who wait for the lead's answer.
-            try:
-                if (before := story.read()) is not None:
-                    run_dir, resume = before, True
-                stack.enter_context(run_folder(config, run_dir))
-                story.write(run_dir)
-            except UserError as error:
-                refused = error
-        refused, run_dir, resume = comm.from_lead((refused, run_dir.resolve(), resume))
-        if refused is not None:
-            raise refused
-        # On another machine without a shared folder there is nowhere to log to but the console.
-        if run_dir.is_dir():
-            stack.enter_context(logging_to_file(run_dir, comm.rank))
-        job = Job(config=config, run_dir=run_dir, resume=resume)
-        result = run_worker(job, comm, make_display(display if comm.is_lead else "quiet"))
-        if story is not None:
-            story.end()
-        return result
+    job = Job(config=config, run_dir=run_dir, resume=resume)
+    return run_worker(job, comm, make_display(display))
 
 
-class Story:
-    """Remembers which run a torchrun job works on, so that its restarts do not begin another.
+def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun has started this group before."""
+    return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
-    torchrun starts workers anew with the same command line, and tells them no more than its run id.
-    The note lies in the output folder, which the lead can always reach.
+
+def run_id_of_group(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """A run id that a restarted group finds again; None outside of torchrun.
+
+    It is made of torchrun's --rdzv-id, or of the address where the group meets and of the agent that
+    outlives the workers.
     """
-
-    def __init__(self, note: Path | None) -> None:
-        self._note = note
-
-    @classmethod
-    def of_environment(cls, output: Path) -> Story:
-        """The story of the job that this process belongs to; without an elastic agent, of none."""
-        run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-        if run_id is None:
-            return cls(None)
-        if run_id == "none":  # torchrun's default for static groups: many jobs have it
-            run_id = f"{socket.gethostname()}-{os.getppid()}-{_started(os.getppid())}"
-        return cls(output / f".torchrun-{re.sub(r'[^A-Za-z0-9_.-]', '_', run_id)}.json")
-
-    def read(self) -> Path | None:
-        """The folder of the run that this job has begun and not ended."""
-        if self._note is None:
-            return None
-        try:
-            run_dir = Path(json.loads(self._note.read_text())["run_dir"])
-        except (OSError, ValueError, KeyError):
-            return None
-        return run_dir if run_dir.is_dir() else None
-
-    def write(self, run_dir: Path) -> None:
-        """Note the run."""
-        if self._note is not None:
-            write_json(self._note, {"run_dir": str(run_dir.resolve())})
-
-    def end(self) -> None:
-        """The run has ended as it should: the next one is new."""
-        if self._note is not None:
-            self._note.unlink(missing_ok=True)
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return None
+    id_ = environ["TORCHELASTIC_RUN_ID"]
+    if id_ in ("", "none"):
+        id_ = f"{os.uname().nodename}:{os.getppid()}:{_started(os.getppid())}"
+    return f"{name}-{hashlib.sha256(id_.encode()).hexdigest()[:8]}"
 
 
-def _started(pid: int) -> int:
-    import psutil
-
-    return int(psutil.Process(pid).create_time())
-
-
-def _check_environment() -> None:
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if restarts > 0 and os.environ.get(_SHARED_STORE) != "1":
-        # The restarted workers would find the addresses of the dead in the agent's store.
-        raise ConfigError(
-            f"torchrun --max-restarts={restarts} needs {_SHARED_STORE}=1 in its environment: "
-            "without it restarted workers cannot meet"
-        )
+def _started(pid: int) -> str:
+    """When a process began: numbers of processes are used again."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
