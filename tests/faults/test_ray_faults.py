@@ -49,6 +49,13 @@ def steps_of(run_dir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
+def groups_of(run_dir: Path) -> int:
+    """How many groups of two workers there have been."""
+    logs = list((run_dir / "logs").glob("rank-*.log"))
+    counts = [log.read_text().count("process ") for log in logs]
+    return min(counts) if len(counts) == 2 else 0
+
+
 def tracked_steps(run_dir: Path, mlflow_run_id: str) -> list[int]:
     """Steps of the loss in the run's MLflow store, as often as they are there."""
     from mlflow import MlflowClient
@@ -71,21 +78,18 @@ def test_twenty_kills_leave_the_same_parameters(tmp_path: Path, job: Path) -> No
         ]
         with hfdist(*arguments, environment=cluster.environment, cwd=tmp_path) as program:
             for number in range(kills):
-                groups = number + 1
-                program.wait_for(lambda p, n=groups: len(p.events("start")) >= n, 180)
-                # Between the loading of the checkpoint and two or three steps later.
-                time.sleep(dice.uniform(0.0, 1.5))
-                victims = workers_of(run_dir)
-                if program.events("finish"):
-                    break
-                dice.choice(victims).send_signal(signal.SIGKILL)
+                program.wait_for(lambda p, n=number: groups_of(run_dir) > n, 180)
+                if dice.random() < 0.5:  # else while the checkpoint is read, or in the first step
+                    steps = len(program.events("step")) + dice.randrange(1, 4)
+                    program.wait_for(lambda p, n=steps: len(p.events("step")) >= n, 60)
+                time.sleep(dice.uniform(0.0, 1.0))
+                assert not program.events("finish"), "the run was faster than its killer"
+                dice.choice(workers_of(run_dir)).send_signal(signal.SIGKILL)
             assert program.end(300) == 0, program.output
     result = json.loads((run_dir / "result.json").read_text())
-    starts = program.events("start")
-    print(
-        f"{len(starts) - 1} kills, steps at which groups began:", [s["first_step"] for s in starts]
-    )
-    assert len(starts) == kills + 1
+    begun = [event["first_step"] for event in program.events("start")]
+    print(f"{kills} kills; groups went on at steps {begun}")
+    assert groups_of(run_dir) == kills + 1
     assert result["status"] == "FINISHED"
     assert result["parameters_sha256"] == undisturbed["parameters_sha256"]
     assert steps_of(run_dir) == list(range(40))
