@@ -13,7 +13,9 @@ TORCH = ("torch", "torchvision")
 def main() -> None:
     """Write torch.txt, requirements.txt and pins.txt into the working folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--extras", default="", help="extras of pyproject.toml, separated by commas")
+    parser.add_argument(
+        "--extras", default="", help="extras of pyproject.toml, separated by commas"
+    )
     for name in TORCH:
         parser.add_argument(f"--{name}", default="", help="version, if not that of constraints.txt")
     arguments = parser.parse_args()
