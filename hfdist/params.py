@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
@@ -81,6 +82,26 @@ class ParameterVector:
     def read(self) -> Tensor:
         """A copy of the parameters as a vector [P]."""
         return self.flatten([t.detach() for t in self.tensors])
+
+    @contextmanager
+    def at(self, vector: Tensor) -> Iterator[None]:
+        """Inside, the parameters have the values of a vector [P], without a copy where the dtype allows:
+        their own storage stays as it is, and is theirs again afterwards."""
+        own = [t.data for t in self.tensors]
+        try:
+            for piece, t in zip(vector.split(self._sizes), self.tensors):
+                t.data = piece.view(t.shape).to(t.dtype)
+            yield
+        finally:
+            for t, data in zip(self.tensors, own):
+                t.data = data
+
+    def moved(self, alpha: float, delta: Tensor, out: Tensor) -> Tensor:
+        """out [P] = theta + alpha * delta [P]."""
+        for (start, stop), t in zip(self.spans, self.tensors):
+            theta, step = t.detach().reshape(-1), delta[start:stop]
+            torch.add(theta, step, alpha=alpha, out=out[start:stop])
+        return out
 
     @torch.no_grad()
     def write(self, vector: Tensor) -> None:

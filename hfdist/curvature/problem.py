@@ -72,6 +72,10 @@ class Regularisation:
             weight_decay=of(self.weight_decay), damping_scale=of(self.damping_scale)
         )
 
+    def __bool__(self) -> bool:
+        """Whether there is an L2 term."""
+        return isinstance(self.weight_decay, Tensor) or self.weight_decay != 0.0
+
     def loss(self, theta: Tensor) -> float:
         """sum_i weight_decay_i theta_i^2 / 2."""
         if isinstance(self.weight_decay, Tensor):
@@ -123,7 +127,6 @@ class Problem:
         self._part_of_decay = self.regularisation.part(self._layout.part)
         self.signal: Tensor | None = None
         self._frozen = self.frozen or Frozen(self.params.device)
-        self._theta = self.params.read()  # [P], the step's start
         self._trial: Tensor | None = None
         self._reference_weight: float | None = None
         self._gradient_loss: float | None = None
@@ -182,12 +185,13 @@ class Problem:
         scale = self._scale(weight)
         if own_gradient is None:
             g = self._layout.sum_to_part(g).mul_(scale)
-            self._part_of_decay.add_product(g, self._layout.part(self._theta))
+            if self.regularisation:
+                self._part_of_decay.add_product(g, self._layout.part(self.params.read()))
         else:
             g = self._layout.part(own_gradient.detach().to(self.params.dtype)).clone()
         if builder is not None:
             self._products, self._product_weight = builder.products, weight
-        self._gradient_loss = loss_sum * scale + self.regularisation.loss(self._theta)
+        self._gradient_loss = loss_sum * scale + self._start_penalty()
         if self.roles.loss is self.roles.gradient:
             self._start_loss = self._gradient_loss
         return self._gradient_loss, g
@@ -304,7 +308,7 @@ class Problem:
         return self._layout.total(scalars)
 
     def _own_product(self, product: Operator) -> Operator:
-        out = torch.zeros_like(self._layout.part(self._theta))
+        out = torch.zeros_like(self._layout.part(self.params.zeros()))
 
         def B(v: Tensor) -> Tensor:
             return out.copy_(self._layout.part(product(self._layout.whole(v))))
@@ -335,29 +339,31 @@ class Problem:
 
     def start_loss(self) -> float:
         if self._start_loss is None:
-            self._start_loss = self._losses_at([self._theta])[0]
+            self._start_loss = self._values([self._loss_sums()], [self._start_penalty()])[0]
         return self._start_loss
 
     def losses(self, steps: Iterable[tuple[float, Tensor]]) -> list[float]:
         """All candidates of one call share one scalar reduction."""
-        return self._losses_at(
-            self._moved(alpha, self._layout.whole(delta)) for alpha, delta in steps
-        )
-
-    def _losses_at(self, thetas: Iterable[Tensor]) -> list[float]:
+        if self._trial is None:  # not before CG's vectors are gone
+            self._trial = self.params.zeros()
         sums: list[Tensor] = []
         penalties: list[float] = []
-        try:
-            for theta in thetas:
-                self.params.write(theta)
-                penalties.append(self.regularisation.loss(theta))
-                row = torch.zeros(2, dtype=torch.float64, device=self.params.device)
-                for microbatch in self.roles.loss:
-                    row += _as_sums(self._evaluate(microbatch, graph=False), row)
-                sums.append(row)
-        finally:
-            self.params.write(self._theta)
-        rows = self.comm.sum(torch.stack(sums)).tolist()
+        for alpha, delta in steps:
+            theta = self.params.moved(alpha, self._layout.whole(delta), self._trial)
+            penalties.append(self.regularisation.loss(theta))
+            with self.params.at(theta):
+                sums.append(self._loss_sums())
+        return self._values(sums, penalties)
+
+    def _loss_sums(self) -> Tensor:
+        """[2] float64: this rank's sum of losses and weights, where the parameters are now."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.params.device)
+        for microbatch in self.roles.loss:
+            sums += _as_sums(self._evaluate(microbatch, graph=False), sums)
+        return sums
+
+    def _values(self, sums: Sequence[Tensor], penalties: Sequence[float]) -> list[float]:
+        rows = self.comm.sum(torch.stack(list(sums))).tolist()
         for _, weight in rows:
             _check_weight(weight, "line_search")
         return [
@@ -365,18 +371,17 @@ class Problem:
             for (loss_sum, weight), penalty in zip(rows, penalties)
         ]
 
-    def _moved(self, alpha: float, delta: Tensor) -> Tensor:
-        """theta + alpha * delta, valid until the next call."""
-        if self._trial is None:  # not before CG's vectors are gone
-            self._trial = torch.empty_like(self._theta)
-        return torch.add(self._theta, delta, alpha=alpha, out=self._trial)
+    def _start_penalty(self) -> float:
+        return self.regularisation.loss(self.params.read()) if self.regularisation else 0.0
 
     # -- the rest --------------------------------------------------------------------------------
 
     def move(self, alpha: float, delta: Tensor) -> None:
         """Move the parameters, and the batch-norm statistics to where this step's gradient saw them."""
-        whole = self._layout.whole(delta)
-        self.params.write(self._moved(alpha, whole))
+        if self._trial is None:
+            self._trial = self.params.zeros()
+        theta = self.params.moved(alpha, self._layout.whole(delta), self._trial)
+        self.params.write(theta)
         moved = self._frozen.moved_buffers()
         if moved is not None:
             self._frozen.apply(self.comm.sum(moved))
