@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hfdist.comm import Communicator, current_communicator
-from hfdist.curvature.engines import ProductEngine
+from hfdist.curvature.engines import ProductEngine, autocast_dtype
 from hfdist.curvature.frozen import Frozen
 from hfdist.curvature.layout import Layout, Replicated, make_layout
 from hfdist.curvature.loss_weight import mean_weight
@@ -229,7 +229,7 @@ class HessianFree(torch.optim.Optimizer):
             raise ValueError(
                 "preconditioner needs the model and data: pass M_func=get_preconditioner(...)"
             )
-        layout = make_layout(params, self._comm(), options.shard_solver_state)
+        layout = make_layout(params, self._comm(), options)
         problem = Problem(
             params=params,
             roles=roles,
@@ -249,6 +249,7 @@ class HessianFree(torch.optim.Optimizer):
                 memory_budget=options.memory_budget,
                 chosen=self.param_groups[0]["chosen_engine"],
             ),
+            autocast=autocast_dtype(options),
         )
         if test_deterministic:
             self._test_deterministic(problem)

@@ -19,7 +19,7 @@ from hfdist.checkpoint import CheckpointStore, check
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config import RunConfig
 from hfdist.coordinator import Coordinator, Progress, model_tensors
-from hfdist.curvature.engines import ProductEngine
+from hfdist.curvature.engines import ProductEngine, autocast_dtype
 from hfdist.curvature.frozen import Frozen
 from hfdist.curvature.layout import make_layout
 from hfdist.curvature.microbatch import Microbatch, from_task
@@ -83,7 +83,7 @@ class Worker:
         self._resume, self._retried = job.resume, job.retried
         self.task, self.model = build(job.config, comm.device)
         self.params = ParameterVector(p for p in self.model.parameters() if p.requires_grad)
-        self._layout = make_layout(self.params, comm, job.config.optim.shard_solver_state)
+        self._layout = make_layout(self.params, comm, job.config.optim)
         self.data = self.task.train_data()
         self.num_examples = _length(self.data)
         dtype = getattr(torch, job.config.dtype)
@@ -227,6 +227,7 @@ class Worker:
             frozen=Frozen(self.comm.device, self.model),
             layout=self._layout,
             engine=self._engine,
+            autocast=autocast_dtype(options),
             abandon=lambda: self._stop.requested,
         )
         if options.preconditioner == "empirical_fisher":

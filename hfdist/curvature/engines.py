@@ -22,6 +22,7 @@ from hfdist.curvature.linearize import Recorder, Unsupported
 from hfdist.curvature.loss_hessian import ByDoubleBackward, LossHessian
 from hfdist.curvature.memory import MemoryCounter, memory_left
 from hfdist.curvature.microbatch import Evaluation, Microbatch
+from hfdist.optim.options import HFOptions
 from hfdist.params import ParameterVector
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,11 @@ logger = logging.getLogger(__name__)
 Gradient = Sequence[Tensor | None]
 Evaluate = Callable[[Microbatch, Recorder | None], Evaluation]
 LINEARIZE, DOUBLE_BACKWARD, RECOMPUTE, AUTO = "linearize", "double_backward", "recompute", "auto"
+
+
+def autocast_dtype(options: HFOptions) -> torch.dtype | None:
+    """What `product_autocast` asks for."""
+    return torch.bfloat16 if options.product_autocast == "bfloat16" else None
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hfdist.comm import Communicator
+from hfdist.optim.options import HFOptions
 from hfdist.params import ParameterVector
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
@@ -48,12 +49,17 @@ class Replicated:
         params: The trainable tensors.
         comm: The ranks.
         bucket_bytes: Least size of a bucket; its ends are those of parameters.
+        dtype: Products are rounded to it on the wire; None: as they are.
     """
 
     def __init__(
-        self, params: ParameterVector, comm: Communicator, bucket_bytes: int = 2**20
+        self,
+        params: ParameterVector,
+        comm: Communicator,
+        bucket_bytes: int = 2**20,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self._params, self._comm = params, comm
+        self._params, self._comm, self._dtype = params, comm, dtype
         self._buckets = _buckets(params, bucket_bytes)
 
     def part(self, whole: Tensor) -> Tensor:
@@ -68,13 +74,16 @@ class Replicated:
     def total(self, scalars: Tensor) -> Tensor:
         return scalars
 
-    def add_and_sum(self, product: Product | None, v: Sequence[Tensor], local: Tensor) -> None:
+    def add_and_sum(
+        self, product: Product | None, v: Sequence[Tensor], local: Tensor, exact: bool = False
+    ) -> None:
         """local [P + S] = sum over ranks of (local + product(v)), reduced while the product goes on.
 
         Args:
             product: The last one of this rank; None if it has none.
             v: Shaped like the parameters.
             local: The sum so far [P], followed by S scalars that are summed along.
+            exact: Without rounding on the wire.
         """
         if self._comm.world_size == 1:
             if product is not None:
@@ -84,8 +93,15 @@ class Replicated:
             local[start:stop].view(t.shape)
             for (start, stop), t in zip(self._params.spans, self._params.tensors)
         ]
+        rounded: list[tuple[Tensor, Tensor]] = []
         with self._comm.overlapped_sum() as start:
-            ready = _InOrder(self._buckets, local, start)
+
+            def start_rounded(bucket: Tensor) -> None:
+                rounded.append((bucket, bucket.to(self._dtype)))
+                start(rounded[-1][1])
+
+            in_full = exact or self._dtype is None
+            ready = _InOrder(self._buckets, local, start if in_full else start_rounded)
             if product is not None:
                 with _when_ready(self._params.tensors, pieces, ready) as added:
                     results = product(v)
@@ -93,6 +109,8 @@ class Replicated:
                     if result is not None and k not in added:
                         pieces[k].add_(result)
             ready.flush()
+        for bucket, total in rounded:
+            bucket.copy_(total)
 
 
 class Sharded:
@@ -102,10 +120,11 @@ class Sharded:
     Args:
         numel: P.
         comm: The ranks.
+        dtype: Products are rounded to it on the wire; None: as they are.
     """
 
-    def __init__(self, numel: int, comm: Communicator) -> None:
-        self._numel, self._comm = numel, comm
+    def __init__(self, numel: int, comm: Communicator, dtype: torch.dtype | None = None) -> None:
+        self._numel, self._comm, self._dtype = numel, comm, dtype
 
     def part(self, whole: Tensor) -> Tensor:
         n = self._comm.shard_size(self._numel)
@@ -118,17 +137,24 @@ class Sharded:
     def sum_to_part(self, local: Tensor) -> Tensor:
         return self._comm.sum_to_shard(local)
 
+    def sum_product_to_part(self, local: Tensor, exact: bool = False) -> Tensor:
+        """`sum_to_part`, rounded on the wire unless `exact`."""
+        wire = local if exact or self._dtype is None else local.to(self._dtype)
+        return self._comm.sum_to_shard(wire).to(local.dtype)
+
     def total(self, scalars: Tensor) -> Tensor:
         return self._comm.sum(scalars)
 
 
 def make_layout(
-    params: ParameterVector, comm: Communicator, shard_solver_state: bool
+    params: ParameterVector, comm: Communicator, options: HFOptions
 ) -> Replicated | Sharded:
-    """The layout that `optim.shard_solver_state` asks for; alone, a rank holds everything anyway."""
-    if shard_solver_state and comm.world_size > 1:
-        return Sharded(params.numel, comm)
-    return Replicated(params, comm)
+    """The layout that `shard_solver_state` and `reduction_dtype` ask for; alone, a rank holds everything
+    anyway."""
+    dtype = torch.bfloat16 if options.reduction_dtype == "bfloat16" else None
+    if options.shard_solver_state and comm.world_size > 1:
+        return Sharded(params.numel, comm, dtype)
+    return Replicated(params, comm, dtype=dtype)
 
 
 class _InOrder:

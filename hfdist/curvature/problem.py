@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -112,6 +112,8 @@ class Problem:
     """How solver vectors lie over ranks; None: whole on each."""
     engine: ProductEngine = field(default_factory=ProductEngine)
     """How products are computed; shared by the steps of a run."""
+    autocast: torch.dtype | None = None
+    """Forward passes of products run under `torch.autocast` to this dtype."""
     abandon: Callable[[], bool] | None = None
     """Whether this rank asks to abandon the step; summed over ranks with every product."""
 
@@ -128,6 +130,9 @@ class Problem:
         self._start_loss: float | None = None
         self._products: list[Product] | None = None
         self._product_weight = 0.0
+        self._product_buffer: Tensor | None = (
+            None  # [P + 1]: where products are computed; the signal
+        )
 
     @property
     def gradient_scale(self) -> float:
@@ -150,7 +155,11 @@ class Problem:
         """Loss and gradient [P]; one forward pass a microbatch, shared with the curvature's where the
         examples are the same."""
         own_gradient = self.overrides.gradient
-        share = self.overrides.product is None and self.roles.curvature is self.roles.gradient
+        share = (
+            self.overrides.product is None
+            and self.autocast is None
+            and self.roles.curvature is self.roles.gradient
+        )
         g = self.params.zeros()
         sums = torch.zeros(2, dtype=torch.float64, device=self.params.device)  # loss, weight
         builder = self._builder(self.roles.gradient, record=True) if share else None
@@ -191,7 +200,12 @@ class Problem:
             first = id(microbatch) not in recorded
             recorded.add(id(microbatch))
             return self._evaluate(
-                microbatch, graph=True, split=True, record=first, recorder=recorder
+                microbatch,
+                graph=True,
+                split=True,
+                record=first,
+                recorder=recorder,
+                autocast=self.autocast,
             )
 
         return ProductBuilder(
@@ -200,25 +214,27 @@ class Problem:
 
     # -- curvature -------------------------------------------------------------------------------
 
-    def curvature(self) -> Operator:
-        """v [P] -> Bv [P]: one vector reduction a product."""
+    def curvature(self, exact: bool = False) -> Operator:
+        """v [P] -> Bv [P]: one vector reduction a product, in full precision if `exact`."""
         if self.overrides.product is not None:
             return self._own_product(self.overrides.product)
         if self._products is None:
             self._build_products()
         layout = self._layout
         if isinstance(layout, Sharded):
-            return self._sharded_product(layout)
-        return self._replicated_product(layout)
+            return self._sharded_product(layout, exact)
+        return self._replicated_product(layout, exact)
 
-    def _replicated_product(self, layout: Replicated) -> Operator:
+    def _replicated_product(self, layout: Replicated, exact: bool) -> Operator:
         products, weight = self._products or [], self._product_weight
         # The last one's results are reduced while it goes on, if they can be told from others.
         overlaps = bool(products) and getattr(products[-1], "overlaps", True)
         first, last = (products[:-1], products[-1]) if overlaps else (products, None)
-        buffer = torch.zeros(
-            self.params.numel + 1, dtype=self.params.dtype, device=self.params.device
-        )
+        if self._product_buffer is None:
+            self._product_buffer = torch.zeros(
+                self.params.numel + 1, dtype=self.params.dtype, device=self.params.device
+            )
+        buffer = self._product_buffer
         out, self.signal = buffer[:-1], buffer[-1]
 
         def alone(v: Tensor) -> Tensor:
@@ -238,7 +254,7 @@ class Problem:
             for product in first:
                 self.params.add(out, product(views))
             self._raise_signal()
-            layout.add_and_sum(last, views, buffer)
+            layout.add_and_sum(last, views, buffer, exact)
             self.work.products += len(products)
             out.mul_(self._scale(weight))
             self.regularisation.add_product(out, v)
@@ -246,7 +262,7 @@ class Problem:
 
         return B
 
-    def _sharded_product(self, layout: Sharded) -> Operator:
+    def _sharded_product(self, layout: Sharded, exact: bool) -> Operator:
         products, weight = self._products or [], self._product_weight
         local = self.params.zeros()
         self.signal = torch.zeros((), dtype=torch.float64, device=self.params.device)
@@ -258,7 +274,7 @@ class Problem:
                 self.params.add(local, product(views))
             self.work.products += len(products)
             self._raise_signal()  # summed with the solver's scalars
-            out = layout.sum_to_part(local).mul_(self._scale(weight))
+            out = layout.sum_product_to_part(local, exact).mul_(self._scale(weight))
             self._part_of_decay.add_product(out, v)
             return out
 
@@ -305,7 +321,7 @@ class Problem:
         _check_weight(self._product_weight, "curvature")
 
     def release(self) -> None:
-        self._products = None
+        self._products = self._product_buffer = self.signal = None
 
     def preconditioner(self, damping: float) -> Operator | None:
         make = self.overrides.preconditioner
@@ -319,28 +335,29 @@ class Problem:
 
     def start_loss(self) -> float:
         if self._start_loss is None:
-            self._start_loss = self._losses_at([self._theta], 1)[0]
+            self._start_loss = self._losses_at([self._theta])[0]
         return self._start_loss
 
-    def losses(self, steps: Sequence[tuple[float, Tensor]]) -> list[float]:
+    def losses(self, steps: Iterable[tuple[float, Tensor]]) -> list[float]:
         """All candidates of one call share one scalar reduction."""
-        candidates = (self._moved(alpha, self._layout.whole(delta)) for alpha, delta in steps)
-        return self._losses_at(candidates, len(steps))
+        return self._losses_at(
+            self._moved(alpha, self._layout.whole(delta)) for alpha, delta in steps
+        )
 
-    def _losses_at(self, thetas: Iterable[Tensor], number: int) -> list[float]:
-        sums = torch.zeros(number, 2, dtype=torch.float64, device=self.params.device)
+    def _losses_at(self, thetas: Iterable[Tensor]) -> list[float]:
+        sums: list[Tensor] = []
         penalties: list[float] = []
         try:
-            for k, theta in enumerate(thetas):
+            for theta in thetas:
                 self.params.write(theta)
                 penalties.append(self.regularisation.loss(theta))
+                row = torch.zeros(2, dtype=torch.float64, device=self.params.device)
                 for microbatch in self.roles.loss:
-                    evaluation = self._evaluate(microbatch, graph=False)
-                    sums[k] += _as_sums(evaluation, sums)
+                    row += _as_sums(self._evaluate(microbatch, graph=False), row)
+                sums.append(row)
         finally:
             self.params.write(self._theta)
-        self.comm.sum(sums)
-        rows = sums.tolist()
+        rows = self.comm.sum(torch.stack(sums)).tolist()
         for _, weight in rows:
             _check_weight(weight, "line_search")
         return [
@@ -384,6 +401,7 @@ class Problem:
         split: bool = False,
         record: bool = False,
         recorder: Recorder | None = None,
+        autocast: torch.dtype | None = None,
     ) -> Evaluation:
         # Only the Gauss-Newton product looks at loss and outputs apart.
         split = split and self.curvature_opt == "ggn"
@@ -392,6 +410,9 @@ class Problem:
         with (
             torch.set_grad_enabled(graph),
             self._frozen.evaluation(microbatch.seed),
+            nullcontext()
+            if autocast is None
+            else torch.autocast(self.params.device.type, dtype=autocast),
         ):
             evaluation = microbatch.evaluate(split, recorder)
             if record:

@@ -22,7 +22,7 @@ class CGResult:
     x: Tensor
     """Last iterate [n]."""
     iterates: list[tuple[int, Tensor]]
-    """(iteration, x [n]) on the backtracking grid, in order; the last is `x`."""
+    """(iteration, x [n] as `cg_iterates` keeps it) on the backtracking grid, in order; the last is `x`."""
     quadratic: list[float]
     """phi after 0, 1, .. iterations."""
     iterations: int
@@ -33,9 +33,14 @@ class CGResult:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the solver's vectors and kept iterates on this rank: x, r, p, Ap and b, and the
-        iterates (without x itself)."""
-        return (5 + sum(x is not self.x for _, x in self.iterates)) * self.x.nbytes
+        """Memory of the solver's vectors and kept iterates on this rank's device: x, r, p, Ap and b, and
+        the iterates (without x itself)."""
+        kept = (x for _, x in self.iterates if x is not self.x and x.device == self.x.device)
+        return 5 * self.x.nbytes + sum(x.nbytes for x in kept)
+
+    def iterate(self, place: int) -> Tensor:
+        """Kept iterate [n], in the solver's dtype and on its device."""
+        return self.iterates[place][1].to(self.x)
 
 
 def backtracking_grid(gamma: float) -> Callable[[int], bool]:
@@ -76,6 +81,7 @@ def cg(
     M: Operator | None,
     options: HFOptions,
     *,
+    exact: Operator | None = None,
     keep_iterates: bool = True,
     on_iteration: Callable[[int, float], None] | None = None,
     space: Space = WHOLE,
@@ -89,6 +95,8 @@ def cg(
         x0: Start [n]; None is zero, which saves a product.
         M: Approximation of the inverse of A, symmetric positive definite; None is the identity.
         options: The `cg_*` and `nonpositive_curvature` rules.
+        exact: A with less rounding, for `cg_residual_replacement`; by default A itself. What it returns
+            may share memory with what A returns.
         keep_iterates: Keep the iterates of the backtracking grid, not only the last.
         on_iteration: Called with the number of each finished iteration and the space's signal; what
             it raises propagates.
@@ -130,7 +138,8 @@ def cg(
             x.zero_()
             return _result(x, [(0, x)], [0.0], Stop.NON_FINITE, 1.0, b_norm, num_products)
     r_norm = math.sqrt(rr)
-    iterates = [(0, x.clone())] if keep_iterates else []
+    keep = _KEPT[options.cg_iterates]
+    iterates = [(0, keep(x))] if keep_iterates else []
     if r_norm <= bound:
         iterates = iterates or [(0, x)]
         return _result(x, iterates, phi, Stop.EXACT_START, r_norm, b_norm, num_products)
@@ -140,10 +149,15 @@ def cg(
     p = now.y.neg()
     Ap = A(p)
     num_products += 1
+    replace_every = options.cg_residual_replacement or 0
     i = 0
     while True:
         i += 1
         scalars, beta = advance(now, p, Ap, M, options.nonpositive_curvature, space)
+        phi_exact: Tensor | None = None
+        if replace_every and i % replace_every == 0:
+            scalars, beta, phi_exact = _replace_residual(now, exact or A, b, M, scalars, space)
+            num_products += 1
         p.mul_(beta.to(p.dtype)).sub_(now.y)
         if lagged:
             Ap = A(p)
@@ -153,6 +167,8 @@ def cg(
 
         # phi(x + ap) = phi(x) + a p'r + a^2 p'Ap/2, and p'r = -r'y for conjugate directions.
         phi_next = phi[-1] - a * ry + 0.5 * a * a * curvature
+        if phi_exact is not None and math.isfinite(rr):
+            phi_next = float(phi_exact)
         stop: Stop | None = None
         if not math.isfinite(curvature) or not math.isfinite(phi_next):
             stop = Stop.NON_FINITE  # alpha was 0: x is still the last good iterate
@@ -174,7 +190,7 @@ def cg(
             elif r_norm <= bound:
                 stop = Stop.RESIDUAL
             if keep_iterates and on_grid(i):
-                iterates.append((i, x.clone()))
+                iterates.append((i, keep(x)))
         if on_iteration is not None:
             on_iteration(i, signal)
         if stop is not None:
@@ -183,9 +199,18 @@ def cg(
             Ap = A(p)
             num_products += 1
 
-    if not iterates or iterates[-1][0] != i:
-        iterates.append((i, x))
+    if iterates and iterates[-1][0] == i:
+        iterates.pop()
+    iterates.append((i, x))
     return _result(x, iterates, phi, stop, r_norm, b_norm, num_products)
+
+
+_KEPT: dict[str, Callable[[Tensor], Tensor]] = {
+    "full": torch.clone,
+    "bfloat16": lambda x: x.to(torch.bfloat16),
+    "host": lambda x: x.to("cpu", copy=True),
+}
+"""Ways to keep an iterate."""
 
 
 @dataclass(kw_only=True)
@@ -241,6 +266,22 @@ def _advance_shared(
     ry_next = ry + alpha * (2 * rz + alpha * Apz)
     rr_next = rr + alpha * (2 * rAp + alpha * ApAp)
     return torch.stack((pAp, alpha, ry, rr_next, sums[-1])), ry_next / ry
+
+
+def _replace_residual(
+    now: _Iterate, A: Operator, b: Tensor, M: Operator | None, scalars: Tensor, space: Space
+) -> tuple[Tensor, Tensor, Tensor]:
+    """r = Ax - b anew; returns the iteration's scalars with the new r'r, beta, and phi(x)."""
+    now.r.copy_(A(now.x)).sub_(b)
+    if M is not None:
+        now.y = M(now.r).clone()
+    pairs = [(now.r, now.y), (now.r, now.r), (now.r, now.x), (b, now.x)]
+    sums = space.total(torch.stack([torch.dot(u, v).double() for u, v in pairs]))
+    ry, rr, rx, bx = sums
+    if now.ry is not None:
+        now.ry = ry
+    pAp, alpha, ry_before, _, signal = scalars
+    return torch.stack((pAp, alpha, ry_before, rr, signal)), ry / ry_before, 0.5 * (rx - bx)
 
 
 def _step_length(ry: Tensor, pAp: Tensor, rule: str) -> Tensor:

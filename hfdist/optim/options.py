@@ -93,14 +93,23 @@ class HFOptions:
     """CG stops once |r| <= max(cg_tol |b|, cg_atol)."""
     cg_atol: float = 0.0
     """See cg_tol."""
+    cg_residual_replacement: int | None = None
+    """Compute the residual anew, as Ax - b, every so many iterations, at the price of a product: rounding
+    (of `reduction_dtype`, or of long solves in float32) no longer piles up in it."""
     nonpositive_curvature: Literal["stop", "use", "absolute", "ignore"] = "stop"
     """When p'Ap <= 0: keep the iterate so far; move along p (a descent direction) and stop; go on with
     |p'Ap| (saddle-free); or go on as if nothing happened (the seed)."""
     cg_grid_gamma: float = 1.3
     """Iterates ceil(gamma^j) - 1 are kept for backtracking [1, sec. 4.6]."""
+    cg_iterates: Literal["full", "bfloat16", "host"] = "full"
+    """How they are kept: as they are, rounded to bfloat16 (the step taken is the rounded one, whose loss
+    was evaluated), or in the host's memory."""
 
     shard_solver_state: bool = False
     """Hold 1/W of every CG vector and kept iterate on each of W ranks, instead of all of them."""
+    reduction_dtype: Literal["full", "bfloat16"] = "full"
+    """Sum products over ranks as they are, or rounded to bfloat16, which halves float32's traffic; give
+    `cg_residual_replacement`, too, whose products are summed as they are. Gradients always are."""
 
     # Curvature products
     product_engine: Literal["linearize", "auto", "double_backward", "recompute"] = "linearize"
@@ -111,6 +120,9 @@ class HFOptions:
     memory_budget: int | None = None
     """Bytes for the graphs that are kept between products; microbatches beyond it are recomputed for
     every product, with the same result. null: what the device has left."""
+    product_autocast: Literal["off", "bfloat16"] = "off"
+    """Compute the forward passes of products under torch.autocast, which costs a forward pass a step:
+    loss and gradient stay as they are."""
 
     # Choosing the step
     use_cg_backtracking: bool = True
@@ -153,7 +165,13 @@ class HFOptions:
             value = getattr(self, key)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{key} is {value}: it must be {what}")
-        for key in ("cg_max_iter", "cg_stop_window", "linesearch_max_iter", "cg_decay_x0_steps"):
+        for key in (
+            "cg_max_iter",
+            "cg_stop_window",
+            "cg_residual_replacement",
+            "linesearch_max_iter",
+            "cg_decay_x0_steps",
+        ):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key} is {value}: it must be at least 1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -46,8 +46,12 @@ class Problem(Protocol):
         """f(theta) and its gradient [P], on the gradient batch."""
         ...
 
-    def curvature(self) -> Operator:
-        """Undamped curvature matrix at theta, on the curvature batch."""
+    def curvature(self, exact: bool = False) -> Operator:
+        """Undamped curvature matrix at theta, on the curvature batch.
+
+        Args:
+            exact: Without the rounding that `reduction_dtype` adds.
+        """
         ...
 
     @property
@@ -72,8 +76,8 @@ class Problem(Protocol):
         """f(theta) on the line-search batch; known without evaluation where that is the gradient's."""
         ...
 
-    def losses(self, steps: Sequence[tuple[float, Tensor]]) -> list[float]:
-        """f(theta + alpha * delta) on the line-search batch for every (alpha, delta [P]).
+    def losses(self, steps: Iterable[tuple[float, Tensor]]) -> list[float]:
+        """f(theta + alpha * delta) on the line-search batch for every (alpha, delta [n]).
 
         theta is unchanged afterwards, bit for bit, also when an evaluation raises.
         """

@@ -15,7 +15,7 @@ from hfdist.optim.cg import CGResult, cg
 from hfdist.optim.damping import damped, levenberg_marquardt, raised, reduction_ratio
 from hfdist.optim.line_search import LineSearchResult, line_search
 from hfdist.optim.options import HFOptions
-from hfdist.optim.problem import Problem
+from hfdist.optim.problem import Operator, Problem
 from hfdist.optim.report import StepReport, Stop
 from hfdist.optim.space import Space
 
@@ -55,7 +55,7 @@ class _Candidates:
     """Losses of CG's iterates, each evaluated once; a zero iterate costs nothing."""
 
     def __init__(self, problem: Problem, result: CGResult, start_is_zero: bool) -> None:
-        self._problem, self._iterates = problem, result.iterates
+        self._problem, self._result, self._iterates = problem, result, result.iterates
         self._start_is_zero = start_is_zero
         self.known: dict[int, float] = {}  # place -> loss
         self.num_evaluations = 0
@@ -65,7 +65,7 @@ class _Candidates:
             self.known.setdefault(0, self._problem.start_loss())
         new = [place for place in places if place not in self.known]
         if new:
-            steps = [(1.0, self._iterates[place][1]) for place in new]
+            steps = ((1.0, self._result.iterate(place)) for place in new)
             self.known.update(zip(new, self._problem.losses(steps)))
             self.num_evaluations += len(new)
         return [self.known[place] for place in places]
@@ -103,13 +103,18 @@ def hf_step(
         return _no_step(state, options, clock, loss, grad_norm, Stop.NON_FINITE)
 
     x0 = _warm_start(state, options)
+
+    def A(exact: bool) -> Operator:
+        return damped(problem.curvature(exact), state.damping, problem.damping_scale)
+
     with clock.phase("cg"):
         result = cg(
-            damped(problem.curvature(), state.damping, problem.damping_scale),
+            A(exact=False),
             g.neg(),
             x0,
             problem.preconditioner(state.damping),
             options,
+            exact=A(exact=True) if options.cg_residual_replacement else None,
             keep_iterates=options.use_cg_backtracking or options.reduction_ratio_at == "last",
             on_iteration=on_cg_iteration,
             space=space,
@@ -127,7 +132,7 @@ def hf_step(
         else:
             needed = options.adapt_damping or options.use_linesearch
             choice = Choice(last, candidates([last])[0] if needed else math.nan)
-        chosen_iterate, delta = result.iterates[choice.place]
+        chosen_iterate, delta = result.iterates[choice.place][0], result.iterate(choice.place)
         slope, delta_squared = space.dots((g, delta), (delta, delta))
 
     with clock.phase("damping"):
@@ -240,14 +245,14 @@ def _reduction_ratios(
         return 0.5 * damping * space.dots((x, x if scale is None else scale * x))[0]
 
     if options.reduction_ratio_at == "chosen":
-        iteration, x = result.iterates[choice.place]
+        iteration = result.iterates[choice.place][0]
         actual, model = choice.loss - loss_0, result.quadratic[iteration]
-        term = damping_term(x)
+        term = damping_term(result.iterate(choice.place))
     else:
         last = len(result.iterates) - 1
         f_first, f_last = candidates([0, last]) if options.adapt_damping else (math.nan, math.nan)
         actual, model = f_last - f_first, result.quadratic[-1] - result.quadratic[0]
-        term = damping_term(result.iterates[-1][1]) - damping_term(result.iterates[0][1])
+        term = damping_term(result.iterate(last)) - damping_term(result.iterate(0))
     return reduction_ratio(actual, model), reduction_ratio(actual, model - term)
 
 

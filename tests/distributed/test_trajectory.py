@@ -199,3 +199,32 @@ def test_more_ranks_than_examples(tmp_path: Path, serial: Any) -> None:
         on_ranks(world_size, train, config, run_dir)
         results.append(parameters(config, run_dir))
     assert distance(*results) < 1e-10
+
+
+@pytest.mark.parametrize("shard_solver_state", [False, True])
+def test_products_rounded_on_the_wire(shard_solver_state: bool, tmp_path: Path) -> None:
+    """Half of the traffic or less, ranks still bitwise equal, and the same place in the end."""
+    found = {}
+    for dtype in ("full", "bfloat16"):
+        optim = {
+            "cg_max_iter": 12,
+            "cg_stop": "residual",
+            "cg_tol": 0.0,
+            "reduction_dtype": dtype,
+            "cg_residual_replacement": None if dtype == "full" else 6,
+            "shard_solver_state": shard_solver_state,
+        }
+        config = config_of("conv", str(tmp_path), steps=8, dtype="float32", optim=optim)
+        run_dir = tmp_path / dtype
+        run_dir.mkdir()
+        results = on_ranks(2, train, config, run_dir)
+        assert len({result["parameters_sha256"] for result in results}) == 1
+        found[dtype] = records(run_dir)
+    kind = "reduce_scatter_bytes" if shard_solver_state else "sum_bytes"
+    full, rounded = (
+        found[dtype][0][f"communication/{kind}"] / found[dtype][0]["products"]
+        for dtype in ("full", "bfloat16")
+    )
+    assert rounded < 0.75 * full  # two of fourteen products, and the gradient, are not rounded
+    ends = [found[dtype][-1]["final_loss"] for dtype in ("full", "bfloat16")]
+    assert ends[1] == pytest.approx(ends[0], rel=1e-3)

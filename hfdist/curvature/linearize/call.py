@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Map = Callable[[Sequence[Tensor], Sequence[bool]], Any]
 """(tangents of the inputs that have one, whether each may be overwritten) -> tangent of the output, or a
@@ -59,6 +60,12 @@ class Call:
         if isinstance(arg, Tensor) and is_tracked(arg):
             self._places[key] = len(self.inputs)
             self.inputs.append(arg)
+
+    @property
+    def mixes_dtypes(self) -> bool:
+        """Whether tensors of different floating point types meet in it."""
+        tensors = [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+        return len({x.dtype for x in tensors if x.is_floating_point() and x.ndim > 0}) > 1
 
     def arg(self, k: int, default: Any = None) -> Any:
         """Argument k, or its default."""

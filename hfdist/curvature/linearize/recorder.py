@@ -131,7 +131,8 @@ class Recorder(TorchDispatchMode):
 
     def _step(self, call: Call) -> Step:
         name = call.func._schema.name
-        rule = RULES.get(name[:-1] if call.in_place else name)
+        # Where autocast mixes dtypes in one operation (batch norm's), autograd knows who casts what.
+        rule = None if call.mixes_dtypes else RULES.get(name[:-1] if call.in_place else name)
         try:
             linear_map = generic(call) if rule is None else rule(call)
         except Unsupported:

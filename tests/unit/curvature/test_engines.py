@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import CASES, Case, named, rows
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from hfdist.curvature.engines import ProductEngine
 from hfdist.curvature.frozen import Frozen
@@ -379,3 +380,36 @@ def test_products_leave_no_cycles_behind(case: Case) -> None:
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
+
+
+def single(t: Any) -> Any:
+    return t.float() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+
+@by_name
+@pytest.mark.parametrize("engine", ["linearize", "double_backward", "recompute"])
+def test_products_under_autocast(case: Case, engine: str) -> None:
+    """Loss and gradient keep their bits, products are those of rounded layers."""
+    if case.name == "mixed-dtypes":
+        pytest.skip("its float64 layer does not take what autocast makes")
+    model, batch = case.model().float(), tree_map(single, case.data())
+    role = [from_task(case.task(), model, batch, 7)]
+
+    def problem(**settings: Any) -> Problem:
+        return Problem(
+            params=ParameterVector(trainable(model)),
+            roles=Roles(gradient=role, curvature=role, loss=role),
+            frozen=Frozen(torch.device("cpu"), model),
+            engine=ProductEngine(requested=engine),
+            **settings,
+        )
+
+    exact, cast = problem(), problem(autocast=torch.bfloat16)
+    loss, gradient = exact.loss_and_gradient()
+    cast_loss, cast_gradient = cast.loss_and_gradient()
+    assert loss == cast_loss
+    assert torch.equal(gradient, cast_gradient)
+    v = torch.randn(exact.numel, generator=torch.Generator().manual_seed(3))
+    reference, got = exact.curvature()(v).clone(), cast.curvature()(v)
+    assert got.dtype == reference.dtype
+    assert float((got - reference).norm()) <= 0.08 * float(reference.norm()) + 1e-6

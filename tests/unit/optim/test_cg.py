@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hfdist.optim.cg import backtracking_grid, cg, made_too_little_progress
 from hfdist.optim.options import HFOptions
 from hfdist.optim.report import Stop
-from hfdist.optim.space import Space
+from hfdist.optim.space import WHOLE, Space
 
 P = 20
 
@@ -242,3 +243,74 @@ def test_an_operator_may_reuse_its_result() -> None:
     out = torch.empty_like(b)
     result = cg(lambda v: torch.mv(A, v, out=out), b, vector(seed=4), None, options())
     torch.testing.assert_close(result.x, torch.linalg.solve(A, b), rtol=1e-8, atol=1e-10)
+
+
+def rounded(A: Tensor) -> Callable[[Tensor], Tensor]:
+    """v -> Av as a sum over ranks in bfloat16 would give it."""
+    return lambda v: (A @ v).to(torch.bfloat16).to(v)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "shards"])
+def test_residuals_are_replaced_by_true_ones(preconditioned: bool, shared: bool) -> None:
+    A, b = symmetric(torch.logspace(-1, 1, P)), vector()
+    M = (lambda v: v / A.diagonal()) if preconditioned else None
+    space = Space(total_of=lambda sums: sums) if shared else WHOLE
+    rules = {"cg_max_iter": 40, "cg_tol": 0.0}
+    found = {}
+    for every in (None, 5):
+        result = cg(
+            rounded(A),
+            b,
+            None,
+            M,
+            options(cg_residual_replacement=every, **rules),
+            exact=lambda v: A @ v,
+            space=space,
+        )
+        assert result.iterations == 40
+        assert result.num_products == 40 + (0 if every is None else 8)
+        found[every] = float((b - A @ result.x).norm() / b.norm())
+        if every:  # the last iteration is one of those that are replaced
+            assert result.residual == pytest.approx(found[every], rel=1e-6)
+            assert result.quadratic[-1] == pytest.approx(phi(A, b, result.x), rel=1e-9)
+    assert found[5] < 0.2 * found[None]
+
+
+def test_replacement_changes_nothing_where_nothing_is_rounded() -> None:
+    A, b = symmetric(torch.logspace(-1, 1, P)), vector()
+    plain = cg(lambda v: A @ v, b, None, None, options(cg_max_iter=12))
+    replaced = cg(
+        lambda v: A @ v, b, None, None, options(cg_max_iter=12, cg_residual_replacement=3)
+    )
+    torch.testing.assert_close(replaced.x, plain.x, rtol=1e-9, atol=1e-11)
+
+
+def test_a_product_that_overflows_in_a_replacement_ends_the_solve() -> None:
+    A, b = symmetric(torch.logspace(-1, 1, P)), vector()
+    result = cg(
+        lambda v: A @ v,
+        b,
+        None,
+        None,
+        options(cg_residual_replacement=4),
+        exact=lambda v: v * math.inf,
+    )
+    assert result.stop is Stop.NON_FINITE
+    assert bool(result.x.isfinite().all())
+
+
+@pytest.mark.parametrize("kept", ["bfloat16", "host"])
+def test_iterates_are_kept_in_less_memory(kept: str) -> None:
+    A, b = symmetric(torch.logspace(-1, 1, P)), vector()
+    whole = cg(lambda v: A @ v, b, None, None, options(cg_max_iter=12))
+    less = cg(lambda v: A @ v, b, None, None, options(cg_max_iter=12, cg_iterates=kept))
+    assert [i for i, _ in less.iterates] == [i for i, _ in whole.iterates]
+    assert less.iterates[-1][1] is less.x
+    for place, (_, x) in enumerate(whole.iterates):
+        back = less.iterate(place)
+        assert (back.dtype, back.device) == (x.dtype, x.device)
+        # bfloat16 has 8 bits: it rounds by 2^-9 at most.
+        torch.testing.assert_close(back, x, rtol=2**-8 if kept == "bfloat16" else 0.0, atol=0.0)
+    if kept == "bfloat16":
+        assert less.num_bytes < whole.num_bytes
