@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 # The spool does the waiting: a server that is away must not hold the background thread for minutes, and a
@@ -13,6 +15,7 @@ _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+_FILE = "sqlite:///"
 _FINAL = frozenset(
     {
         "INVALID_PARAMETER_VALUE",
@@ -46,7 +49,28 @@ def connect(uri: str) -> Any:
 
     # The address with a password, where there is one, is the environment's alone.
     variable = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri.startswith(_FILE):
+        _make_database(Path(uri.removeprefix(_FILE)))
     return MlflowClient(tracking_uri=variable if public(variable) == uri else uri)
+
+
+def _make_database(path: Path) -> None:
+    """A new sqlite store, whole or not at all: killed half-way through MLflow's first migration, it would
+    be one that neither this run nor any other can use."""
+    if path.exists():
+        return
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        MlflowClient(tracking_uri=f"{_FILE}{draft}").search_experiments(max_results=1)
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass  # another run was faster
+        except OSError:  # a file system without links
+            os.replace(draft, path)
 
 
 def is_final(error: Exception) -> bool:

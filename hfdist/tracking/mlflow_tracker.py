@@ -114,7 +114,7 @@ class MlflowTracker:
         if self._courier is None or not self._is_open:
             return True
         patience = self._config.finish_timeout
-        if patience > 0 and not is_server(self._uri):
+        if patience > 0 and not is_server(self._uri) and not self._courier.problem:
             patience = max(patience, _LOCAL_PATIENCE)
         return self._courier.flush(patience)
 
