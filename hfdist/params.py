@@ -62,15 +62,21 @@ class ParameterVector:
             if t is not None:
                 piece.view(t.shape).add_(t)
 
-    def scale_into(self, vector: Tensor, tensors: Sequence[Tensor | None], factor: float) -> None:
-        """vector [P] = factor times the tensors, shaped like the parameters; None stands for zeros."""
-        for piece, t in zip(vector.split(self._sizes), tensors):
+    def flatten_shifted(
+        self, tensors: Sequence[Tensor | None], v: Tensor, shift: float | Tensor, out: Tensor
+    ) -> Tensor:
+        """out [P] = tensors + shift * v in one pass; shift is a scalar or a diagonal [P], None stands for
+        zeros."""
+        for (start, stop), t in zip(self.spans, tensors):
+            piece, v_piece = out[start:stop], v[start:stop]
             if t is None:
-                piece.zero_()
-            elif t.dtype == piece.dtype:
-                torch.mul(t, factor, out=piece.view(t.shape))
+                t = torch.zeros((), dtype=out.dtype, device=out.device)
+            t = t.detach().reshape(-1).to(out.dtype)
+            if isinstance(shift, Tensor):
+                torch.addcmul(t, shift[start:stop], v_piece, out=piece)
             else:
-                piece.view(t.shape).copy_(t).mul_(factor)
+                torch.add(t, v_piece, alpha=shift, out=piece)
+        return out
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """Pieces of a vector [P], shaped and typed like the parameters; views where the dtype allows."""

@@ -24,13 +24,13 @@ from hfdist.bench.products import loss_of, medians, problem, synchronize
 from hfdist.bench.workloads import Workload, workloads
 from hfdist.curvature.frozen import Frozen
 from hfdist.hessian_free import HessianFree
-from hfdist.optim.cg import cg
-from hfdist.optim.damping import damped
+from hfdist.optim.cg import CGResult, cg
 from hfdist.optim.options import HFOptions
 from hfdist.params import ParameterVector
 
 How = Literal["hfdist", "lean", "backpack"]
-"""Our step, ours with a memory budget of zero, or the same step on BackPACK's products."""
+"""Our step, ours with a memory budget of zero and iterates in bfloat16, or the same step on BackPACK's
+products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,7 @@ class _Runner:
             cg_tol=0.0,
             cg_stop_eps=0.0,
             memory_budget=0 if self.how == "lean" else None,
+            cg_iterates="bfloat16" if self.how == "lean" else "full",
         )
         if self.minibatches == 1:
             mvp = self._backpack_product() if self.how == "backpack" else None
@@ -207,11 +208,9 @@ def measure(
     return results
 
 
-def solver_share(
-    workload: Workload, *, repetitions: int, device: torch.device, iterations: int = 10
-) -> float:
-    """Part of a CG iteration that is no product: CG on a product that costs nothing, beside one that
-    does."""
+def solver_share(workload: Workload, *, repetitions: int, device: torch.device) -> float:
+    """Part of a CG iteration that is no product: the 31st to 60th iteration of CG on a product that costs
+    nothing, kept iterates included, beside one that does."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = workload.task.model().to(device).train(workload.training)
@@ -221,17 +220,20 @@ def solver_share(
     (product,) = p._products or []
     views = p.params.views(torch.ones_like(g))
     known = product(views)
-    p._products = [lambda v: known]
-    A, b = damped(p.curvature(), 1.0), g.neg()
-    options = HFOptions(
-        cg_max_iter=iterations, cg_stop="residual", cg_tol=0.0, nonpositive_curvature="ignore"
+    p._products = [lambda v, factor=1.0: known]
+    A, b = p.curvature(damping=1.0), g.neg()
+
+    def solve(iterations: int) -> CGResult:
+        rules = HFOptions(
+            cg_max_iter=iterations, cg_stop="residual", cg_tol=0.0, nonpositive_curvature="ignore"
+        )
+        return cg(A, b, None, None, rules)
+
+    per_product, short, long = medians(
+        [lambda: product(views), lambda: solve(30), lambda: solve(60)], max(repetitions, 5), device
     )
-    per_product, per_solve = medians(
-        [lambda: product(views), lambda: cg(A, b, None, None, options, keep_iterates=False)],
-        max(repetitions, 3),
-        device,
-    )
-    return per_solve / iterations / (per_solve / iterations + per_product)
+    per_iteration = (long - short) / 30
+    return per_iteration / (per_iteration + per_product)
 
 
 def _peak_in_process(name: str, how: str, cg_iterations: int, minibatches: int, device: Any) -> int:

@@ -216,28 +216,26 @@ class RecomputedGGNProduct:
     ) -> None:
         self._evaluate, self._tensors = evaluate, list(tensors)
 
-    def __call__(self, v: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def __call__(self, v: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor | None]:
         recorder = Recorder(self._tensors)
         e = self._evaluate(recorder)
         H, _ = _loss_derivatives(e)
         z = [e.outputs[k] for k in H.curved]
         try:
-            Jv = recorder.program(z)(v)
+            program = recorder.program(z)
         except Unsupported:
-            return GGNProduct(e.outputs, H, self._tensors)(v)
+            return GGNProduct(e.outputs, H, self._tensors)(v, factor)
         del recorder
-        if all(t is None for t in Jv):
-            return [None] * len(self._tensors)
-        return grad(z, self._tensors, H(Jv), allow_unused=True)
+        return LinearizedGGNProduct(e.outputs, H, self._tensors, program)(v, factor)
 
 
 class RecomputedHessianProduct(RecomputedGGNProduct):
     """v -> Hv that keeps nothing: reverse over reverse anew for every product."""
 
-    def __call__(self, v: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def __call__(self, v: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor | None]:
         e = self._evaluate(None)
         gradient = grad(e.loss_sum, self._tensors, create_graph=True, allow_unused=True)
-        return HessianProduct(gradient, self._tensors)(v)
+        return HessianProduct(gradient, self._tensors)(v, factor)
 
 
 def _time(candidates: dict[str, Product], params: ParameterVector) -> dict[str, float]:

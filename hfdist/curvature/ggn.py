@@ -40,8 +40,8 @@ class GGNProduct:
         self._used = [k for k, g in enumerate(Jtw) if g is not None and g.requires_grad]
         self._Jtw = [Jtw[k] for k in self._used]
 
-    def __call__(self, v: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Gv, shaped like the parameters, for v shaped like the parameters; None stands for zero."""
+    def __call__(self, v: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor | None]:
+        """factor * Gv, shaped like the parameters, for v shaped like them; None stands for zero."""
         if not self._w or not self._used:
             return [None] * len(self._tensors)
         # v -> Jv
@@ -54,7 +54,7 @@ class GGNProduct:
             materialize_grads=True,
         )
         # Jv -> H_L Jv
-        HJv = self._H(Jv)
+        HJv = _scaled(self._H(Jv), factor)
         # H_L Jv -> J' H_L Jv
         return grad(self._z, self._tensors, HJv, retain_graph=True, allow_unused=True)
 
@@ -82,10 +82,15 @@ class LinearizedGGNProduct:
         self._J = jacobian
         self._z = [outputs[k] for k in loss_hessian.curved]
 
-    def __call__(self, v: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Gv, shaped like the parameters, for v shaped like the parameters; None stands for zero."""
+    def __call__(self, v: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor | None]:
+        """factor * Gv, shaped like the parameters, for v shaped like them; None stands for zero."""
         Jv = self._J(v)
         if all(t is None for t in Jv):
             return [None] * len(self._tensors)
-        HJv = self._H(Jv)
+        HJv = _scaled(self._H(Jv), factor)
         return grad(self._z, self._tensors, HJv, retain_graph=True, allow_unused=True)
+
+
+def _scaled(tensors: Sequence[Tensor], factor: float) -> Sequence[Tensor]:
+    """Here, among the outputs, a factor costs least."""
+    return tensors if factor == 1.0 else [t * factor for t in tensors]

@@ -22,14 +22,14 @@ class HessianProduct:
         self._curved = [k for k, g in enumerate(gradient) if g is not None and g.requires_grad]
         self._gradient: list[Tensor] = [gradient[k] for k in self._curved]  # type: ignore[misc]
 
-    def __call__(self, v: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Hv, shaped like the parameters, for v shaped like the parameters; None stands for zero."""
+    def __call__(self, v: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor | None]:
+        """factor * Hv, shaped like the parameters, for v shaped like them; None stands for zero."""
         if not self._gradient:
             return [None] * len(self._tensors)
         return grad(
             self._gradient,
             self._tensors,
-            [v[k] for k in self._curved],
+            [v[k] if factor == 1.0 else v[k] * factor for k in self._curved],
             retain_graph=True,
             allow_unused=True,
         )

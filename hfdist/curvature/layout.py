@@ -17,7 +17,13 @@ from hfdist.comm import Communicator
 from hfdist.optim.options import HFOptions
 from hfdist.params import ParameterVector
 
-Product = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
+
+class Product(Protocol):
+    """A matrix B, seen through its product."""
+
+    def __call__(self, v: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor | None]:
+        """factor * Bv, shaped like the parameters, for v shaped like them; None stands for zero."""
+        ...
 
 
 class Layout(Protocol):
@@ -75,19 +81,26 @@ class Replicated:
         return scalars
 
     def add_and_sum(
-        self, product: Product | None, v: Sequence[Tensor], local: Tensor, exact: bool = False
+        self,
+        product: Product | None,
+        v: Sequence[Tensor],
+        factor: float,
+        local: Tensor,
+        exact: bool = False,
     ) -> None:
-        """local [P + S] = sum over ranks of (local + product(v)), reduced while the product goes on.
+        """local [P + S] = sum over ranks of (local + product(v, factor)), reduced while the product goes
+        on.
 
         Args:
             product: The last one of this rank; None if it has none.
             v: Shaped like the parameters.
+            factor: Of the product.
             local: The sum so far [P], followed by S scalars that are summed along.
             exact: Without rounding on the wire.
         """
         if self._comm.world_size == 1:
             if product is not None:
-                self._params.add(local[: self._params.numel], product(v))
+                self._params.add(local[: self._params.numel], product(v, factor))
             return
         pieces = [
             local[start:stop].view(t.shape)
@@ -104,7 +117,7 @@ class Replicated:
             ready = _InOrder(self._buckets, local, start if in_full else start_rounded)
             if product is not None:
                 with _when_ready(self._params.tensors, pieces, ready) as added:
-                    results = product(v)
+                    results = product(v, factor)
                 for k, result in enumerate(results):
                     if result is not None and k not in added:
                         pieces[k].add_(result)

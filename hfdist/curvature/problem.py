@@ -84,12 +84,10 @@ class Regularisation:
             return 0.0
         return 0.5 * self.weight_decay * float(torch.dot(theta, theta).double())
 
-    def add_product(self, out: Tensor, v: Tensor) -> None:
-        """out += weight_decay * v: gradient term for v = theta, curvature term for a direction."""
-        if isinstance(self.weight_decay, Tensor):
-            out.addcmul_(self.weight_decay, v)
-        elif self.weight_decay != 0.0:
-            out.add_(v, alpha=self.weight_decay)
+    def shift(self, damping: float) -> float | Tensor:
+        """weight_decay + damping * damping_scale: what both add to the diagonal of the curvature."""
+        scale = 1.0 if self.damping_scale is None else self.damping_scale
+        return self.weight_decay + damping * scale
 
 
 @dataclass(kw_only=True)
@@ -186,7 +184,8 @@ class Problem:
         if own_gradient is None:
             g = self._layout.sum_to_part(g).mul_(scale)
             if self.regularisation:
-                self._part_of_decay.add_product(g, self._layout.part(self.params.read()))
+                theta = self._layout.part(self.params.read())
+                _add_scaled(g, self._part_of_decay.weight_decay, theta)
         else:
             g = self._layout.part(own_gradient.detach().to(self.params.dtype)).clone()
         if builder is not None:
@@ -218,19 +217,24 @@ class Problem:
 
     # -- curvature -------------------------------------------------------------------------------
 
-    def curvature(self, exact: bool = False) -> Operator:
-        """v [P] -> Bv [P]: one vector reduction a product, in full precision if `exact`."""
+    def curvature(self, damping: float = 0.0, exact: bool = False) -> Operator:
+        """v [n] -> (B + damping * D) v [n]: one vector reduction a product, in full precision if `exact`;
+        D is the damping metric."""
         if self.overrides.product is not None:
-            return self._own_product(self.overrides.product)
+            return self._own_product(self.overrides.product, damping)
         if self._products is None:
             self._build_products()
         layout = self._layout
+        # L2 and damping add the same kind of term: one diagonal, one pass over the vectors.
+        shift = self._part_of_decay.shift(damping)
         if isinstance(layout, Sharded):
-            return self._sharded_product(layout, exact)
-        return self._replicated_product(layout, exact)
+            return self._sharded_product(layout, shift, exact)
+        return self._replicated_product(layout, shift, exact)
 
-    def _replicated_product(self, layout: Replicated, exact: bool) -> Operator:
-        products, weight = self._products or [], self._product_weight
+    def _replicated_product(
+        self, layout: Replicated, shift: float | Tensor, exact: bool
+    ) -> Operator:
+        products, factor = self._products or [], self._scale(self._product_weight)
         # The last one's results are reduced while it goes on, if they can be told from others.
         overlaps = bool(products) and getattr(products[-1], "overlaps", True)
         first, last = (products[:-1], products[-1]) if overlaps else (products, None)
@@ -242,12 +246,11 @@ class Problem:
         out, self.signal = buffer[:-1], buffer[-1]
 
         def alone(v: Tensor) -> Tensor:
-            # One product on one rank: its result is scaled into place, no other pass over it.
-            self.params.scale_into(out, products[0](self.params.views(v)), self._scale(weight))
+            # One product on one rank: a single pass puts it into place, shifted.
+            results = products[0](self.params.views(v), factor)
             self._raise_signal()
             self.work.products += 1
-            self.regularisation.add_product(out, v)
-            return out
+            return self.params.flatten_shifted(results, v, shift, out)
 
         if len(products) == 1 and self.comm.world_size == 1:
             return alone
@@ -256,18 +259,16 @@ class Problem:
             views = self.params.views(v)
             buffer.zero_()
             for product in first:
-                self.params.add(out, product(views))
+                self.params.add(out, product(views, factor))
             self._raise_signal()
-            layout.add_and_sum(last, views, buffer, exact)
+            layout.add_and_sum(last, views, factor, buffer, exact)
             self.work.products += len(products)
-            out.mul_(self._scale(weight))
-            self.regularisation.add_product(out, v)
-            return out
+            return _add_scaled(out, shift, v)
 
         return B
 
-    def _sharded_product(self, layout: Sharded, exact: bool) -> Operator:
-        products, weight = self._products or [], self._product_weight
+    def _sharded_product(self, layout: Sharded, shift: float | Tensor, exact: bool) -> Operator:
+        products, factor = self._products or [], self._scale(self._product_weight)
         local = self.params.zeros()
         self.signal = torch.zeros((), dtype=torch.float64, device=self.params.device)
 
@@ -275,12 +276,10 @@ class Problem:
             views = self.params.views(layout.whole(v))
             local.zero_()
             for product in products:
-                self.params.add(local, product(views))
+                self.params.add(local, product(views, factor))
             self.work.products += len(products)
             self._raise_signal()  # summed with the solver's scalars
-            out = layout.sum_product_to_part(local, exact).mul_(self._scale(weight))
-            self._part_of_decay.add_product(out, v)
-            return out
+            return _add_scaled(layout.sum_product_to_part(local, exact), shift, v)
 
         return B
 
@@ -307,11 +306,13 @@ class Problem:
     def total(self, scalars: Tensor) -> Tensor:
         return self._layout.total(scalars)
 
-    def _own_product(self, product: Operator) -> Operator:
+    def _own_product(self, product: Operator, damping: float) -> Operator:
         out = torch.zeros_like(self._layout.part(self.params.zeros()))
+        shift = Regularisation(damping_scale=self.damping_scale).shift(damping)
 
         def B(v: Tensor) -> Tensor:
-            return out.copy_(self._layout.part(product(self._layout.whole(v))))
+            out.copy_(self._layout.part(product(self._layout.whole(v))))
+            return _add_scaled(out, shift, v)
 
         return B
 
@@ -423,6 +424,13 @@ class Problem:
             if record:
                 self._frozen.record(float(evaluation.weight))
             return evaluation
+
+
+def _add_scaled(out: Tensor, factor: float | Tensor, v: Tensor) -> Tensor:
+    """out += factor * v; factor is a scalar or a diagonal."""
+    if isinstance(factor, Tensor):
+        return out.addcmul_(factor, v)
+    return out if factor == 0.0 else out.add_(v, alpha=factor)
 
 
 def _as_sums(e: Evaluation, like: Tensor) -> Tensor:

@@ -126,13 +126,12 @@ def cg(
     phi = [0.0]
     rr = b_squared
     if x0 is None:
-        r = -b  # r = Ax - b, the gradient of phi
+        r = b.clone()  # r = b - Ax, minus the gradient of phi
     else:
-        r = A(x).clone()
+        r = b - A(x)
         num_products += 1
-        r.sub_(b)
         rr, rx, bx = space.dots((r, r), (r, x), (b, x))
-        phi = [0.5 * (rx - bx)]
+        phi = [-0.5 * (rx + bx)]
         if not math.isfinite(rr):
             # A non-finite product of a finite start: nothing about A can be trusted.
             x.zero_()
@@ -146,7 +145,7 @@ def cg(
 
     advance = _advance_shared if space.is_sharded else _advance
     now = _Iterate(x=x, r=r, y=r if M is None else M(r).clone())
-    p = now.y.neg()
+    p = now.y.clone()
     Ap = A(p)
     num_products += 1
     replace_every = options.cg_residual_replacement or 0
@@ -158,14 +157,14 @@ def cg(
         if replace_every and i % replace_every == 0:
             scalars, beta, phi_exact = _replace_residual(now, exact or A, b, M, scalars, space)
             num_products += 1
-        p.mul_(beta.to(p.dtype)).sub_(now.y)
+        torch.addcmul(now.y, p, beta.to(p.dtype), out=p)  # p = y + beta p
         if lagged:
             Ap = A(p)
             num_products += 1
         # The only host synchronisation of an iteration.
         curvature, a, ry, rr, signal = scalars.tolist()
 
-        # phi(x + ap) = phi(x) + a p'r + a^2 p'Ap/2, and p'r = -r'y for conjugate directions.
+        # phi(x + ap) = phi(x) - a p'r + a^2 p'Ap/2, and p'r = r'y for conjugate directions.
         phi_next = phi[-1] - a * ry + 0.5 * a * a * curvature
         if phi_exact is not None and math.isfinite(rr):
             phi_next = float(phi_exact)
@@ -219,7 +218,7 @@ class _Iterate:
 
     x: Tensor
     r: Tensor
-    """Ax - b."""
+    """b - Ax."""
     y: Tensor
     """Mr; r itself without a preconditioner."""
     ry: Tensor | None = None
@@ -234,7 +233,7 @@ def _advance(
     pAp = torch.dot(p, Ap).double()
     alpha = _step_length(ry, pAp, rule)
     now.x.addcmul_(p, alpha.to(p.dtype))
-    now.r.addcmul_(Ap, alpha.to(p.dtype))
+    now.r.addcmul_(Ap, alpha.to(p.dtype), value=-1)
     if M is not None:
         now.y = M(now.r)
     now.ry = torch.dot(now.r, now.y).double()
@@ -247,7 +246,7 @@ def _advance_shared(
     now: _Iterate, p: Tensor, Ap: Tensor, M: Operator | None, rule: str, space: Space
 ) -> tuple[Tensor, Tensor]:
     """The same on shards, with one reduction: products after the move follow from those before it,
-    (r + a Ap)'M(r + a Ap) = r'y + 2a r'z + a^2 (Ap)'z with z = M Ap. Every iteration computes r'y and
+    (r - a Ap)'M(r - a Ap) = r'y - 2a r'z + a^2 (Ap)'z with z = M Ap. Every iteration computes r'y and
     r'r anew, so that the expansion's rounding does not pile up."""
     z = Ap if M is None else M(Ap)
     pairs = [(p, Ap), (now.r, now.y), (now.r, z), (Ap, z)]
@@ -260,19 +259,19 @@ def _advance_shared(
     alpha = _step_length(ry, pAp, rule)
     step = alpha.to(p.dtype)
     now.x.addcmul_(p, step)
-    now.r.addcmul_(Ap, step)
+    now.r.addcmul_(Ap, step, value=-1)
     if M is not None:
-        now.y.addcmul_(z, step)
-    ry_next = ry + alpha * (2 * rz + alpha * Apz)
-    rr_next = rr + alpha * (2 * rAp + alpha * ApAp)
+        now.y.addcmul_(z, step, value=-1)
+    ry_next = ry - alpha * (2 * rz - alpha * Apz)
+    rr_next = rr - alpha * (2 * rAp - alpha * ApAp)
     return torch.stack((pAp, alpha, ry, rr_next, sums[-1])), ry_next / ry
 
 
 def _replace_residual(
     now: _Iterate, A: Operator, b: Tensor, M: Operator | None, scalars: Tensor, space: Space
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """r = Ax - b anew; returns the iteration's scalars with the new r'r, beta, and phi(x)."""
-    now.r.copy_(A(now.x)).sub_(b)
+    """r = b - Ax anew; returns the iteration's scalars with the new r'r, beta, and phi(x)."""
+    torch.sub(b, A(now.x), out=now.r)
     if M is not None:
         now.y = M(now.r).clone()
     pairs = [(now.r, now.y), (now.r, now.r), (now.r, now.x), (b, now.x)]
@@ -281,7 +280,7 @@ def _replace_residual(
     if now.ry is not None:
         now.ry = ry
     pAp, alpha, ry_before, _, signal = scalars
-    return torch.stack((pAp, alpha, ry_before, rr, signal)), ry / ry_before, 0.5 * (rx - bx)
+    return torch.stack((pAp, alpha, ry_before, rr, signal)), ry / ry_before, -0.5 * (rx + bx)
 
 
 def _step_length(ry: Tensor, pAp: Tensor, rule: str) -> Tensor:

@@ -4,31 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from hfdist.optim.options import HFOptions
-from hfdist.optim.problem import Operator
-
-
-def damped(B: Operator, damping: float, scale: Tensor | None = None) -> Operator:
-    """A = B + damping * diag(scale).
-
-    Args:
-        B: Undamped curvature matrix.
-        damping: lambda >= 0.
-        scale: Diagonal [P] of the metric; None is the identity.
-    """
-    if damping == 0.0:
-        return B
-    metric = None if scale is None else damping * scale  # [P]
-
-    def A(v: Tensor) -> Tensor:
-        Bv = B(v)
-        if metric is None:
-            return Bv.add_(v, alpha=damping)
-        return Bv.addcmul_(metric, v)
-
-    return A
 
 
 def reduction_ratio(actual: float, predicted: float) -> float:

@@ -46,10 +46,11 @@ class Problem(Protocol):
         """f(theta) and its gradient [P], on the gradient batch."""
         ...
 
-    def curvature(self, exact: bool = False) -> Operator:
-        """Undamped curvature matrix at theta, on the curvature batch.
+    def curvature(self, damping: float = 0.0, exact: bool = False) -> Operator:
+        """A = B + damping * diag(damping_scale), B the curvature matrix at theta on the curvature batch.
 
         Args:
+            damping: lambda >= 0 [1, sec. 4.1].
             exact: Without the rounding that `reduction_dtype` adds.
         """
         ...

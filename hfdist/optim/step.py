@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hfdist.optim.backtracking import Choice, backtrack
 from hfdist.optim.cg import CGResult, cg
-from hfdist.optim.damping import damped, levenberg_marquardt, raised, reduction_ratio
+from hfdist.optim.damping import levenberg_marquardt, raised, reduction_ratio
 from hfdist.optim.line_search import LineSearchResult, line_search
 from hfdist.optim.options import HFOptions
-from hfdist.optim.problem import Operator, Problem
+from hfdist.optim.problem import Problem
 from hfdist.optim.report import StepReport, Stop
 from hfdist.optim.space import Space
 
@@ -103,18 +103,16 @@ def hf_step(
         return _no_step(state, options, clock, loss, grad_norm, Stop.NON_FINITE)
 
     x0 = _warm_start(state, options)
-
-    def A(exact: bool) -> Operator:
-        return damped(problem.curvature(exact), state.damping, problem.damping_scale)
-
     with clock.phase("cg"):
         result = cg(
-            A(exact=False),
+            problem.curvature(state.damping),
             g.neg(),
             x0,
             problem.preconditioner(state.damping),
             options,
-            exact=A(exact=True) if options.cg_residual_replacement else None,
+            exact=problem.curvature(state.damping, exact=True)
+            if options.cg_residual_replacement
+            else None,
             keep_iterates=options.use_cg_backtracking or options.reduction_ratio_at == "last",
             on_iteration=on_cg_iteration,
             space=space,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hfdist.curvature.microbatch import Microbatch, from_parts
-from hfdist.curvature.problem import Overrides, Problem, Roles
+from hfdist.curvature.problem import Overrides, Problem, Regularisation, Roles
 from hfdist.params import ParameterVector
 
 
@@ -63,6 +63,39 @@ def test_each_role_sees_its_own_examples(model: nn.Module, curvature_opt: Any, s
     # Whose forward pass is shared is not evaluated again.
     assert problem.work.forward_with_graph == (1 if c is g else 2)
     assert problem.work.forward == (0 if f is g else 1)
+
+
+@pytest.mark.parametrize("weight_decay", ["none", "scalar", "diagonal"])
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("own_product", [False, True])
+def test_damping_and_decay_are_added(
+    model: nn.Module, weight_decay: str, metric: bool, microbatches: int, own_product: bool
+) -> None:
+    """A = B + diag(weight decay) + damping * metric; an own product has its own L2 term."""
+    microbatch = [m for k in range(microbatches) for m in role(model, 5, seed=k)[0]]
+    params = ParameterVector(model.parameters())
+    spread = torch.linspace(0.1, 2.0, params.numel, dtype=torch.float64)
+    decay = {"none": 0.0, "scalar": 0.3, "diagonal": spread}[weight_decay]
+    scale = spread.flip(0) if metric else None
+    v = torch.linspace(-1, 1, params.numel, dtype=torch.float64)
+    problems = [
+        Problem(
+            params=params,
+            roles=Roles(gradient=microbatch, curvature=microbatch, loss=microbatch),
+            regularisation=regularisation,
+            overrides=Overrides(product=(lambda v: 2 * v) if own_product else None),
+        )
+        for regularisation in (
+            Regularisation(),
+            Regularisation(weight_decay=decay, damping_scale=scale),
+        )
+    ]
+    for problem in problems:
+        problem.loss_and_gradient()
+    plain, shifted = problems[0].curvature()(v).clone(), problems[1].curvature(0.7)(v)
+    added = 0.7 * (1.0 if scale is None else scale) + (0.0 if own_product else decay)
+    torch.testing.assert_close(shifted, plain + added * v, rtol=1e-12, atol=1e-14)
 
 
 def test_own_gradient_and_product_are_used(model: nn.Module) -> None:

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hfdist.optim.backtracking import backtrack
-from hfdist.optim.damping import damped, levenberg_marquardt, raised, reduction_ratio
+from hfdist.optim.damping import levenberg_marquardt, raised, reduction_ratio
 from hfdist.optim.line_search import line_search
 from hfdist.optim.options import PRESETS, HFOptions
 
@@ -28,14 +27,6 @@ class Losses:
 
 
 # -- damping
-
-
-def test_damped_adds_the_metric() -> None:
-    v, scale = torch.arange(3.0), torch.tensor([1.0, 0.0, 2.0])
-    assert torch.equal(damped(lambda x: 2 * x, 0.5)(v), 2.5 * v)
-    assert torch.equal(damped(lambda x: 2 * x, 0.5, scale)(v), 2 * v + 0.5 * scale * v)
-    undamped = lambda x: 2 * x  # noqa: E731
-    assert damped(undamped, 0.0) is undamped
 
 
 @pytest.mark.parametrize(
