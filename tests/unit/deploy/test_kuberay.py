@@ -5,19 +5,27 @@ Nothing is sent to a cluster: these tests need kubectl for `kubectl kustomize` a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import psutil
 import pytest
 import yaml
 
@@ -257,6 +265,69 @@ def test_parameters_and_probes_are_rays() -> None:
                 "path": "/api/local_raylet_healthz",
                 "port": ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT,
             }
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_probes_are_answered_and_the_rest_is_not() -> None:
+    """A head started with the file's parameters, and a token as KubeRay sets it."""
+    head = cluster_spec(rendered("cluster"))["headGroupSpec"]
+    container = head["template"]["spec"]["containers"][0]
+    dashboard, agent = free_ports(2)
+    folder = tempfile.mkdtemp(prefix="hf-")  # short: sockets have short names
+    program = subprocess.Popen(
+        [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--port=0"]
+        + [f"--{name}={value}" for name, value in head["rayStartParams"].items()]
+        + [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        + ["--object-store-memory=80000000", f"--temp-dir={folder}"],
+        env={
+            **os.environ,
+            **{each["name"]: each["value"] for each in container["env"] if "value" in each},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        groups_ = groups(cluster_spec(rendered("cluster")))
+        for group, port in zip(groups_, (dashboard, agent, agent), strict=True):
+            for probe in ("readinessProbe", "livenessProbe"):
+                probed = group["template"]["spec"]["containers"][0][probe]["httpGet"]["path"]
+                assert status(f"http://127.0.0.1:{port}{probed}", patience=60.0) == 200
+        assert status(f"http://127.0.0.1:{dashboard}/api/jobs/") in (401, 403)
+    finally:
+        family = psutil.Process(program.pid).children(recursive=True)
+        program.terminate()
+        for each in psutil.wait_procs([psutil.Process(program.pid), *family], timeout=20)[1]:
+            each.kill()
+        program.wait(5)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def status(address: str, patience: float = 0.0) -> int:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=5) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 # -- the job -------------------------------------------------------------------------------------------
