@@ -47,13 +47,24 @@ soak: $(READY) ## the long proofs: many kills, nodes that come and go
 gpu-test: $(READY) ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
+image: ## build the image hfdist:latest (NVIDIA GPUs; docker/Dockerfile says how for CPUs)
+	DOCKER_BUILDKIT=1 docker build -f docker/Dockerfile -t hfdist:latest \
+	  --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%FT%TZ) .
+
+image-test: $(READY) ## build the image and run a cluster of its containers: needs a Docker engine
+	$(PYTEST) -m docker -rs -s
+
 sbom: $(READY) ## write a CycloneDX bill of materials to dist/
 	$(BIN)/python -m pip install --quiet cyclonedx-bom
 	mkdir -p dist
 	$(BIN)/cyclonedx-py environment $(BIN)/python --output-file dist/sbom.json
 
+audit: $(READY) ## look up known faults of the pinned packages
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
 clean: ## remove what the verbs made, but the runs
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install train test lint format bench soak gpu-test sbom clean
+.PHONY: help install train test lint format bench soak gpu-test image image-test sbom audit clean

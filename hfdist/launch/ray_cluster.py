@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hfdist.errors import ConfigError
+from hfdist.launch.ray_placement import Demand
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +185,22 @@ def scales_itself() -> bool:
         return bool(state.get_max_resources_from_cluster_config())
     except Exception:  # private to Ray: an answer of "no" costs only patience
         return False
+
+
+@contextmanager
+def room_asked_for(demand: Demand) -> Iterator[None]:
+    """Let workers wait for their room inside the block: what waits makes an autoscaler add nodes."""
+    import ray
+
+    bundle = {name: amount for name, amount in demand.per_worker.items() if amount > 0}
+    if not bundle:
+        yield
+        return
+    group = ray.util.placement_group([bundle] * demand.num_workers, strategy=demand.placement)
+    try:
+        yield
+    finally:
+        ray.util.remove_placement_group(group)
 
 
 def resources_in_use(names: Iterable[str]) -> str | None:

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from hfdist.errors import ConfigError, UserError, WorkerError
 from hfdist.launch.failures import record_cause
-from hfdist.launch.ray_cluster import connected, node_resources, resources_in_use, scales_itself
+from hfdist.launch.ray_cluster import (
+    connected,
+    node_resources,
+    resources_in_use,
+    room_asked_for,
+    scales_itself,
+)
 from hfdist.launch.ray_placement import Demand, mend, what_is_missing
 from hfdist.signals import STOP_FILE
 
@@ -117,23 +123,27 @@ class _Driver:
         """Return once the cluster can hold the fewest workers that the run may start with."""
         patience = self._patience()
         began = told = time.monotonic()
-        while True:
-            nodes = node_resources()
-            missing = what_is_missing(self._demand(nodes), nodes)
-            if missing is None:
-                return
-            now = time.monotonic()
-            if now - began >= patience:
-                waited = f" (waited {patience:.0f} s)" if patience else ""
-                raise ConfigError(
-                    f"the job cannot be placed: {missing}{waited}; {mend(self._demand(nodes), nodes)}"
-                )
-            if now - told >= _TELL_EVERY or told == began:
-                self._display.message(f"waiting for the cluster to grow: {missing}")
-                told = now
-            if self._signals:
-                raise KeyboardInterrupt
-            time.sleep(1.0)
+        with contextlib.ExitStack() as stack:
+            while True:
+                nodes = node_resources()
+                missing = what_is_missing(self._demand(nodes), nodes)
+                if missing is None:
+                    return
+                now = time.monotonic()
+                if now - began >= patience:
+                    waited = f" (waited {patience:.0f} s)" if patience else ""
+                    raise ConfigError(
+                        f"the job cannot be placed: {missing}{waited}; "
+                        f"{mend(self._demand(nodes), nodes)}"
+                    )
+                if told == began:  # an autoscaler adds nodes for what waits
+                    stack.enter_context(room_asked_for(self._demand(nodes)))
+                if now - told >= _TELL_EVERY or told == began:
+                    self._display.message(f"waiting for the cluster to grow: {missing}")
+                    told = now
+                if self._signals:
+                    raise KeyboardInterrupt
+                time.sleep(1.0)
 
     def _patience(self) -> float:
         told = self._config.launch.placement_timeout
