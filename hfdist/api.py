@@ -10,12 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hfdist.addresses import folder_of_runs, home_of, is_address
+from hfdist.checkpoint import mirror
 from hfdist.config import CONFIG_FILE, RunConfig, load_config
 from hfdist.display import DISPLAYS
 from hfdist.errors import ConfigError, StorageError, UserError
 from hfdist.launch import start
 from hfdist.launch.torchrun import is_restart, run_id_of_group
 from hfdist.record import write_atomically
+from hfdist.worker import local_folder
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -48,11 +51,13 @@ def train(
     run_id = run_id or run_id_of_group(slug(config.name)) or new_run_id(config.name)
     if not _RUN_ID.fullmatch(run_id):
         raise ConfigError(f"run id {run_id!r}: use letters, digits, dots, dashes and underscores")
-    run_dir = _output(config) / run_id
-    if (run_dir / CONFIG_FILE).exists() and not is_restart():
-        raise ConfigError(f"run {run_id} exists already: `hfdist resume {run_dir}` goes on with it")
+    run_dir = folder_of_runs(config.output) / run_id
+    if not is_restart() and mirror.exists(config.output, run_dir):
+        home = home_of(config.output, run_dir)
+        raise ConfigError(f"run {run_id} exists already: `hfdist resume {home}` goes on with it")
     with output_folder(run_dir.parent):
-        return start(_of(config, run_dir), run_dir=run_dir, resume=False, display=display)
+        job = _of(config, run_dir, config.output)
+        return start(job, run_dir=run_dir, resume=False, display=display)
 
 
 def resume(
@@ -61,7 +66,7 @@ def resume(
     """Go on with a run from its newest checkpoint.
 
     Args:
-        run_dir: The run's folder.
+        run_dir: The run's folder, or ADDRESS/RUN_ID.
         overrides: Changes of its job, such as more `steps`; they are saved with the run.
         display: As in `train`.
 
@@ -72,8 +77,8 @@ def resume(
         UserError: As `train`; the run's job is then as it was before.
     """
     _check_display(display)
-    run_dir = Path(run_dir).expanduser().resolve()
-    config = _of(RunConfig.from_run(run_dir, overrides), run_dir)
+    run_dir, output = local_folder(run_dir)
+    config = _of(RunConfig.from_run(run_dir, overrides), run_dir, output)
     path = run_dir / CONFIG_FILE
     before = path.read_text()
     if overrides:
@@ -83,6 +88,7 @@ def resume(
     except UserError as error:
         if overrides and error.exit_code == 2:  # the changes did not fit
             write_atomically(path, before)
+            mirror.push(config.output, run_dir, mirror.JOB)
         raise
 
 
@@ -122,15 +128,10 @@ def output_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def _output(config: RunConfig) -> Path:
-    if "://" in config.output:
-        raise ConfigError(f"output is {config.output!r}: it must be a folder of this machine")
-    return Path(config.output).expanduser().resolve()
-
-
-def _of(config: RunConfig, run_dir: Path) -> RunConfig:
+def _of(config: RunConfig, run_dir: Path, output: str) -> RunConfig:
     """The job with its output as a full path: a run may be resumed from anywhere, or moved."""
-    return config.model_copy(update={"output": str(run_dir.parent)})
+    path = output.rstrip("/") if is_address(output) else str(run_dir.parent)
+    return config.model_copy(update={"output": path})
 
 
 def _check_display(display: str) -> None:

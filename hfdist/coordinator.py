@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfdist.addresses import home_of
 from hfdist.agreement import check_replicas
-from hfdist.checkpoint import CheckpointStore, check, parameters_sha256
+from hfdist.checkpoint import CheckpointStore, check, mirror, parameters_sha256
 from hfdist.comm import Communicator
 from hfdist.config import RunConfig
 from hfdist.curvature.layout import Layout
@@ -70,7 +71,8 @@ class Coordinator:
         self._config, self._run_dir, self._model, self._comm = config, run_dir, model, comm
         self._layout = layout
         self._tracker, self._display, self._stop = tracker, display, stop
-        self._store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, comm)
+        self._home = home_of(config.output, run_dir)
+        self._store = CheckpointStore(f"{self._home}/checkpoints", config.checkpoint, comm)
         self._log = StepLog(run_dir / "metrics.jsonl")
         self._records: list[dict[str, Any]] = []
         self._saved_at: int | None = None
@@ -84,7 +86,7 @@ class Coordinator:
         if resume and self._store.steps():
             progress = self._restore()
         elif resume:
-            logger.warning("no checkpoint in %s: starting from step 0", self._run_dir)
+            logger.warning("no checkpoint in %s: starting from step 0", self._home)
         if self._comm.is_lead:
             (self._run_dir / STOP_FILE).unlink(missing_ok=True)  # it was for the run's last life
             self._records = self._log.start(progress.state.step)
@@ -176,6 +178,8 @@ class Coordinator:
         progress.wall_seconds, progress.tracked_as = self._comm.from_lead(
             (seconds, self._tracker.tracked_as or progress.tracked_as)
         )
+        if self._comm.is_lead:  # before the checkpoint: it is never without its record
+            mirror.push(self._config.output, self._run_dir, mirror.RECORD)
         x0 = progress.state.x0
         monitored = progress.evaluation.get("loss", progress.final_loss)
         self._store.save(
@@ -228,7 +232,7 @@ class Coordinator:
             "cg_iterations": progress.cg_iterations,
             "wall_seconds": progress.wall_seconds,
             "world_size": self._comm.world_size,
-            "run_dir": str(self._run_dir),
+            "run_dir": self._home,
             **{f"eval_{name}": value for name, value in progress.evaluation.items()},
         }
         if error is not None:
@@ -245,6 +249,7 @@ class Coordinator:
         result["mlflow_run_id"] = self._tracker.tracked_as or progress.tracked_as
         result["tracking_url"] = self._tracker.url
         write_json(self._run_dir / "result.json", result)
+        mirror.push(self._config.output, self._run_dir, (*mirror.RECORD, *mirror.RESULTS))
         self._tracker.log_artifact(self._run_dir / "result.json")
         self._tracker.finish(status)
         self._display.finish(result)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from hfdist.addresses import is_address, split
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -250,7 +252,8 @@ def summary(result: Mapping[str, Any]) -> str:
     if result.get("tracking_url"):
         lines.append(f"look at it: {result['tracking_url']}")
     elif result.get("mlflow_run_id"):
-        output = str(Path(run_dir).parent)
+        folder = split(run_dir)[1] if is_address(run_dir) else Path(run_dir)
+        output = str(folder.parent)
         lines.append(f"look at it: hfdist ui --output {shlex.quote(output)}")
     if result["status"] != "FINISHED":
         lines.append(f"go on:      hfdist resume {shlex.quote(run_dir)}")

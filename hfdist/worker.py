@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hfdist import __version__
+from hfdist.addresses import home_of, is_address, split
 from hfdist.agreement import check_agreement
-from hfdist.checkpoint import CheckpointStore, check
+from hfdist.checkpoint import CheckpointStore, check, mirror
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config import RunConfig
 from hfdist.coordinator import Coordinator, Progress, model_tensors
@@ -307,17 +308,37 @@ def build(config: RunConfig, device: torch.device) -> tuple[Task, nn.Module]:
     return task, model.to(device=device, dtype=getattr(torch, config.dtype))
 
 
-def evaluate_run(run_dir: Path, checkpoint: int | Literal["best"] | None = None) -> dict[str, Any]:
+def local_folder(home: Path | str) -> tuple[Path, str]:
+    """A run's folder on this machine, with job and record in it, and its `output`.
+
+    Args:
+        home: The run's folder, or ADDRESS/RUN_ID.
+
+    Raises:
+        UserError: An address at which there is no such run.
+    """
+    if not is_address(home):
+        run_dir = Path(home).expanduser().resolve()
+        return run_dir, str(run_dir.parent)
+    output, run_dir = split(str(home))
+    mirror.pull(output, run_dir)
+    return run_dir, output
+
+
+def evaluate_run(
+    home: Path | str, checkpoint: int | Literal["best"] | None = None
+) -> dict[str, Any]:
     """Loss and metrics of a run's checkpoint on its task's evaluation data, in this process.
 
     Args:
-        run_dir: The run's folder.
+        home: The run's folder, or ADDRESS/RUN_ID.
         checkpoint: Step of the checkpoint, "best", or None for the newest.
 
     Raises:
         CheckpointError: There is no such checkpoint, or it is of another model.
         DataError: The task has no evaluation data.
     """
+    run_dir, output = local_folder(home)
     config = RunConfig.from_run(run_dir)
     comm = SerialCommunicator(resolve(config.device, local_rank=0))
     task, model = build(config, comm.device)
@@ -325,9 +346,10 @@ def evaluate_run(run_dir: Path, checkpoint: int | Literal["best"] | None = None)
     n = _length(data)
     if not n:
         raise DataError(f"{type(task).__name__} has no evaluation data: define eval_data()")
-    store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, comm)
+    place = f"{home_of(output, run_dir)}/checkpoints"
+    store = CheckpointStore(place, config.checkpoint, comm)
     if not store.steps():
-        raise CheckpointError(f"no checkpoint in {run_dir / 'checkpoints'}")
+        raise CheckpointError(f"no checkpoint in {place}")
     step, saved = store.load(checkpoint)
     tensors = model_tensors(model)
     check(saved["model"], tensors)
@@ -339,11 +361,11 @@ def evaluate_run(run_dir: Path, checkpoint: int | Literal["best"] | None = None)
         values = evaluate(task, model, loader, n, comm, config.evaluate.batch)
     finally:
         loader.close()
-    return {"run_id": run_dir.resolve().name, "step": step, "num_examples": n, **values}
+    return {"run_id": run_dir.name, "step": step, "num_examples": n, **values}
 
 
 def _tracker(job: Job) -> Tracker:
-    configured = make_tracker(job.config.tracking, Path(job.config.output))
+    configured = make_tracker(job.config.tracking, job.run_dir.parent)
     if job.extra_tracker is None:
         return configured
     return CompositeTracker([configured, job.extra_tracker])

@@ -265,7 +265,7 @@ def _muon(lr: float) -> Make:
 
 
 def rivals() -> dict[str, list[Callable[[Arena], Contender]]]:
-    """The others, each with its grid."""
+    """The others, each with its grid; SOAP where the package pytorch-optimizer is installed."""
     found: dict[str, list[Callable[[Arena], Contender]]] = {"Adam": [], "SGD": [], "L-BFGS": []}
     for lr in (1e-3, 3e-3, 1e-2, 3e-2):
         found["Adam"].append(
@@ -289,6 +289,16 @@ def rivals() -> dict[str, list[Callable[[Arena], Contender]]]:
             lambda arena, lr=lr: first_order(arena, "Muon", f"lr {lr:g}", _muon(lr))  # type: ignore[misc]
             for lr in (1e-3, 1e-2, 3e-2)
         ]
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError:
+        return found
+    found["SOAP"] = [
+        lambda arena, lr=lr: first_order(  # type: ignore[misc]
+            arena, "SOAP", f"lr {lr:g}", lambda m: [SOAP(m.parameters(), lr=lr, weight_decay=0.0)]
+        )
+        for lr in (1e-3, 3e-3, 1e-2)
+    ]
     return found
 
 

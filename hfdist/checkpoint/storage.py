@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,7 +92,10 @@ class RemoteStorage:
         try:
             self._fs, self._root = fsspec.core.url_to_fs(address)
         except (ImportError, ValueError) as error:
-            raise StorageError(f"output {address}: {error}") from error
+            raise StorageError(
+                f"output {address} cannot be used: {error} (for s3:// pip install 'hfdist[s3]', for gs:// "
+                "gcsfs)"
+            ) from error
 
     def folders(self) -> list[str]:
         return sorted(
@@ -109,25 +114,42 @@ class RemoteStorage:
     def _entries(self, path: str) -> list[dict[str, Any]]:
         self._fs.invalidate_cache()  # other machines write, too
         try:
-            return self._fs.ls(path, detail=True)
+            with _as_os_error():
+                return self._fs.ls(path, detail=True)
         except FileNotFoundError:
             return []
 
     def write(self, folder: str, name: str, data: bytes) -> None:
-        self._fs.pipe_file(f"{self._root}/{folder}/{name}", data)
+        with _as_os_error():
+            self._fs.pipe_file(f"{self._root}/{folder}/{name}", data)
 
     def read(self, folder: str, name: str) -> bytes:
-        return self._fs.cat_file(f"{self._root}/{folder}/{name}")
+        with _as_os_error():
+            return self._fs.cat_file(f"{self._root}/{folder}/{name}")
 
     def remove_file(self, folder: str, name: str) -> None:
         path = f"{self._root}/{folder}/{name}"
-        if self._fs.exists(path):
-            self._fs.rm_file(path)
+        with _as_os_error():
+            if self._fs.exists(path):
+                self._fs.rm_file(path)
 
     def remove_folder(self, folder: str) -> None:
         path = f"{self._root}/{folder}"
-        if self._fs.exists(path):
-            self._fs.rm(path, recursive=True)
+        with _as_os_error():
+            if self._fs.exists(path):
+                self._fs.rm(path, recursive=True)
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Clients of object stores have errors of their own for what is no file's fault (no credentials, no
+    connection)."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def open_storage(address: Path | str) -> Storage:

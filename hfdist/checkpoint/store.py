@@ -178,6 +178,11 @@ class CheckpointStore:
             if name not in keep:
                 self._storage.remove_file(name, MANIFEST)  # from here on nobody sees it
                 self._storage.remove_folder(name)
+        for (
+            name
+        ) in self._storage.folders():  # begun before the newest, and never finished: by a run
+            if _NAME.fullmatch(name) and name < names[-1] and name not in names:  # that was killed
+                self._storage.remove_folder(name)
 
     def _best(self, names: list[str]) -> str | None:
         metrics = {name: self._manifest(name).get("metric") for name in names}

@@ -65,9 +65,10 @@ def sync(
 
     For runs that ended while the server was away.
     """
+    from hfdist.addresses import is_address, split
     from hfdist.tracking import sync as deliver
 
-    count = deliver(run_dir, uri)
+    count = deliver(split(run_dir)[1] if is_address(run_dir) else Path(run_dir), uri)
     print(
         f"delivered {count} events of {run_dir}" if count else f"{run_dir}: nothing was left to do"
     )

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")]
+RunDir = Annotated[
+    str, typer.Argument(metavar="RUN_DIR", help="The run's folder, or its address s3://.../RUN_ID.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

@@ -58,11 +58,14 @@ def resume_job(
     run_id: str, overrides: list[str] | None, address: str, follow: bool, as_json: bool
 ) -> None:
     """Submit the continuation of a run."""
+    from hfdist.addresses import is_address
     from hfdist.launch import ray_jobs
 
     address = ray_jobs.dashboard_address(address)
     path = Path(run_id)
     run_dir = str(path.resolve()) if (path / "config.yaml").is_file() else None
+    if is_address(run_id):
+        run_dir = run_id
     submitted = ray_jobs.resume(
         path.name if run_dir else run_id, overrides or (), address=address, run_dir=run_dir
     )

@@ -22,11 +22,14 @@ def main() -> None:
 
 def _run(package: Path) -> dict[str, str]:
     from hfdist import api
+    from hfdist.addresses import is_address, split
+    from hfdist.checkpoint import mirror
     from hfdist.launch.ray_jobs import FOLDER, Submission
 
     submission = Submission(**json.loads((package / FOLDER / "submission.json").read_text()))
     os.environ.update(submission.environment)
-    run_dir = Path(submission.run_dir)
+    home = submission.run_dir
+    output, run_dir = split(home) if is_address(home) else ("", Path(home))
     # The package goes with the cluster; the run keeps its own copy, which all nodes see.
     code = run_dir / "code"
     if submission.job is not None:
@@ -34,17 +37,22 @@ def _run(package: Path) -> dict[str, str]:
             shutil.copytree(
                 package, code, ignore=shutil.ignore_patterns(FOLDER), dirs_exist_ok=True
             )
+            if output:
+                shutil.make_archive(str(code), "gztar", code)
+                mirror.push(output, run_dir, [mirror.CODE])
         except (OSError, shutil.Error) as error:
             raise StorageError(
                 f"cannot write {run_dir} on the cluster: set `output` to a folder that all nodes share "
                 f"({error})"
             ) from error
+    elif output:
+        mirror.pull(output, run_dir)  # the run's code, for a cluster that has never seen it
     if code.is_dir():
         os.chdir(code)
         sys.path.insert(0, str(code))
     here = ["launch.backend=ray", "launch.address=auto"]
     if submission.job is None:
-        return api.resume(run_dir, [*submission.overrides, *here], display="plain")
+        return api.resume(home, [*submission.overrides, *here], display="plain")
     try:
         return api.train(
             code / submission.job,

@@ -36,6 +36,7 @@ def sweep(
     from pathlib import Path
 
     from hfdist import api
+    from hfdist.addresses import is_address
     from hfdist.config import load_config
     from hfdist.errors import ConfigError
     from hfdist.launch import ray_tune
@@ -48,6 +49,8 @@ def sweep(
     if address is not None:
         fixed.append(f"launch.address={address}")
     base = load_config(job, fixed)
+    if is_address(base.output):
+        raise ConfigError(f"output is {base.output}: a sweep wants a folder that all nodes share")
     output = str(Path(base.output).expanduser().resolve())
     fixed.append(f"output={output}")
     sweep_id = api.new_run_id(f"{base.name}-sweep")

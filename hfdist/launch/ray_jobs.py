@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfdist.addresses import folder_of_runs, is_address
 from hfdist.errors import ConfigError
 from hfdist.launch.ray_cluster import use_token
 from hfdist.launch.ray_package import copy_files, files_of
@@ -133,12 +134,11 @@ def submit(
     Raises:
         ConfigError: The folder is too large, or the cluster refuses.
     """
-    output = Path(config.output).expanduser()
-    if not output.is_absolute():
-        output = (Path.cwd() / output).resolve()
+    runs = folder_of_runs(config.output)
+    output = config.output.rstrip("/") if is_address(config.output) else str(runs)
     submission = Submission(
         run_id=run_id,
-        run_dir=str(output / run_id),
+        run_dir=f"{output}/{run_id}",
         job=str(job.resolve().relative_to(folder.resolve())),
         overrides=[*overrides, f"output={output}"],
         environment=_credentials(),
@@ -149,14 +149,14 @@ def submit(
         "experiment": config.tracking.experiment,
     }
     with tempfile.TemporaryDirectory(prefix="hfdist-job-") as package:
-        size = copy_files(folder, files_of(folder, [output]), Path(package), max_size)
+        size = copy_files(folder, files_of(folder, [runs]), Path(package), max_size)
         return _send(
             submission,
             run_id,
             Path(package),
             address,
             metadata,
-            _link(config, output, run_id),
+            _link(config, runs, run_id),
             size,
         )
 

@@ -29,11 +29,13 @@ class Relay:
         self._events: deque[Event] = deque()
         self._failed: dict[int, tuple[Failed, float]] = {}
         self._groups = 0
+        self._is_stopping = False
 
     def begin(self) -> int:
         """The lead of a new group says that it is there; returns how many groups there were."""
         self._groups += 1
         self._failed.clear()
+        self._is_stopping = False
         return self._groups
 
     def tell(self, method: str, args: tuple[Any, ...]) -> None:
@@ -49,6 +51,14 @@ class Relay:
         events = list(self._events)
         self._events.clear()
         return events, self._groups
+
+    def stop(self) -> None:
+        """The driver asks the present group to stop."""
+        self._is_stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether it does."""
+        return self._is_stopping
 
     def failures(self) -> dict[int, tuple[Failed, float]]:
         """Errors of the present group's workers by rank, and when each came."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from hfdist.addresses import home_of
 from hfdist.errors import ConfigError, UserError, WorkerError
 from hfdist.launch.failures import record_cause
 from hfdist.launch.ray_cluster import (
@@ -83,6 +84,7 @@ class _Driver:
     ) -> None:
         self._config, self._run_dir, self._resume = config, run_dir, resume
         self._display, self._is_own = display, is_own
+        self._home = home_of(config.output, run_dir)
         self._signals = 0
         self._groups = 0
         self._down: list[int] | None = None
@@ -264,8 +266,8 @@ class _Driver:
             events, groups = ray.get(self._relay.take.remote(), timeout=30.0)
         except ray.exceptions.RayError as error:
             raise WorkerError(
-                f"the connection to the Ray cluster is lost ({_first(error)}): `hfdist resume "
-                f"{self._run_dir}` goes on from the newest checkpoint once it is back"
+                f"the connection to the Ray cluster is lost ({_first(error)}): `hfdist resume {self._home}` "
+                "goes on from the newest checkpoint once it is back"
             ) from error
         for method, arguments in events:
             if method == "_down":
@@ -289,6 +291,7 @@ class _Driver:
             raise KeyboardInterrupt
         # Again and again: workers that begin take away a request to those before them.
         (self._run_dir / STOP_FILE).touch()
+        self._relay.stop.remote()
 
     def _watch_room(self) -> None:
         """Say why nothing runs, where workers are waited for."""
@@ -308,7 +311,7 @@ class _Driver:
         if now - self._waiting_since > patience:
             raise WorkerError(
                 f"the run cannot go on: {missing} (waited {patience:.0f} s). `hfdist resume "
-                f"{self._run_dir}` goes on from the newest checkpoint"
+                f"{self._home}` goes on from the newest checkpoint"
             )
 
     @contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from ray.train import UserCallback, get_context
 
+from hfdist.addresses import home_of, is_address
+from hfdist.checkpoint import mirror
+from hfdist.checkpoint.storage import open_storage
 from hfdist.errors import ConfigError, StorageError, UserError
 from hfdist.launch.child import Failed
 from hfdist.launch.logs import logging_to_file
 from hfdist.launch.ray_relay import RelayDisplay, RelayHandler
+from hfdist.signals import STOP_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +134,8 @@ def _work(job: Assignment, rank: int) -> dict[str, Any]:
         groups = ray.get(job.relay.begin.remote())
         display = RelayDisplay(job.relay)
         # A group after the first goes on where the one before it was, if that left anything.
-        resume = resume or (groups > 1 and any((job.run_dir / "checkpoints").glob("*")))
+        checkpoints = open_storage(f"{home_of(job.config.output, job.run_dir)}/checkpoints")
+        resume = resume or (groups > 1 and bool(checkpoints.folders()))
     return run(
         Job(
             config=job.config,
@@ -180,10 +188,13 @@ def _surroundings(job: Assignment, rank: int) -> Iterator[None]:
         os.chdir(job.folder)
     if str(job.folder) not in sys.path:  # tasks are found from the driver's folder
         sys.path.insert(0, str(job.folder))
-    if not (job.run_dir / "config.yaml").is_file():
+    if is_address(job.config.output):  # nodes need share no folder
+        mirror.pull(job.config.output, job.run_dir)
+        threading.Thread(target=_listen, args=(job,), name="hfdist-stop", daemon=True).start()
+    elif not (job.run_dir / "config.yaml").is_file():
         raise StorageError(
             f"node {get_context().get_node_rank()} (rank {rank}) does not see {job.run_dir}: set `output` "
-            "to a folder that all nodes share"
+            "to a folder that all nodes share, or to an address like s3://BUCKET/PREFIX"
         )
     handler = RelayHandler(job.relay, rank)
     logging.getLogger("hfdist").addHandler(handler)
@@ -192,3 +203,16 @@ def _surroundings(job: Assignment, rank: int) -> Iterator[None]:
             yield
     finally:
         logging.getLogger("hfdist").removeHandler(handler)
+
+
+def _listen(job: Assignment) -> None:
+    """Take the driver's wish to stop to this node's own folder, where the worker looks for it."""
+    import ray
+
+    with contextlib.suppress(
+        ray.exceptions.RayError
+    ):  # the driver is gone, and so will be this worker
+        while True:
+            time.sleep(1.0)
+            if ray.get(job.relay.is_stopping.remote()):
+                (job.run_dir / STOP_FILE).touch()

@@ -263,7 +263,7 @@ def test_changes_that_do_not_fit_leave_a_run_s_job_as_it_was(job: Path, call: An
         (["train", "job.yaml", "task=gone.py:Own"], ["gone.py", "does not exist"]),
         (["train", "job.yaml", "task=task.py:Gone"], ["Gone", "Own"]),
         (["train", "job.yaml", "output=task.py/runs"], ["output", "cannot be written"]),
-        (["train", "job.yaml", "output=s3://bucket"], ["s3://bucket", "folder"]),
+        (["train", "job.yaml", "output=s3://bucket"], ["s3://bucket", "credentials"]),
         (["train", "job.yaml", "--run-id", "a/b"], ["a/b"]),
         (["train", "job.yaml", "--quiet", "--json"], ["--quiet, --json"]),
         (["config", "job.yaml", "optim.dampng=1"], ["'optim.damping'"]),

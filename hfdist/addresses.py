@@ -1,0 +1,39 @@
+"""Where a run lies: in a folder, or at an address (s3://, gs://) with a scratch folder here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from pathlib import Path
+
+
+def is_address(output: str | Path) -> bool:
+    """Whether `output` names an object store, and no folder."""
+    return "://" in str(output)
+
+
+def scratch(output: str) -> Path:
+    """The folder of this machine where runs of an address are worked on: in HFDIST_SCRATCH, or in the
+    folder of temporary files."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    home = os.environ.get("HFDIST_SCRATCH") or Path(tempfile.gettempdir()) / f"hfdist-{user}"
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", output).strip("-")[:60]
+    return Path(home) / f"{readable}-{hashlib.sha256(output.encode()).hexdigest()[:8]}"
+
+
+def folder_of_runs(output: str) -> Path:
+    """Where run folders lie on this machine."""
+    return scratch(output) if is_address(output) else Path(output).expanduser().resolve()
+
+
+def home_of(output: str, run_dir: Path) -> str:
+    """Where a run's results are found in the end."""
+    return f"{output}/{run_dir.name}" if is_address(output) else str(run_dir)
+
+
+def split(home: str) -> tuple[str, Path]:
+    """(output, run folder on this machine) of ADDRESS/RUN_ID."""
+    output, _, run_id = home.rstrip("/").rpartition("/")
+    return output, scratch(output) / run_id

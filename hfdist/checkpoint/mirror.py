@@ -1,0 +1,93 @@
+"""The files of a run whose `output` is an address: worked on in a scratch folder, kept at the address.
+
+Checkpoints are written there directly. The record goes there before each of them, so that a run which goes
+on from a checkpoint, on whatever machine, finds the record of all steps before it.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from hfdist.addresses import is_address
+from hfdist.checkpoint.storage import Storage, open_storage
+from hfdist.errors import ConfigError, StorageError
+
+JOB, RECORD, RESULTS = ("config.yaml",), ("metrics.jsonl",), ("result.json", "plots/*", "logs/*")
+"""Files of a run, by when they are written."""
+CODE = "code.tar.gz"
+"""What a submitted job brought along."""
+
+
+def push(output: str, run_dir: Path, patterns: Iterable[str]) -> None:
+    """Copy files of the run's folder to its address; nothing to do where `output` is a folder.
+
+    Raises:
+        StorageError: The address does not take them.
+    """
+    if not is_address(output):
+        return
+    storage = open_storage(output)
+    for path in sorted(path for pattern in patterns for path in run_dir.glob(pattern)):
+        folder = (Path(run_dir.name) / path.relative_to(run_dir)).parent
+        try:
+            storage.write(folder.as_posix(), path.name, path.read_bytes())
+        except OSError as error:
+            raise StorageError(
+                f"output {output} cannot be written ({error}): check the address, and the credentials in "
+                "the environment"
+            ) from error
+
+
+def pull(output: str, run_dir: Path) -> None:
+    """Fetch job, code and record of a run into its scratch folder.
+
+    Raises:
+        StorageError: The address cannot be read.
+        ConfigError: There is no such run.
+    """
+    storage = open_storage(output)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for name in (*JOB, *RECORD):
+        content = _read(storage, output, run_dir.name, name)
+        if content is not None:
+            (run_dir / name).write_bytes(content)
+        elif name in JOB:
+            raise ConfigError(f"{output}/{run_dir.name} is no run: it has no {name}")
+        else:
+            (run_dir / name).unlink(missing_ok=True)
+    code = _read(storage, output, run_dir.name, CODE)
+    if code is not None and not (run_dir / "code").is_dir():
+        with tarfile.open(fileobj=io.BytesIO(code)) as archive:
+            archive.extractall(run_dir / "code", filter="data")
+
+
+def exists(output: str, run_dir: Path) -> bool:
+    """Whether a run of this name is there.
+
+    Raises:
+        StorageError: The address cannot be read.
+    """
+    if not is_address(output):
+        return (run_dir / JOB[0]).exists()
+    return _read(open_storage(output), output, run_dir.name, JOB[0]) is not None
+
+
+def forget(output: str, run_dir: Path) -> None:
+    """Remove what `push` wrote."""
+    if is_address(output):
+        open_storage(output).remove_folder(run_dir.name)
+
+
+def _read(storage: Storage, output: str, folder: str, name: str) -> bytes | None:
+    try:
+        return storage.read(folder, name)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(
+            f"output {output} cannot be read ({error}): check the address, and the credentials in the "
+            "environment"
+        ) from error
