@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(1500)]
 JOB = """
 name: digits
 task: slow.py:Slow
-steps: 400
+steps: 4000
 checkpoint: {every: 1}
 launch: {backend: ray, workers: [1, 2], threads_per_worker: 1, max_failures: 20, timeout_seconds: 15}
 """
@@ -188,24 +189,31 @@ def test_a_run_outlives_its_containers(cluster: Cluster, tmp_path: Path) -> None
 
 
 def _lose_workers(cluster: Cluster) -> None:
+    """Each time both work, one is lost, a new group goes on without it, and grows when it is back."""
     first, second = cluster.containers("worker")
     (network,) = json.loads(docker("inspect", first))[0]["NetworkSettings"]["Networks"]
 
-    def goes_on(what: str, more: int = 3) -> None:
-        now = len(steps(cluster, "lasting"))
-        seconds = wait_for(lambda: len(steps(cluster, "lasting")) >= now + more, 150, what)
-        print(f"{what}: {more} more steps after {seconds:.0f} s")
+    def groups() -> list[int]:
+        """Numbers of workers of the groups so far."""
+        log = cluster.read("runs/lasting/logs/rank-0.log")
+        return [int(number) for number in re.findall(r"rank 0 of (\d+)", log)]
 
-    wait_for(lambda: len(steps(cluster, "lasting")) >= 2, 240, "the first steps")
-    docker("kill", second)
-    goes_on("one worker killed")
-    docker("start", second)
-    goes_on("and back again")
-    docker("pause", first)
-    goes_on("one worker paused")
-    docker("unpause", first)
-    goes_on("and awake again")
-    docker("network", "disconnect", network, second)
-    goes_on("one worker cut off")
-    docker("network", "connect", network, second)
-    goes_on("and connected again")
+    def lose(what: str, fault: Sequence[str], mend: Sequence[str]) -> None:
+        grown = wait_for(lambda: groups()[-1:] == [2], 240, "a group of two workers")
+        known = len(steps(cluster, "lasting"))
+        wait_for(lambda: len(steps(cluster, "lasting")) >= known + 2, 90, "steps of two workers")
+        before = len(groups())
+        docker(*fault)
+        seconds = wait_for(lambda: len(groups()) > before, 150, f"{what}: a new group")
+        known = len(steps(cluster, "lasting"))
+        seconds += wait_for(lambda: len(steps(cluster, "lasting")) > known, 90, f"{what}: a step")
+        print(f"both at work after {grown:.0f} s; {what}: the next step after {seconds:.0f} s")
+        docker(*mend)
+
+    lose("one killed", ["kill", second], ["start", second])
+    lose("one paused", ["pause", first], ["unpause", first])
+    lose(
+        "one cut off",
+        ["network", "disconnect", network, second],
+        ["network", "connect", network, second],
+    )
