@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfdist.addresses import home_of
+from hfdist.addresses import home_of, is_address
 from hfdist.agreement import check_replicas
 from hfdist.checkpoint import CheckpointStore, check, mirror, parameters_sha256
+from hfdist.checkpoint.lease import Lease
 from hfdist.comm import Communicator
 from hfdist.config import RunConfig
 from hfdist.curvature.layout import Layout
@@ -73,6 +74,8 @@ class Coordinator:
         self._tracker, self._display, self._stop = tracker, display, stop
         self._home = home_of(config.output, run_dir)
         self._store = CheckpointStore(f"{self._home}/checkpoints", config.checkpoint, comm)
+        output = config.output if is_address(config.output) else run_dir.parent
+        self._lease = Lease(output, run_dir.name)
         self._log = StepLog(run_dir / "metrics.jsonl")
         self._records: list[dict[str, Any]] = []
         self._saved_at: int | None = None
@@ -88,6 +91,7 @@ class Coordinator:
         elif resume:
             logger.warning("no checkpoint in %s: starting from step 0", self._home)
         if self._comm.is_lead:
+            self._lease.take()
             (self._run_dir / STOP_FILE).unlink(missing_ok=True)  # it was for the run's last life
             self._records = self._log.start(progress.state.step)
             self._tracker.start(
@@ -151,6 +155,8 @@ class Coordinator:
         stopping = check_replicas(self._comm, params.tensors, flag=self._stop.requested)
         done = report.step + 1
         if self._comm.is_lead:
+            if self._lease.is_cheap:
+                self._lease.check()
             values = report.metrics() | extra | {"wall_seconds": progress.wall_seconds}
             values |= {f"eval/{name}": value for name, value in progress.evaluation.items()}
             self._tracker.log_metrics(values, report.step)
@@ -179,6 +185,7 @@ class Coordinator:
             (seconds, self._tracker.tracked_as or progress.tracked_as)
         )
         if self._comm.is_lead:  # before the checkpoint: it is never without its record
+            self._lease.check()
             mirror.push(self._config.output, self._run_dir, mirror.RECORD)
         x0 = progress.state.x0
         monitored = progress.evaluation.get("loss", progress.final_loss)
@@ -239,6 +246,7 @@ class Coordinator:
             result["error"] = error
         if not self._comm.is_lead:
             return result
+        self._lease.check()
         for path in draw_plots(self._records, self._run_dir / "plots") if self._records else []:
             self._tracker.log_artifact(path, "plots")
         if self._log.path.exists():

@@ -45,6 +45,12 @@ class PeerError(UserError):
     exit_code = 1
 
 
+class SupersededError(UserError):
+    """A group of workers that was taken for lost and is back: another one has its run."""
+
+    exit_code = 1
+
+
 class WorkerError(UserError):
     """A worker process that failed: carries its own error, or how the process ended."""
 
