@@ -36,7 +36,7 @@ def submit(
     from hfdist.errors import ConfigError
     from hfdist.launch import ray_jobs
 
-    config = load_config(job, overrides or ())
+    config = load_config(job, [*(overrides or ()), "launch.backend=ray"])
     folder = (folder or job.parent).resolve()
     if not job.resolve().is_relative_to(folder):
         raise ConfigError(f"job file {job} is not in the folder {folder} that travels with it")

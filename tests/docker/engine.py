@@ -166,9 +166,9 @@ class Cluster:
         return docker("exec", head, "bash", "-c", f"cat {path} 2>/dev/null || true")
 
     def python(self, program: str, *arguments: str) -> str:
-        """What a program prints, on the head."""
+        """What a program prints on the head, with the secrets of its role."""
         (head,) = self.containers("head")
-        return docker("exec", head, "python", "-c", program, *arguments, timeout=180)
+        return docker("exec", head, "entrypoint", "python", "-c", program, *arguments, timeout=180)
 
 
 def steps(cluster: Cluster, run_id: str) -> list[int]:
