@@ -101,6 +101,7 @@ def follow_to_the_end(job: str, address: str) -> None:
         async for text in ray_jobs.follow(job, address):
             print(text, end="", flush=True)
 
+    ray_jobs.status(job, address)  # an unknown job is one message
     try:
         asyncio.run(show())
         ended = ray_jobs.status(job, address)
