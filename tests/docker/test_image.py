@@ -29,6 +29,7 @@ from engine import (
     why_not,
 )
 
+AS_ROOT = ("--user", "0", "--entrypoint", "bash")
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1500)]
 
 JOB = """
@@ -120,13 +121,35 @@ def test_its_layers_do_not_depend_on_when_they_are_made(images: None) -> None:
         "bash", "-c", "find /opt/hfdist /opt/app -newermt 2023-11-15 -not -type d | head -n 3"
     )
     assert newer.strip() == ""
-    assert in_image("bash", "-c", "find /var/lib/apt/lists -type f") == ""
+    caches = "/root/.cache /home/hfdist/.cache /var/cache/apt/archives/*.deb /var/lib/apt/lists/*"
+    left = in_image("-c", f"ls -d {caches} 2>/dev/null || true", options=AS_ROOT)
+    assert left.strip() == ""
+
+
+def test_health_is_that_of_the_role(images: None) -> None:
+    """A node that does not answer is not well; a command of hfdist is while it runs."""
+    assert in_image("bash", "-c", "health && echo well").strip() == "well"
+    for role in ("head", "worker", "mlflow"):
+        ask = f"echo {role} >/tmp/hfdist-role; health 2>&1 && echo well || true"
+        assert in_image("bash", "-c", ask).startswith(f"{role}: "), role
 
 
 def test_an_unknown_role_is_one_message(images: None) -> None:
     output = docker("run", "--rm", IMAGE, "nothing-of-the-kind", check=False)
     assert "No such command" in output
     assert "Traceback" not in output
+
+
+def test_all_are_well_under_tini(cluster: Cluster) -> None:
+    for service, number in (("head", 1), ("worker", 2), ("mlflow", 1), ("postgres", 1)):
+        names = cluster.containers(service)
+        assert len(names) == number
+        for name in names:
+            state = json.loads(docker("inspect", name))[0]["State"]
+            assert state["Health"]["Status"] == "healthy", name
+            if service != "postgres":
+                assert docker("exec", name, "cat", "/proc/1/comm").strip() == "tini"
+                assert docker("exec", name, "id", "-u").strip() == "10001"
 
 
 def test_pages_are_closed_to_strangers(cluster: Cluster) -> None:
