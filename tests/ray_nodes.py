@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +52,29 @@ class Nodes:
 
     def kill(self, node: Any) -> None:
         """End a node as a power cut does: its raylet and all workers by SIGKILL."""
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        family = [*raylet.children(recursive=True), raylet]
-        for process in family:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        self._signal(node, signal.SIGKILL)
         self._cluster.remove_node(node, allow_graceful=False)
         self.members.remove(node)
+
+    def pause(self, node: Any) -> None:
+        """Cut a node off: its raylet and all workers are there and answer nobody."""
+        self._signal(node, signal.SIGSTOP)
+
+    def go_on(self, node: Any) -> None:
+        """End a `pause`."""
+        self._signal(node, signal.SIGCONT)
+
+    def node_of(self, process: psutil.Process) -> Any:
+        """The node that a worker runs on."""
+        above = {parent.pid for parent in process.parents()}
+        (node,) = [node for node in self.members if _raylet(node).pid in above]
+        return node
+
+    def _signal(self, node: Any, number: int) -> None:
+        raylet = _raylet(node)
+        for process in (*raylet.children(recursive=True), raylet):
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
 
     def shut_down(self) -> None:
         for node in reversed(self.members):
@@ -64,9 +82,21 @@ class Nodes:
                 self._cluster.remove_node(node, allow_graceful=False)
 
 
+def _raylet(node: Any) -> psutil.Process:
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
 @contextlib.contextmanager
-def nodes(folder: Path, *resources: dict[str, Any]) -> Iterator[Nodes]:
-    """A cluster with one node for each of `resources`, with token authentication."""
+def nodes(
+    folder: Path, *resources: dict[str, Any], settings: Mapping[str, str] | None = None
+) -> Iterator[Nodes]:
+    """A cluster with one node for each of `resources`, with token authentication.
+
+    Args:
+        folder: For its token.
+        resources: As `Nodes.add` takes them.
+        settings: More variables of the nodes.
+    """
     from hfdist.launch.ray_cluster import _read_authentication_again, write_token
 
     environment = {
@@ -76,6 +106,7 @@ def nodes(folder: Path, *resources: dict[str, Any]) -> Iterator[Nodes]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
+        **(settings or {}),
     }
     before = dict(os.environ)
     os.environ.update(environment)
@@ -90,6 +121,92 @@ def nodes(folder: Path, *resources: dict[str, Any]) -> Iterator[Nodes]:
         os.environ.clear()
         os.environ.update(before)
         _read_authentication_again()
+
+
+class OwnCluster:
+    """Nodes that `hfdist cluster` starts on this machine, for a user who has nothing yet.
+
+    Args:
+        home: The user's home.
+        environment: More of the user's variables.
+    """
+
+    def __init__(self, home: Path, environment: Mapping[str, str]) -> None:
+        self.home = home
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        self.environment = {**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), **environment}
+        self.environment["OMP_NUM_THREADS"] = "1"
+        self.address = f"127.0.0.1:{free_port()}"
+        self.dashboard = f"http://127.0.0.1:{free_port()}"
+
+    def __call__(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """`hfdist ARGUMENTS` in the user's home."""
+        return self._run([sys.executable, "-m", "hfdist", *arguments], more)
+
+    def start_head(self, cpus: int) -> None:
+        """Start the first node."""
+        ports = [self.address.rpartition(":")[2], self.dashboard.rpartition(":")[2]]
+        started = self(
+            *("cluster", "start-head", "--port", ports[0], "--dashboard-port", ports[1]),
+            *("--cpus", str(cpus)),
+        )
+        assert started.returncode == 0, started.stderr
+
+    def join(self, cpus: int, *, without: Path | None = None) -> None:
+        """Start another node; one that does not see what others put into the folder `without`."""
+        command = [sys.executable, "-m", "hfdist", "cluster", "join", self.address]
+        command += ["--cpus", str(cpus)]
+        if without is not None:
+            without.mkdir(parents=True, exist_ok=True)
+            own = f"mount -t tmpfs none {shlex.quote(str(without))} && exec {shlex.join(command)}"
+            command = ["unshare", "--mount", "sh", "-c", own]
+        joined = self._run(command, {})
+        assert joined.returncode == 0, joined.stderr
+
+    def nodes(self) -> list[psutil.Process]:
+        """The processes above the nodes, in the order of their start."""
+        found = [json.loads(p.read_text()) for p in (self.home / ".hfdist/nodes").glob("*.json")]
+        return [psutil.Process(node["pid"]) for node in sorted(found, key=lambda n: n["created"])]
+
+    def kill(self, number: int) -> None:
+        """End a node as a power cut does."""
+        node = self.nodes()[number]
+        for process in [node, *node.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def _run(self, command: list[str], more: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            cwd=self.home,
+            env={**self.environment, **more},
+        )
+
+
+@contextlib.contextmanager
+def own_cluster(home: Path, **environment: str) -> Iterator[OwnCluster]:
+    """An `OwnCluster`, stopped with the block."""
+    cluster = OwnCluster(home, environment)
+    try:
+        yield cluster
+    finally:
+        stopped = cluster("cluster", "stop")
+        assert stopped.returncode == 0, stopped.stderr
+    port = cluster.address.rpartition(":")[2]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if port in _cmdline(p)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _cmdline(process: psutil.Process) -> str:
+    return " ".join(process.info["cmdline"] or [])
 
 
 class Program:
@@ -155,6 +272,9 @@ class Program:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
+        self._reader.join(5)
+        if self.process.stdout is not None and not self._reader.is_alive():
+            self.process.stdout.close()
 
 
 @contextlib.contextmanager

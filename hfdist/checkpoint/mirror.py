@@ -15,8 +15,10 @@ from hfdist.addresses import is_address
 from hfdist.checkpoint.storage import Storage, open_storage
 from hfdist.errors import ConfigError, StorageError
 
-JOB, RECORD, RESULTS = ("config.yaml",), ("metrics.jsonl",), ("result.json", "plots/*", "logs/*")
+JOB, RECORD, RESULTS = ("config.yaml",), ("metrics.jsonl",), ("result.json", "plots/*")
 """Files of a run, by when they are written."""
+LOGS = ("logs/*",)
+"""On a cluster each rank's own is the one that counts: a node may have older ones of others."""
 CODE = "code.tar.gz"
 """What a submitted job brought along."""
 
@@ -41,8 +43,13 @@ def push(output: str, run_dir: Path, patterns: Iterable[str]) -> None:
             ) from error
 
 
-def pull(output: str, run_dir: Path) -> None:
+def pull(output: str, run_dir: Path, also: Iterable[str] = ()) -> None:
     """Fetch job, code and record of a run into its scratch folder.
+
+    Args:
+        output: The address.
+        run_dir: The scratch folder.
+        also: More of the run's files.
 
     Raises:
         StorageError: The address cannot be read.
@@ -58,6 +65,13 @@ def pull(output: str, run_dir: Path) -> None:
             raise ConfigError(f"{output}/{run_dir.name} is no run: it has no {name}")
         else:
             (run_dir / name).unlink(missing_ok=True)
+    for name in also:
+        path = run_dir / name
+        folder = (Path(run_dir.name) / name).parent.as_posix()
+        content = _read(storage, output, folder, path.name)
+        if content is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
     code = _read(storage, output, run_dir.name, CODE)
     if code is not None and not (run_dir / "code").is_dir():
         with tarfile.open(fileobj=io.BytesIO(code)) as archive:

@@ -40,5 +40,9 @@ def run_folder(config: RunConfig, run_dir: Path) -> Iterator[None]:
                 mirror.forget(config.output, run_dir)
         raise
     finally:
+        # On a cluster the others are in the folders of their nodes, and from there at the address.
+        results = (
+            ("result.json",) if config.launch.backend == "ray" else (*mirror.RESULTS, *mirror.LOGS)
+        )
         with contextlib.suppress(StorageError):  # an error on the way is more important
-            mirror.push(config.output, run_dir, mirror.RESULTS)
+            mirror.push(config.output, run_dir, results)

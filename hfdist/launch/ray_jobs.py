@@ -38,7 +38,7 @@ _TALKATIVE = (
     "ray._private.runtime_env.packaging",
 )
 """Loggers that report every upload."""
-_AGENT_WAIT = 60.0  # seconds that a new head's agent may take to come up
+_AGENT_WAIT = 120.0  # seconds that a new head's agent may take to come up
 _CREDENTIALS = ("MLFLOW_TRACKING_", "AWS_", "MLFLOW_S3_")
 _DESCRIBED = ("task", "steps", "experiment")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")

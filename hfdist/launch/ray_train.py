@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from hfdist.addresses import home_of
+from hfdist.addresses import home_of, is_address
+from hfdist.checkpoint import mirror
 from hfdist.errors import ConfigError, UserError, WorkerError
 from hfdist.launch.failures import record_cause
 from hfdist.launch.ray_cluster import (
@@ -51,7 +52,7 @@ _TUNING = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
-_FOR_WORKERS = ("MLFLOW_", "HFDIST_")
+_FOR_WORKERS = ("MLFLOW_", "HFDIST_", "AWS_")
 """Beginnings of the names of variables that workers get from the driver."""
 
 
@@ -86,6 +87,7 @@ class _Driver:
         self._display, self._is_own = display, is_own
         self._home = home_of(config.output, run_dir)
         self._signals = 0
+        self._has_begun = False
         self._groups = 0
         self._down: list[int] | None = None
         """Ranks that failed last, while no new group is there."""
@@ -282,6 +284,7 @@ class _Driver:
                 continue
             if method == "start":
                 self._down = None
+                self._has_begun = True
             getattr(self._display, method)(*arguments)
         self._groups = groups
 
@@ -334,6 +337,7 @@ class _Driver:
 
     def _conclude(self) -> dict[str, Any]:
         if self._error is None and self._result is not None:
+            self._fetch()
             return self._result
         cause = self._cause()
         self._record(cause)
@@ -341,12 +345,23 @@ class _Driver:
 
     def _record(self, cause: UserError) -> None:
         """Close the run's records: workers leave a failure that may be mended to their driver."""
-        from hfdist.tracking import sync
+        from hfdist.tracking import close_failed, sync
 
+        self._fetch()
         record_cause(self._run_dir, cause)
         if (self._run_dir / "spool").is_dir():
             with contextlib.suppress(UserError):  # the error itself matters more
                 sync(self._run_dir)
+        if is_address(self._config.output):  # the spool is where the lead was
+            close_failed(self._config.tracking, self._run_dir)
+
+    def _fetch(self) -> None:
+        """Have what the lead wrote: where nodes share no folder, it did so on its own."""
+        if is_address(self._config.output):
+            with contextlib.suppress(UserError):
+                mirror.pull(self._config.output, self._run_dir, also=["result.json"])
+            if self._has_begun:  # if only since the last checkpoint
+                (self._run_dir / "metrics.jsonl").touch()
 
     def _cause(self) -> UserError:
         """The error of the worker that failed first, in its own words."""

@@ -23,7 +23,7 @@ from hfdist.checkpoint import mirror
 from hfdist.checkpoint.storage import open_storage
 from hfdist.errors import ConfigError, StorageError, UserError
 from hfdist.launch.child import Failed
-from hfdist.launch.logs import logging_to_file
+from hfdist.launch.logs import logging_to_file, path_of
 from hfdist.launch.ray_relay import RelayDisplay, RelayHandler
 from hfdist.signals import STOP_FILE
 
@@ -184,18 +184,20 @@ def _device(job: Assignment) -> torch.device:
 def _surroundings(job: Assignment, rank: int) -> Iterator[None]:
     """The driver's folder and variables, and a log file."""
     os.environ.update(job.environment)
-    if job.folder.is_dir():
-        os.chdir(job.folder)
-    if str(job.folder) not in sys.path:  # tasks are found from the driver's folder
-        sys.path.insert(0, str(job.folder))
+    log = path_of(job.run_dir, rank).relative_to(job.run_dir).as_posix()
     if is_address(job.config.output):  # nodes need share no folder
-        mirror.pull(job.config.output, job.run_dir)
+        mirror.pull(job.config.output, job.run_dir, also=[log])
+        (job.run_dir / STOP_FILE).unlink(missing_ok=True)  # it was for the run's last life
         threading.Thread(target=_listen, args=(job,), name="hfdist-stop", daemon=True).start()
     elif not (job.run_dir / "config.yaml").is_file():
         raise StorageError(
             f"node {get_context().get_node_rank()} (rank {rank}) does not see {job.run_dir}: set `output` "
             "to a folder that all nodes share, or to an address like s3://BUCKET/PREFIX"
         )
+    if job.folder.is_dir():
+        os.chdir(job.folder)
+    if str(job.folder) not in sys.path:  # tasks are found from the driver's folder
+        sys.path.insert(0, str(job.folder))
     handler = RelayHandler(job.relay, rank)
     logging.getLogger("hfdist").addHandler(handler)
     try:
@@ -203,6 +205,8 @@ def _surroundings(job: Assignment, rank: int) -> Iterator[None]:
             yield
     finally:
         logging.getLogger("hfdist").removeHandler(handler)
+        with contextlib.suppress(StorageError):  # an error on the way is more important
+            mirror.push(job.config.output, job.run_dir, [log])
 
 
 def _listen(job: Assignment) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "RunInfo",
     "Status",
     "Tracker",
+    "close_failed",
     "make_tracker",
     "sync",
 ]
@@ -28,6 +29,14 @@ def make_tracker(config: TrackingConfig, output: Path) -> Tracker:
     from hfdist.tracking.mlflow_tracker import MlflowTracker
 
     return MlflowTracker(config, output)
+
+
+def close_failed(config: TrackingConfig, run_dir: Path) -> None:
+    """Tell the server that a run has failed whose spool lies on a machine out of reach."""
+    if config.enabled:
+        from hfdist.tracking.resend import close
+
+        close(config, run_dir)
 
 
 def sync(run_dir: Path, uri: str | None = None) -> int:

@@ -61,7 +61,7 @@ def open_run(client: Any, spool: Spool, target: Mapping[str, Any]) -> OpenRun:
 def remove_twins(client: Any, run: OpenRun, run_id: str) -> None:
     """Delete empty runs of the same job: a request to make one whose answer was lost, and which a server
     that hung took up later."""
-    found = _search(client, run.experiment_id, run_id)
+    found = runs_of(client, run.experiment_id, run_id)
     if any(twin.info.run_id == run.run_id for twin in found):
         for twin in found:
             if twin.info.run_id != run.run_id and not twin.data.metrics:
@@ -99,14 +99,15 @@ def _is_active(client: Any, run_id: str) -> bool:
         raise
 
 
-def _search(client: Any, experiment_id: str, run_id: str) -> list[Any]:
+def runs_of(client: Any, experiment_id: str, run_id: str) -> list[Any]:
+    """The MLflow runs of a job, the oldest first."""
     return client.search_runs(
         [experiment_id], f"tags.`{RUN_ID_TAG}` = '{run_id}'", order_by=["attributes.start_time ASC"]
     )
 
 
 def _find(client: Any, experiment_id: str, run_id: str) -> str | None:
-    found = _search(client, experiment_id, run_id)
+    found = runs_of(client, experiment_id, run_id)
     return found[0].info.run_id if found else None
 
 

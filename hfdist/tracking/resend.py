@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from hfdist.errors import ConfigError, StorageError
-from hfdist.tracking.client import one_line
+from hfdist.tracking.client import connect, is_server, one_line, public
+from hfdist.tracking.config import TrackingConfig, store_uri
 from hfdist.tracking.courier import BATCH
 from hfdist.tracking.delivery import Delivery
+from hfdist.tracking.opening import runs_of
 from hfdist.tracking.spool import Spool
 from hfdist.tracking.tracker import Status
+
+logger = logging.getLogger(__name__)
 
 
 def deliver(run_dir: Path, uri: str | None = None) -> int:
@@ -53,3 +58,18 @@ def deliver(run_dir: Path, uri: str | None = None) -> int:
     finally:
         spool.close()
     return delivery.count
+
+
+def close(config: TrackingConfig, run_dir: Path) -> None:
+    """Close a run that nobody else can close, if it is at a server and still open."""
+    uri = public(store_uri(config, run_dir.parent))
+    if not is_server(uri):
+        return
+    try:
+        client = connect(uri)
+        experiment = client.get_experiment_by_name(config.experiment)
+        for run in runs_of(client, experiment.experiment_id, run_dir.name) if experiment else []:
+            if run.info.status == Status.RUNNING:
+                client.set_terminated(run.info.run_id, str(Status.FAILED))
+    except Exception as error:  # the run's own error matters more
+        logger.warning("%s was not told that the run has failed: %s", uri, one_line(error))

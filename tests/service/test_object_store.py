@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +19,7 @@ from typing import Any
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
-from ray_nodes import hfdist, nodes
+from ray_nodes import OwnCluster, hfdist, own_cluster
 
 from hfdist import api
 from hfdist.addresses import scratch
@@ -32,6 +38,19 @@ batches: {gradient: 64}
 checkpoint: {every: 1, keep: 2}
 tracking: {enabled: false}
 output: s3://runs/team
+"""
+LATE_TASK = """
+from hfdist.errors import DataError
+from hfdist.tasks.digits import DigitsClassifier
+
+class Late(DigitsClassifier):
+    calls = 0
+
+    def loss(self, *arguments):
+        self.calls += 1
+        if self.calls == 80:
+            raise DataError("the data ended")
+        return super().loss(*arguments)
 """
 
 
@@ -114,41 +133,160 @@ def test_a_killed_run_goes_on_elsewhere(bucket: Any, job: Path, tmp_path: Path) 
     assert len({name.split("/")[2] for name in names(bucket) if "/checkpoints/" in name}) <= 3
 
 
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnCluster]:
+    """A head without workers, and two nodes: none sees what another writes into its scratch folder."""
+    if os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "true"]).returncode != 0:
+        pytest.skip("folders of a process's own need root")
+    folder = tmp_path_factory.mktemp("apart")
+    (folder / "home").mkdir()
+    with own_cluster(folder / "home") as cluster:
+        cluster.start_head(cpus=0)
+        for _ in range(2):
+            cluster.join(1, without=folder / "scratch")
+        cluster.environment["HFDIST_SCRATCH"] = str(folder / "scratch")
+        yield cluster
+
+
+def on(cluster: OwnCluster, *arguments: str) -> Any:
+    """`hfdist ARGUMENTS` on the workers of a cluster."""
+    names = [name for name in os.environ if name.startswith("AWS_")]
+    environment = cluster.environment | {name: os.environ[name] for name in names}
+    more = ["launch.backend=ray", f"launch.address={cluster.address}"]
+    return hfdist(*arguments, *more, environment=environment, cwd=cluster.home)
+
+
 @pytest.mark.ray
-def test_nodes_that_share_no_folder(bucket: Any, job: Path, tmp_path: Path) -> None:
-    with nodes(tmp_path, {"num_cpus": 1}, {"num_cpus": 1}) as cluster:
-        arguments = [
-            *("train", str(job), "--json", "--run-id", "ray", "launch.workers=2", "steps=500"),
-            *("launch.backend=ray", f"launch.address={cluster.address}"),
-        ]
-        with hfdist(*arguments, environment=cluster.environment, cwd=tmp_path) as program:
-            program.wait_for(lambda p: len(p.events("step")) >= 3, 120)
-            program.signal(signal.SIGINT)
-            assert program.end(60) == 130, program.output
+def test_on_a_cluster(bucket: Any, job: Path, tmp_path: Path) -> None:
+    arguments = ["train", str(job), "--json", "--run-id", "ray", "launch.workers=2", "steps=500"]
+    more = ["launch.backend=ray", "launch.cpus_per_worker=0.5"]
+    with hfdist(*arguments, *more, environment={"OMP_NUM_THREADS": "1"}, cwd=tmp_path) as program:
+        program.wait_for(lambda p: len(p.events("step")) >= 3, 120)
+        program.signal(signal.SIGINT)
+        assert program.end(60) == 130, program.output
     result = json.loads(text(bucket, "ray/result.json"))
     assert result["status"] == "KILLED"
     assert steps_of(bucket, "ray") == list(range(result["steps"]))
-    another_machine()
-    resumed = api.resume(
-        f"{OUTPUT}/ray",
-        [f"steps={result['steps'] + 1}", "launch.backend=local", "launch.workers=1"],
-    )
-    assert resumed["status"] == "FINISHED"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_nodes_that_share_no_folder(bucket: Any, apart: OwnCluster, job: Path) -> None:
+    arguments = ["train", str(job), "--json", "--run-id", "ray", "steps=500", "launch.workers=2"]
+    with on(apart, *arguments) as program:
+        program.wait_for(lambda p: len(p.events("step")) >= 3, 120)
+        program.signal(signal.SIGINT)
+        assert program.end(60) == 130, program.output
+    stopped = json.loads(text(bucket, "ray/result.json"))
+    assert stopped["status"] == "KILLED"
+    assert steps_of(bucket, "ray") == list(range(stopped["steps"]))
+    assert {"ray/logs/rank-0.log", "ray/logs/rank-1.log"} <= set(names(bucket))
+    plot = bucket.head_object(Bucket="runs", Key="team/ray/plots/cg.png")["LastModified"]
+
+    # The driver's own scratch folder is as it was before the run went on.
+    steps = stopped["steps"] + 2
+    with on(apart, "resume", f"{OUTPUT}/ray", "--json", f"steps={steps}") as program:
+        assert program.end(120) == 0, program.output
+    finished = json.loads(text(bucket, "ray/result.json"))
+    assert (finished["status"], finished["steps"]) == ("FINISHED", steps)
+    assert steps_of(bucket, "ray") == list(range(steps))
+    assert bucket.head_object(Bucket="runs", Key="team/ray/plots/cg.png")["LastModified"] > plot
+    assert text(bucket, "ray/logs/rank-1.log").count("process ") == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_mistake_that_shows_late_leaves_the_checkpoints(
+    bucket: Any, apart: OwnCluster, job: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "late.py").write_text(LATE_TASK)
+    arguments = ["train", str(job), "--json", "--run-id", "late", "task=late.py:Late"]
+    with on(apart, *arguments, "steps=500") as program:
+        assert program.end(120) == 2, program.output
+    assert "the data ended" in program.output
+    result = json.loads(text(bucket, "late/result.json"))
+    assert (result["status"], result["error"]) == ("FAILED", "DataError: the data ended")
+    assert result["steps"] > 0
+    assert any(name.startswith("late/checkpoints/") for name in names(bucket))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_submitted_job_brings_its_code_to_every_node(
+    bucket: Any, apart: OwnCluster, job: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text("from hfdist.tasks.digits import DigitsClassifier as Own\n")
+    credentials = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
+    at = ("--address", apart.dashboard)
+    arguments = ["submit", str(job), "--run-id", "sent", "--follow", *at]
+    sent = apart(*arguments, "task=own.py:Own", "launch.workers=2", **credentials)
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    result = json.loads(text(bucket, "sent/result.json"))
+    assert (result["status"], result["world_size"]) == ("FINISHED", 2)
+    more = apart("resume", "sent", "steps=8", "--follow", *at, **credentials)
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert steps_of(bucket, "sent") == list(range(8))
 
 
 @pytest.mark.parametrize(
-    ("output", "message"),
+    ("output", "before", "message"),
     [
-        ("s3://nowhere/team", r"output s3://nowhere/team cannot be written \(.*check the address"),
-        ("nothing://x/y", "output nothing://x/y/?.* cannot be used: Protocol not known"),
+        (
+            "s3://nowhere/team",
+            "",
+            r"output s3://nowhere/team cannot be written \(.*check the addre",
+        ),
+        ("nothing://x/y", "", "output nothing://x/y/?.* cannot be used: Protocol not known"),
+        ("s3://runs/team", "sys.modules['s3fs'] = None", r"cannot be used: .*s3fs.*hfdist\[s3\]"),
+        (
+            "s3://runs/team",
+            "[os.environ.pop(n) for n in list(os.environ) if n.startswith('AWS_ACCESS')]",
+            r"output s3://runs/team cannot be read \(.*check the address, and the credentials",
+        ),
     ],
+    ids=["no bucket", "no protocol", "no s3fs", "no credentials"],
 )
 def test_an_output_that_cannot_be_used_is_one_message(
-    bucket: Any, job: Path, output: str, message: str
+    bucket: Any, job: Path, output: str, before: str, message: str
 ) -> None:
-    with pytest.raises(StorageError, match=message):
-        api.train(job, [f"output={output}"], run_id="nowhere")
-    assert not (scratch(output) / "nowhere").exists()
+    program = f"import os, sys\n{before}\nfrom hfdist.cli import main\nmain()"
+    answer = subprocess.run(
+        [sys.executable, "-c", program, "train", str(job), f"output={output}", "--run-id", "bad"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert answer.returncode == 2, answer.stderr
+    assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
+    assert re.search(message, answer.stderr), answer.stderr
+    assert not (scratch(output) / "bad").exists()
+
+
+def test_a_store_that_refuses_is_one_message(bucket: Any, job: Path) -> None:
+    """As one does whose policy lets this user read, and no more."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(404 if self.command == "HEAD" else 403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD = do_PUT = do_POST = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+            with pytest.raises(StorageError, match=r"s3://runs/team cannot be .*the credentials"):
+                api.train(job, run_id="refused")
+        server.shutdown()
 
 
 def test_no_run_at_an_address(bucket: Any) -> None:
