@@ -70,9 +70,13 @@ def why_not() -> str | None:
         "docker", "compose", "version", check=False
     ):
         return "no Docker Compose here: install docker-compose, then `make image-test`"
-    answer = run(client(), "info", "--format", "{{.ServerVersion}}", check=False, timeout=30)
+    answer = run(client(), "version", "--format", "{{.Server.Version}}", check=False, timeout=30)
     if not answer[:1].isdigit():
-        return f"no Docker engine answers: start dockerd, then `make image-test` ({answer.strip()[:200]})"
+        said = " ".join(answer.split())[:200]
+        return (
+            "no Docker engine answers: start dockerd (with --iptables=false where the kernel lacks it),"
+            f" then `make image-test` ({said})"
+        )
     return None
 
 
