@@ -8,6 +8,27 @@ import re
 import tempfile
 from pathlib import Path
 
+from hfdist.errors import ConfigError
+
+
+def normal(output: str) -> str:
+    """An `output` in the form that the others here expect: file:///FOLDER is that folder, and an address
+    has no slash at its end.
+
+    Raises:
+        ValueError: An address that names nothing.
+    """
+    scheme, mark, place = output.partition("://")
+    if not mark:
+        return output
+    if not place.strip("/"):
+        raise ValueError(f"{output}: name a bucket, like {scheme}://BUCKET/PREFIX")
+    if scheme != "file":
+        return output.rstrip("/")
+    if not place.startswith("/"):
+        raise ValueError(f"{output}: write file:///FOLDER, or the folder's path")
+    return place
+
 
 def is_address(output: str | Path) -> bool:
     """Whether `output` names an object store, and no folder."""
@@ -34,6 +55,12 @@ def home_of(output: str, run_dir: Path) -> str:
 
 
 def split(home: str) -> tuple[str, Path]:
-    """(output, run folder on this machine) of ADDRESS/RUN_ID."""
+    """(output, run folder on this machine) of ADDRESS/RUN_ID.
+
+    Raises:
+        ConfigError: It names no run.
+    """
     output, _, run_id = home.rstrip("/").rpartition("/")
+    if output.endswith("/") or not is_address(output):
+        raise ConfigError(f"{home} is no run: write ADDRESS/RUN_ID, like s3://BUCKET/PREFIX/RUN_ID")
     return output, scratch(output) / run_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,9 @@ def train(
     if not is_restart() and mirror.exists(config.output, run_dir):
         home = home_of(config.output, run_dir)
         raise ConfigError(f"run {run_id} exists already: `hfdist resume {home}` goes on with it")
+    mirror.check_writable(config.output)
+    if is_address(config.output) and not is_restart():
+        _clear(run_dir)
     with output_folder(run_dir.parent):
         job = _of(config, run_dir, config.output)
         return start(job, run_dir=run_dir, resume=False, display=display)
@@ -126,6 +130,17 @@ def output_folder(folder: Path) -> Iterator[None]:
             for path in made:
                 path.rmdir()
         raise
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what a run of this name, which is no longer at its address, left in its scratch folder."""
+    for path in run_dir.glob("*"):
+        if path.name in ("code", mirror.CODE):  # a submitted job has just put them there
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _of(config: RunConfig, run_dir: Path, output: str) -> RunConfig:

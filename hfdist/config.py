@@ -22,6 +22,7 @@ from pydantic import (
 )
 from yaml import YAMLError
 
+from hfdist.addresses import normal
 from hfdist.checkpoint.config import CheckpointConfig
 from hfdist.config_errors import explain
 from hfdist.data import BatchesConfig
@@ -66,7 +67,7 @@ class RunConfig(BaseModel):
     dtype: Literal["float32", "float64"] = "float32"
     """Type of parameters and data."""
     output: str = Field(default="runs", min_length=1)
-    """Folder of the runs."""
+    """Folder of the runs, or an address that fsspec knows, like s3://BUCKET/PREFIX."""
     optim: HFOptions = Field(default_factory=HFOptions)
     """Rules of the Hessian-free step."""
     batches: BatchesConfig = Field(default_factory=BatchesConfig)
@@ -102,6 +103,26 @@ class RunConfig(BaseModel):
         if not _DEVICE.fullmatch(device):
             raise ValueError(f"device is {device!r}: it must be auto, cpu, cuda or cuda:N")
         return device
+
+    @field_validator("output")
+    @classmethod
+    def _check_output(cls, output: str) -> str:
+        try:
+            return normal(output)
+        except ValueError as error:
+            raise ValueError(f"output is {error}") from error
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> RunConfig:
+        """fsspec's memory:// is the memory of one process."""
+        launch = self.launch
+        is_alone = launch.backend == "local" and launch.max_workers == 1 and not launch.max_failures
+        if self.output.startswith("memory://") and not is_alone:
+            raise ValueError(
+                f"output is {self.output}, which other processes do not see: choose a folder or an object "
+                "store, or one local worker with launch.max_failures=0"
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in YAML; secrets are masked."""

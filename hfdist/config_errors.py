@@ -55,7 +55,7 @@ def _explain(key: str, findings: list[Mapping[str, Any]], known: Collection[str]
     if kind == "value_error":
         # The owner's own words; they begin with the key inside its section.
         message = message.removeprefix("Value error, ")
-        return f"{key}.{message}" if isinstance(first["input"], Mapping) else message
+        return f"{key}.{message}" if key and isinstance(first["input"], Mapping) else message
     wanted = " or ".join(dict.fromkeys(_expected(finding) for finding in findings))
     whole = min(findings, key=lambda finding: len(finding["loc"]))
     value = MASK if is_secret(key, whole["input"]) else _as_yaml(whole["input"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hfdist import __version__
-from hfdist.addresses import home_of, is_address, split
+from hfdist.addresses import home_of, is_address, normal, split
 from hfdist.agreement import check_agreement
 from hfdist.checkpoint import CheckpointStore, check, mirror
 from hfdist.comm import Communicator, SerialCommunicator
@@ -29,7 +29,7 @@ from hfdist.curvature.problem import Overrides, Problem, Regularisation, Roles
 from hfdist.data import BatchLoader, MicrobatchPlan, RolePlan, StepPlan, data_passes, plan_step
 from hfdist.devices import resolve
 from hfdist.display import Display
-from hfdist.errors import CheckpointError, DataError, Interrupted, TaskError, UserError
+from hfdist.errors import CheckpointError, ConfigError, DataError, Interrupted, TaskError, UserError
 from hfdist.evaluation import evaluate
 from hfdist.machine import device_name, peak_memory
 from hfdist.optim.report import StepReport
@@ -317,10 +317,14 @@ def local_folder(home: Path | str) -> tuple[Path, str]:
     Raises:
         UserError: An address at which there is no such run.
     """
+    try:
+        home = normal(str(home))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if not is_address(home):
         run_dir = Path(home).expanduser().resolve()
         return run_dir, str(run_dir.parent)
-    output, run_dir = split(str(home))
+    output, run_dir = split(home)
     mirror.pull(output, run_dir)
     return run_dir, output
 

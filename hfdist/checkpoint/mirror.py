@@ -7,6 +7,7 @@ on from a checkpoint, on whatever machine, finds the record of all steps before 
 from __future__ import annotations
 
 import io
+import secrets
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from hfdist.addresses import is_address
 from hfdist.checkpoint.storage import Storage, open_storage
 from hfdist.errors import ConfigError, StorageError
+from hfdist.record import write_atomically
 
 JOB, RECORD, RESULTS = ("config.yaml",), ("metrics.jsonl",), ("result.json", "plots/*")
 """Files of a run, by when they are written."""
@@ -56,15 +58,15 @@ def pull(output: str, run_dir: Path, also: Iterable[str] = ()) -> None:
         ConfigError: There is no such run.
     """
     storage = open_storage(output)
-    run_dir.mkdir(parents=True, exist_ok=True)
     for name in (*JOB, *RECORD):
         content = _read(storage, output, run_dir.name, name)
-        if content is not None:
-            (run_dir / name).write_bytes(content)
-        elif name in JOB:
+        if content is None and name in JOB:
             raise ConfigError(f"{output}/{run_dir.name} is no run: it has no {name}")
-        else:
-            (run_dir / name).unlink(missing_ok=True)
+        path = run_dir / name
+        # The run may be going on here: its own record is then ahead of what it has pushed.
+        is_ahead = name in RECORD and path.exists() and path.read_bytes().startswith(content or b"")
+        if content is not None and not is_ahead:
+            write_atomically(path, content.decode())
     for name in also:
         path = run_dir / name
         folder = (Path(run_dir.name) / name).parent.as_posix()
@@ -76,6 +78,25 @@ def pull(output: str, run_dir: Path, also: Iterable[str] = ()) -> None:
     if code is not None and not (run_dir / "code").is_dir():
         with tarfile.open(fileobj=io.BytesIO(code)) as archive:
             archive.extractall(run_dir / "code", filter="data")
+
+
+def check_writable(output: str) -> None:
+    """Find out, before anything is begun, whether runs can be kept there.
+
+    Raises:
+        StorageError: They cannot.
+    """
+    if not is_address(output):
+        return
+    storage, folder = open_storage(output), f".probe-{secrets.token_hex(4)}"
+    try:
+        storage.write(folder, "probe", b"")
+        storage.remove_folder(folder)  # checkpoints come and go
+    except OSError as error:
+        raise StorageError(
+            f"output {output} cannot be written ({error}): check the address, and the credentials in the "
+            "environment"
+        ) from error
 
 
 def exists(output: str, run_dir: Path) -> bool:

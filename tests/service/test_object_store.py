@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -298,3 +300,46 @@ def test_a_mistake_in_the_job_leaves_nothing(bucket: Any, job: Path) -> None:
     with pytest.raises(Exception, match="99999"):
         api.train(job, ["batches.gradient=99999"], run_id="mistake")
     assert names(bucket) == []
+
+
+def a_group(job: Path, *arguments: str) -> list[tuple[int, str]]:
+    """`hfdist train JOB` as torchrun starts it on two ranks: their exit codes and outputs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        programs = [
+            stack.enter_context(
+                hfdist(
+                    *("train", str(job), "--quiet", *arguments),
+                    environment={**common, "RANK": rank, "LOCAL_RANK": rank},
+                    cwd=job.parent,
+                )
+            )
+            for rank in "01"
+        ]
+        return [(program.end(90), program.output) for program in programs]
+
+
+@pytest.mark.ranks
+def test_two_workers_however_they_are_started(bucket: Any, job: Path) -> None:
+    changes = ["steps=3", "launch.threads_per_worker=1"]
+    local = api.train(job, [*changes, "launch.workers=2"], run_id="local")
+    ended = a_group(job, *changes, "--run-id", "group")
+    assert [code for code, _ in ended] == [0, 0], ended
+    group = json.loads(text(bucket, "group/result.json"))
+    assert group["world_size"] == local["world_size"] == 2
+    assert group["parameters_sha256"] == local["parameters_sha256"]
+    assert steps_of(bucket, "group") == steps_of(bucket, "local") == [0, 1, 2]
+
+
+@pytest.mark.ranks
+def test_every_rank_of_a_group_says_that_there_is_no_bucket(bucket: Any, job: Path) -> None:
+    output = "s3://nowhere/team"
+    for code, said in a_group(job, f"output={output}", "--run-id", "bad"):
+        assert code == 2, said
+        assert said.count("error:") == 1, said
+        assert f"output {output} cannot be written" in said, said
+    assert not (scratch(output) / "bad").exists()
