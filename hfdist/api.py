@@ -17,7 +17,7 @@ from hfdist.config import CONFIG_FILE, RunConfig, load_config
 from hfdist.display import DISPLAYS
 from hfdist.errors import ConfigError, StorageError, UserError
 from hfdist.launch import start
-from hfdist.launch.torchrun import is_restart, run_id_of_group
+from hfdist.launch.torchrun import is_lead, is_restart, run_id_of_group
 from hfdist.record import write_atomically
 from hfdist.worker import local_folder
 
@@ -57,7 +57,7 @@ def train(
         home = home_of(config.output, run_dir)
         raise ConfigError(f"run {run_id} exists already: `hfdist resume {home}` goes on with it")
     mirror.check_writable(config.output)
-    if is_address(config.output) and not is_restart():
+    if is_address(config.output) and is_lead() and not is_restart():
         _clear(run_dir)
     with output_folder(run_dir.parent):
         job = _of(config, run_dir, config.output)

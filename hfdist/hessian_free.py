@@ -248,6 +248,7 @@ class HessianFree(torch.optim.Optimizer):
                 requested=options.product_engine,
                 memory_budget=options.memory_budget,
                 chosen=self.param_groups[0]["chosen_engine"],
+                products_per_step=options.cg_max_iter or 50,
             ),
             autocast=autocast_dtype(options),
         )

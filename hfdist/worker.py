@@ -115,6 +115,7 @@ class Worker:
             requested=optim.product_engine,
             memory_budget=optim.memory_budget,
             chosen=progress.state.product_engine,
+            products_per_step=optim.cg_max_iter or 50,
         )
         self.model.train()
         try:

@@ -64,6 +64,11 @@ class Nodes:
         """End a `pause`."""
         self._signal(node, signal.SIGCONT)
 
+    def reap(self, node: Any, timeout: float) -> None:
+        """Wait for the end of a node that finds that it was taken for dead; its workers look whether it
+        has left the system's table of processes."""
+        node.all_processes["raylet"][0].process.wait(timeout)
+
     def node_of(self, process: psutil.Process) -> Any:
         """The node that a worker runs on."""
         above = {parent.pid for parent in process.parents()}

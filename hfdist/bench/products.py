@@ -19,13 +19,20 @@ from torch import Tensor
 from torch.autograd import grad
 
 from hfdist.bench.workloads import Workload, workloads
-from hfdist.curvature.engines import DOUBLE_BACKWARD, LINEARIZE, RECOMPUTE, ProductEngine
+from hfdist.curvature.engines import (
+    COMPILE,
+    DOUBLE_BACKWARD,
+    LINEARIZE,
+    RECOMPUTE,
+    TORCH_LINEARIZE,
+    ProductEngine,
+)
 from hfdist.curvature.frozen import Frozen
 from hfdist.curvature.microbatch import from_task
 from hfdist.curvature.problem import Problem, Roles
 from hfdist.params import ParameterVector
 
-GGN_ENGINES = (LINEARIZE, DOUBLE_BACKWARD, RECOMPUTE)
+GGN_ENGINES = (LINEARIZE, TORCH_LINEARIZE, DOUBLE_BACKWARD, RECOMPUTE)
 GGN_FLOOR, HESSIAN_FLOOR = 4 / 3, 2.0
 """Matrix products of a product over those of a gradient, layer for layer, with kept activations."""
 
@@ -45,6 +52,9 @@ class Timing:
     """Relative to torch's gradient (forward and backward pass) in the same run."""
     error: float
     """|product - BackPACK's| / |BackPACK's|; 0 for gradients."""
+    preparation: float = 0.0
+    """What the engine does before a step's first product (forward pass and gradient, and the program where
+    there is one), in seconds; of the first step it leaves out compiling."""
 
 
 def problem(workload: Workload, model: torch.nn.Module, batch: Any, **settings: Any) -> Problem:
@@ -67,7 +77,11 @@ def loss_of(workload: Workload, outputs: Any, batch: Any) -> Tensor:
 
 
 def measure(
-    workload: Workload, repetitions: int, device: torch.device, hessian: bool = True
+    workload: Workload,
+    repetitions: int,
+    device: torch.device,
+    hessian: bool = True,
+    compiled: bool = False,
 ) -> list[Timing]:
     """Time all contenders on one workload."""
     from backpack.hessianfree.ggnvp import ggn_vector_product
@@ -94,13 +108,22 @@ def measure(
         ("gradient", "torch"): gradient,
         ("ggn", "backpack"): lambda: ggn_vector_product(loss, outputs, model, views),
     }
-    for name in GGN_ENGINES:
-        contenders["ggn", name] = _product(workload, model, batch, v, name, "ggn")
+    preparations: dict[str, float] = {}
+    for name in (*GGN_ENGINES, *([COMPILE] if compiled else [])):
+        product = _product(workload, model, batch, v, name, "ggn")
+        if product is None:
+            continue
+        contenders["ggn", name] = product
+        synchronize(device)
+        start = time.perf_counter()
+        problem(workload, model, batch, engine=ProductEngine(requested=name)).loss_and_gradient()
+        synchronize(device)
+        preparations[name] = time.perf_counter() - start
     if hessian:
         contenders["hessian", "backpack"] = lambda: hessian_vector_product(loss, tensors, views)
-        contenders["hessian", DOUBLE_BACKWARD] = _product(
-            workload, model, batch, v, DOUBLE_BACKWARD, "hessian"
-        )
+        product = _product(workload, model, batch, v, DOUBLE_BACKWARD, "hessian")
+        assert product is not None
+        contenders["hessian", DOUBLE_BACKWARD] = product
     reference = {
         kind: params.flatten(contenders[kind, "backpack"]())
         for kind in ("ggn", "hessian")
@@ -114,18 +137,27 @@ def measure(
             error = float((f() - reference[kind]).norm() / reference[kind].norm())
         timings.append(
             Timing(
-                workload=workload.name, product=kind, by=by, seconds=s, gradients=s / seconds[0], error=error
+                workload=workload.name,
+                product=kind,
+                by=by,
+                seconds=s,
+                gradients=s / seconds[0],
+                error=error,
+                preparation=preparations.get(by, 0.0) if kind == "ggn" else 0.0,
             )
-        )  # fmt: skip
+        )
     return timings
 
 
 def _product(
     workload: Workload, model: torch.nn.Module, batch: Any, v: Tensor, engine: str, kind: Any
-) -> Callable[[], Tensor]:
+) -> Callable[[], Tensor] | None:
+    """v -> Bv; None where the engine cannot have this model on this machine."""
     p = problem(workload, model, batch, curvature_opt=kind, engine=ProductEngine(requested=engine))
     p.loss_and_gradient()
     B = p.curvature()
+    if p.product_engine != engine:
+        return None
     return lambda: B(v)
 
 
@@ -165,6 +197,7 @@ def run(
     threads: int | None = None,
     device: torch.device | None = None,
     hessian: bool = True,
+    compiled: bool = False,
 ) -> list[Timing]:
     """Time products on the workloads.
 
@@ -174,6 +207,7 @@ def run(
         threads: Of torch; left alone by default.
         device: The CPU by default.
         hessian: Time Hessian products too.
+        compiled: Time the products through torch.compile too; it compiles for up to a minute each.
 
     Raises:
         ValueError: An unknown workload.
@@ -188,7 +222,9 @@ def run(
     try:
         timings = []
         for name in names or known:
-            timings += measure(known[name], repetitions, device or torch.device("cpu"), hessian)
+            timings += measure(
+                known[name], repetitions, device or torch.device("cpu"), hessian, compiled
+            )
         return timings
     finally:
         torch.set_num_threads(before)
@@ -216,7 +252,14 @@ def plot(timings: Sequence[Timing], path: Path) -> Path:
         contenders = list(dict.fromkeys(t.by for t in timings if t.product == kind))
         for k, by in enumerate(contenders):
             heights = [
-                next(t.gradients for t in timings if (t.workload, t.product, t.by) == (n, kind, by))
+                next(
+                    (
+                        t.gradients
+                        for t in timings
+                        if (t.workload, t.product, t.by) == (n, kind, by)
+                    ),
+                    0.0,
+                )
                 for n in names
             ]
             width = 0.8 / len(contenders)

@@ -18,7 +18,14 @@ from hfdist.comm import Communicator
 from hfdist.curvature.ggn import GGNProduct, LinearizedGGNProduct
 from hfdist.curvature.hessian import HessianProduct
 from hfdist.curvature.layout import Product
-from hfdist.curvature.linearize import Recorder, Unsupported
+from hfdist.curvature.linearize import (
+    Jacobian,
+    Program,
+    Recorder,
+    Unsupported,
+    by_torch,
+    compiled,
+)
 from hfdist.curvature.loss_hessian import ByDoubleBackward, LossHessian
 from hfdist.curvature.memory import MemoryCounter, memory_left
 from hfdist.curvature.microbatch import Evaluation, Microbatch
@@ -29,7 +36,9 @@ logger = logging.getLogger(__name__)
 
 Gradient = Sequence[Tensor | None]
 Evaluate = Callable[[Microbatch, Recorder | None], Evaluation]
+OutputsAt = Callable[[Microbatch, Sequence[Tensor]], list[Tensor]]
 LINEARIZE, DOUBLE_BACKWARD, RECOMPUTE, AUTO = "linearize", "double_backward", "recompute", "auto"
+COMPILE, TORCH_LINEARIZE = "compile", "torch_linearize"
 
 
 def autocast_dtype(options: HFOptions) -> torch.dtype | None:
@@ -42,28 +51,39 @@ class ProductEngine:
     """The engine of a run; it lives as long as the run does.
 
     Attributes:
-        requested: "linearize" replays the forward pass on tangents, "double_backward" differentiates
-            the backward pass, "recompute" keeps nothing between products; "auto" times the first two
-            on the first solve. A forward pass that cannot be replayed has double backward anyway.
+        requested: "linearize" replays the forward pass on tangents, "compile" is the same through
+            torch.compile, "torch_linearize" is torch.func.linearize, "double_backward" differentiates
+            the backward pass, "recompute" keeps nothing between products; "auto" times all but the
+            last on the first solve. A forward pass that one cannot have has double backward anyway.
         memory_budget: Bytes for graphs that are kept between products; microbatches beyond it are
             recomputed for each. None: what the device has left.
         chosen: What "auto" chose, here or before the run was resumed.
+        products_per_step: For how many products a step's preparations are made, about.
+        used: What the last microbatch had, where that is not what was asked for.
     """
 
     requested: str = LINEARIZE
     memory_budget: int | None = None
     chosen: str | None = None
+    products_per_step: int = 50
+    used: str | None = None
 
     @property
     def name(self) -> str:
         """The engine in use; "auto" until it is decided."""
         return (self.chosen or AUTO) if self.requested == AUTO else self.requested
 
+    @property
+    def reported(self) -> str:
+        """What products were computed by."""
+        return self.name if self.requested == AUTO else self.used or self.name
+
     def decide(self, comm: Communicator, seconds: dict[str, float]) -> None:
         """Choose the fastest engine that works on all ranks. Collective.
 
         Args:
-            seconds: Of one product, by engine, on this rank; empty if it has no microbatch.
+            seconds: Of one product and its part of the preparations, by engine, on this rank; empty
+                if it has no microbatch.
         """
         times = [t for t in comm.gather(seconds) if t]
         names = [name for name in times[0] if all(name in t for t in times)] if times else []
@@ -80,6 +100,7 @@ class ProductBuilder:
         comm: The ranks, for the engine's decision.
         curvature: "ggn" or "hessian".
         evaluate: A forward pass with graph.
+        outputs_at: The outputs with other tensors in the parameters' place; raises `Unsupported`.
         num_microbatches: How many there will be.
     """
 
@@ -90,13 +111,14 @@ class ProductBuilder:
         comm: Communicator,
         curvature: Literal["ggn", "hessian"],
         evaluate: Evaluate,
+        outputs_at: OutputsAt,
         num_microbatches: int,
     ) -> None:
         self.products: list[Product] = []
         self._engine, self._params, self._comm = engine, params, comm
         self._tensors = params.tensors
         self._is_ggn = curvature == "ggn"
-        self._evaluate = evaluate
+        self._evaluate, self._outputs_at = evaluate, outputs_at
         self._budget = math.inf
         if engine.memory_budget is not None:
             self._budget = engine.memory_budget
@@ -122,7 +144,7 @@ class ProductBuilder:
         if self._budget <= 0 or self._engine.name == RECOMPUTE:
             return self._without_graph(microbatch)
         recorder = None
-        if self._is_ggn and self._engine.name in (LINEARIZE, AUTO):
+        if self._is_ggn and self._engine.name in (LINEARIZE, COMPILE, AUTO):
             recorder = Recorder(self._tensors)
         counter = MemoryCounter() if self._budget < math.inf else None
         with counter or nullcontext():
@@ -131,7 +153,7 @@ class ProductBuilder:
                 self._budget = 0  # and all that follow: memory is full
                 self.products.append(self._recomputed(microbatch))
                 return e, _gradient_alone(e, self._tensors)
-            gradient, product = self._kept(e, recorder)
+            gradient, product = self._kept(microbatch, e, recorder)
         if counter is not None:
             self._budget -= counter.num_bytes
         self.products.append(product)
@@ -147,7 +169,9 @@ class ProductBuilder:
         kind = RecomputedGGNProduct if self._is_ggn else RecomputedHessianProduct
         return kind(lambda recorder: self._evaluate(microbatch, recorder), self._tensors)
 
-    def _kept(self, e: Evaluation, recorder: Recorder | None) -> tuple[Gradient, Product]:
+    def _kept(
+        self, microbatch: Microbatch, e: Evaluation, recorder: Recorder | None
+    ) -> tuple[Gradient, Product]:
         if not self._is_ggn:
             g = grad(e.loss_sum, self._tensors, create_graph=True, allow_unused=True)
             product = HessianProduct(g, self._tensors)
@@ -155,17 +179,56 @@ class ProductBuilder:
         H, dz = _loss_derivatives(e)
         gradient = _gradient(e, self._tensors, dz, keep=True)
         candidates: dict[str, Product] = {}
-        if recorder is not None:
+        preparations: dict[str, float] = {}
+        for name, make in self._jacobians(microbatch, e, H, recorder).items():
             try:
-                program = recorder.program([e.outputs[k] for k in H.curved])
-                candidates[LINEARIZE] = LinearizedGGNProduct(e.outputs, H, self._tensors, program)
+                if name == COMPILE and self._is_undecided:
+                    make()  # takes long the first time, which comes once a run
+                start = time.perf_counter()
+                candidates[name] = LinearizedGGNProduct(e.outputs, H, self._tensors, make())
+                preparations[name] = time.perf_counter() - start
             except Unsupported as reason:
-                logger.info("products by double backward, because %s", reason)
-        if not candidates or self._engine.name != LINEARIZE:
+                logger.info("no products by %s, because %s", name, reason)
+        if not candidates or self._engine.name in (DOUBLE_BACKWARD, AUTO):
             candidates[DOUBLE_BACKWARD] = GGNProduct(e.outputs, H, self._tensors)
         if self._is_undecided:
-            self._decide(_time(candidates, self._params))
-        return gradient, candidates.get(self._engine.name) or next(iter(candidates.values()))
+            seconds = _time(candidates, self._params)
+            for name in seconds:
+                seconds[name] += preparations.get(name, 0.0) / self._engine.products_per_step
+            self._decide(seconds)
+        name = self._engine.name
+        self._engine.used = name if name in candidates else next(iter(candidates))
+        return gradient, candidates[self._engine.used]
+
+    def _jacobians(
+        self, microbatch: Microbatch, e: Evaluation, H: LossHessian, recorder: Recorder | None
+    ) -> dict[str, Callable[[], Jacobian]]:
+        """Ways to J that are to be tried, by engine."""
+
+        def replayed() -> Program:
+            assert recorder is not None
+            return recorder.program([e.outputs[k] for k in H.curved])
+
+        def traced() -> Jacobian:
+            def curved_at(theta: Sequence[Tensor]) -> list[Tensor]:
+                outputs = self._outputs_at(microbatch, theta)
+                return [outputs[k] for k in H.curved]
+
+            return by_torch(curved_at, self._tensors, [e.outputs[k] for k in H.curved])
+
+        ways: dict[str, Callable[[], Jacobian]] = {
+            LINEARIZE: replayed,
+            COMPILE: lambda: compiled(replayed(), self._tensors),
+            TORCH_LINEARIZE: traced,
+        }
+        to_try = {
+            LINEARIZE: [LINEARIZE],
+            COMPILE: [COMPILE, LINEARIZE],
+            TORCH_LINEARIZE: [TORCH_LINEARIZE],
+            # On a CPU the compiler takes longer than its kernels save (deploy/speed.md).
+            AUTO: [LINEARIZE, TORCH_LINEARIZE] + [COMPILE] * (self._params.device.type == "cuda"),
+        }
+        return {name: ways[name] for name in to_try.get(self._engine.name, ())}
 
 
 def _gradient(

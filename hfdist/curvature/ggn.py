@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from hfdist.curvature.linearize import Program
+from hfdist.curvature.linearize import Jacobian
 from hfdist.curvature.loss_hessian import LossHessian
 
 
@@ -75,7 +75,7 @@ class LinearizedGGNProduct:
         outputs: Sequence[Tensor],
         loss_hessian: LossHessian,
         tensors: Sequence[Tensor],
-        jacobian: Program,
+        jacobian: Jacobian,
     ) -> None:
         self._tensors = list(tensors)
         self._H = loss_hessian

@@ -211,8 +211,14 @@ class Problem:
                 autocast=self.autocast,
             )
 
+        def outputs_at(microbatch: Microbatch, theta: Sequence[Tensor]) -> list[Tensor]:
+            with self._frozen.exchanged(self.params.tensors, theta):
+                return self._evaluate(
+                    microbatch, graph=True, split=True, autocast=self.autocast
+                ).outputs
+
         return ProductBuilder(
-            self.engine, self.params, self.comm, self.curvature_opt, evaluate, len(role)
+            self.engine, self.params, self.comm, self.curvature_opt, evaluate, outputs_at, len(role)
         )
 
     # -- curvature -------------------------------------------------------------------------------
@@ -297,7 +303,7 @@ class Problem:
             return "own"
         if self.curvature_opt == "hessian" and self.engine.name != "recompute":
             return "double_backward"
-        return self.engine.name
+        return self.engine.reported
 
     @property
     def is_sharded(self) -> bool:

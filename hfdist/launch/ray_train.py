@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _POLL = 0.1  # seconds between looks at the workers' events
+_RELAY_SECONDS = 30.0  # in which the relay of events must answer
+_BROKEN_SECONDS = 10.0  # in which a connection to it may come back
 _TELL_EVERY = 15.0  # seconds between messages of a job that waits for resources
 _AUTOSCALER_PATIENCE = 900.0
 """Seconds that a cluster that scales itself has to make room."""
@@ -264,13 +266,21 @@ class _Driver:
     def _show(self) -> None:
         import ray
 
-        try:
-            events, groups = ray.get(self._relay.take.remote(), timeout=30.0)
-        except ray.exceptions.RayError as error:
-            raise WorkerError(
-                f"the connection to the Ray cluster is lost ({_first(error)}): `hfdist resume {self._home}` "
-                "goes on from the newest checkpoint once it is back"
-            ) from error
+        deadline = time.monotonic() + _BROKEN_SECONDS
+        while True:
+            try:
+                events, groups = ray.get(self._relay.take.remote(), timeout=_RELAY_SECONDS)
+                break
+            except ray.exceptions.RayError as error:
+                # A connection that broke may come back; an actor that died does not.
+                can_wait = isinstance(error, ray.exceptions.ActorUnavailableError)
+                if can_wait and time.monotonic() < deadline:
+                    time.sleep(_POLL)
+                    continue
+                raise WorkerError(
+                    f"the connection to the Ray cluster is lost ({_first(error)}): `hfdist resume "
+                    f"{self._home}` goes on from the newest checkpoint once it is back"
+                ) from error
         for method, arguments in events:
             if method == "_down":
                 self._down, self._waiting_since = arguments[0], time.monotonic()

@@ -21,7 +21,7 @@ from ray.train import UserCallback, get_context
 from hfdist.addresses import home_of, is_address
 from hfdist.checkpoint import mirror
 from hfdist.checkpoint.storage import open_storage
-from hfdist.errors import ConfigError, StorageError, UserError
+from hfdist.errors import ConfigError, StorageError, SupersededError, UserError
 from hfdist.launch.child import Failed
 from hfdist.launch.logs import logging_to_file, path_of
 from hfdist.launch.ray_relay import RelayDisplay, RelayHandler
@@ -108,7 +108,8 @@ def work(loop_config: dict[str, Any]) -> dict[str, Any]:
             is_user_error=isinstance(error, UserError),
             is_interrupt=isinstance(error, KeyboardInterrupt),
         )
-        ray.get(job.relay.fail.remote(rank, failed))  # before the controller hears of it
+        if not isinstance(error, SupersededError):  # no failure of the present group
+            ray.get(job.relay.fail.remote(rank, failed))  # before the controller hears of it
         # Text only: not every exception survives the way to the driver.
         raise RuntimeError(f"rank {rank}: {failed.error_class}: {failed.message}") from None
 

@@ -66,6 +66,11 @@ def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def is_lead(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first of its group, or of none."""
+    return int(environ.get("RANK", "0")) == 0
+
+
 def run_id_of_group(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
     """A run id that a restarted group finds again; None outside of torchrun.
 

@@ -112,11 +112,14 @@ class HFOptions:
     `cg_residual_replacement`, too, whose products are summed as they are. Gradients always are."""
 
     # Curvature products
-    product_engine: Literal["linearize", "auto", "double_backward", "recompute"] = "linearize"
+    product_engine: Literal[
+        "linearize", "compile", "torch_linearize", "double_backward", "recompute", "auto"
+    ] = "linearize"
     """How products are computed: by replaying the forward pass on tangents (double backward where that
-    is impossible), by double backward, or without keeping anything between products (least memory).
-    "auto" times the first two on the first solve and keeps the faster; runs of the same seed may then
-    differ by rounding."""
+    is impossible), the same through torch.compile, by torch.func.linearize, by double backward, or without
+    keeping anything between products (least memory). "auto" times them all but the last on the first
+    solve (torch.compile on GPUs only) and keeps the fastest of those that agree with double backward; runs
+    of the same seed may then differ by rounding."""
     memory_budget: int | None = None
     """Bytes for the graphs that are kept between products; microbatches beyond it are recomputed for
     every product, with the same result. null: what the device has left."""

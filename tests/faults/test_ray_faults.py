@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -33,6 +33,30 @@ class Slow(DigitsClassifier):
         return super().loss(*arguments)
 """
 
+# In its fourth step the second rank takes 8.6 GB, once.
+GREEDY_TASK = """
+import time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from slow import Slow
+
+class Greedy(Slow):
+    def __init__(self, marker, **arguments):
+        super().__init__(**arguments)
+        self.marker, self.calls = Path(marker), 0
+
+    def loss(self, *arguments):
+        self.calls += 1
+        is_second = dist.is_initialized() and dist.get_rank() == 1
+        if self.calls == 40 and is_second and not self.marker.exists():
+            self.marker.touch()
+            hoard = [torch.ones(2**26) for _ in range(32)]
+            time.sleep(20)
+        return super().loss(*arguments)
+"""
+GIGABYTE = 10**9
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
@@ -54,6 +78,16 @@ def groups_of(run_dir: Path) -> int:
     logs = list((run_dir / "logs").glob("rank-*.log"))
     counts = [log.read_text().count("process ") for log in logs]
     return min(counts) if len(counts) == 2 else 0
+
+
+def group(number: int, workers: int) -> Callable[[Program], bool]:
+    """Whether a group of so many workers has begun, after the first `number` groups."""
+
+    def there(program: Program) -> bool:
+        starts = program.events("start")[number:]
+        return any(start["info"]["world_size"] == workers for start in starts)
+
+    return there
 
 
 def tracked_steps(run_dir: Path, mlflow_run_id: str) -> list[int]:
@@ -99,14 +133,6 @@ def test_twenty_kills_leave_the_same_parameters(tmp_path: Path, job: Path) -> No
 @pytest.mark.timeout(900)
 def test_an_elastic_run_survives_a_node_and_uses_a_new_one(tmp_path: Path, job: Path) -> None:
     run_dir = tmp_path / "runs" / "elastic"
-
-    def group(number: int, workers: int) -> object:
-        def there(program: Program) -> bool:
-            starts = program.events("start")[number:]
-            return any(s["info"]["world_size"] == workers for s in starts)
-
-        return there
-
     with nodes(tmp_path, {"num_cpus": 1}, {"num_cpus": 1}) as cluster:
         arguments = [
             *("train", str(job), "--json", "--run-id", "elastic", "steps=2000"),
@@ -133,6 +159,101 @@ def test_an_elastic_run_survives_a_node_and_uses_a_new_one(tmp_path: Path, job: 
     assert tracked_steps(run_dir, result["mlflow_run_id"]) == list(range(result["steps"]))
 
 
+@pytest.mark.timeout(600)
+def test_a_node_that_was_taken_for_lost_comes_back(tmp_path: Path, job: Path) -> None:
+    """The node of the lead is halted (as by a network that fails), the run goes on without it, and then it
+    wakes in the middle of its step: nothing that it writes is mixed with what the others write."""
+    run_dir = tmp_path / "runs" / "partition"
+    with nodes(tmp_path, {"num_cpus": 0}, {"num_cpus": 1}, {"num_cpus": 1}) as cluster:
+        arguments = [
+            *("train", str(job), "--json", "--run-id", "partition", "steps=2000"),
+            *("launch.backend=ray", f"launch.address={cluster.address}"),
+            *("launch.workers=[1, 2]", "launch.max_failures=5", "launch.timeout_seconds=15"),
+        ]
+        with hfdist(*arguments, environment=cluster.environment, cwd=tmp_path) as program:
+            program.wait_for(group(0, 2), 120)
+            program.wait_for(lambda p: len(p.events("step")) >= 4, 60)
+            groups, steps = len(program.events("start")), len(program.events("step"))
+            lead = workers_of(run_dir)[0]
+            lost = cluster.node_of(lead)
+            cluster.pause(lost)
+            seconds = program.wait_for(group(groups, 1), 60)
+            seconds += program.wait_for(lambda p: len(p.events("step")) > steps + 1, 60 - seconds)
+            known = len(program.events("step"))
+            cluster.go_on(lost)
+            cluster.reap(lost, 60)
+            assert psutil.wait_procs([lead], timeout=60)[1] == []
+            program.wait_for(lambda p: len(p.events("step")) > known + 5, 60)
+            program.signal(signal.SIGINT)
+            assert program.end(90) == 130, program.output
+    print(f"went on {seconds:.1f} s after its lead's node was halted")
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["status"] == "KILLED"
+    assert steps_of(run_dir) == list(range(result["steps"]))
+    assert tracked_steps(run_dir, result["mlflow_run_id"]) == list(range(result["steps"]))
+
+
+@pytest.mark.timeout(600)
+def test_a_worker_out_of_memory_is_started_again(tmp_path: Path, job: Path) -> None:
+    """Ray ends a worker before its node runs out of memory: the run goes on to the same parameters, or,
+    where it may not, says what happened."""
+    undisturbed = api.train(job, ["steps=8"], run_id="undisturbed")
+    (tmp_path / "greedy.py").write_text(GREEDY_TASK)
+    memory = psutil.virtual_memory()
+    if memory.available < 16 * GIGABYTE:
+        pytest.skip("16 GB of free memory are needed")
+    limit = (memory.total - memory.available + 7 * GIGABYTE) / memory.total
+    settings = {
+        "RAY_memory_usage_threshold": f"{limit:.3f}",
+        "RAY_memory_monitor_refresh_ms": "100",
+        "RAY_task_oom_retries": "0",
+    }
+    with nodes(tmp_path, {"num_cpus": 1}, {"num_cpus": 1}, settings=settings) as cluster:
+        for run_id, failures, code in (("greedy", 1, 0), ("refused", 0, 1)):
+            marker = tmp_path / f"{run_id}.marker"
+            arguments = [
+                *("train", str(job), "--json", "--run-id", run_id, "steps=8"),
+                *("task=greedy.py:Greedy", f"task_args.marker={marker}"),
+                *("launch.backend=ray", f"launch.address={cluster.address}"),
+                f"launch.max_failures={failures}",
+            ]
+            with hfdist(*arguments, environment=cluster.environment, cwd=tmp_path) as program:
+                assert program.end(150) == code, program.output
+            assert marker.exists()
+    result = json.loads((tmp_path / "runs" / "greedy" / "result.json").read_text())
+    assert result["parameters_sha256"] == undisturbed["parameters_sha256"]
+    assert steps_of(tmp_path / "runs" / "greedy") == list(range(8))
+    refused = json.loads((tmp_path / "runs" / "refused" / "result.json").read_text())
+    assert "rank 1 was killed because its node ran out of memory" in refused["error"]
+
+
+@pytest.mark.timeout(400)
+def test_a_lost_head_is_one_message_and_the_run_goes_on_elsewhere(
+    tmp_path: Path, job: Path
+) -> None:
+    run_dir = tmp_path / "runs" / "head"
+    with nodes(tmp_path, {"num_cpus": 1}, {"num_cpus": 1}) as cluster:
+        arguments = [
+            *("train", str(job), "--json", "--run-id", "head", "steps=200"),
+            *("launch.backend=ray", f"launch.address={cluster.address}", "launch.max_failures=5"),
+        ]
+        with hfdist(*arguments, environment=cluster.environment, cwd=tmp_path) as program:
+            program.wait_for(lambda p: len(p.events("step")) >= 3, 120)
+            workers = workers_of(run_dir)
+            cluster.kill(cluster.members[0])
+            began = time.monotonic()
+            assert program.end(90) == 1, program.output
+            seconds = time.monotonic() - began
+            assert "`hfdist resume" in program.output, program.output
+    assert psutil.wait_procs(workers, timeout=90)[1] == []
+    done = len(steps_of(run_dir))
+    resumed = api.resume(run_dir, [f"steps={done + 2}", "launch.backend=local"])
+    undisturbed = api.train(job, [f"steps={done + 2}"], run_id="undisturbed")
+    print(f"the driver ended {seconds:.1f} s after the head")
+    assert resumed["parameters_sha256"] == undisturbed["parameters_sha256"]
+    assert steps_of(run_dir) == list(range(done + 2))
+
+
 @pytest.mark.timeout(400)
 def test_a_killed_driver_leaves_no_process_and_its_run_goes_on(tmp_path: Path, job: Path) -> None:
     run_dir = tmp_path / "runs" / "driver"
@@ -147,23 +268,3 @@ def test_a_killed_driver_leaves_no_process_and_its_run_goes_on(tmp_path: Path, j
     undisturbed = api.train(job, ["steps=8"], run_id="undisturbed")
     assert resumed["parameters_sha256"] == undisturbed["parameters_sha256"]
     assert steps_of(run_dir) == list(range(8))
-
-
-@pytest.mark.timeout(900)
-def test_ray_costs_no_time_in_a_step(tmp_path: Path, job: Path) -> None:
-    """The same run of two workers here and through Ray, in turn; the medians of a step's time."""
-    more = ["task=hfdist.tasks.digits:DigitsAutoencoder", "steps=12", "checkpoint.every=100"]
-    here: list[float] = []
-    there: list[float] = []
-    for turn in range(3):
-        for times, backend in ((here, "local"), (there, "ray")):
-            run_id = f"{backend}-{turn}"
-            api.train(job, [*more, f"launch.backend={backend}"], run_id=run_id)
-            lines = (tmp_path / "runs" / run_id / "metrics.jsonl").read_text().splitlines()
-            ends = [json.loads(line)["time"] for line in lines]
-            # The first is a cold start.
-            times += [b - a for a, b in itertools.pairwise(ends[1:])]
-    overhead = sum(sorted(there)[: len(there) // 2]) / sum(sorted(here)[: len(here) // 2]) - 1
-    medians = sorted(here)[len(here) // 2], sorted(there)[len(there) // 2]
-    print(f"a step: {medians[0]:.4f} s here, {medians[1]:.4f} s through Ray: {overhead:+.1%}")
-    assert overhead < 0.03

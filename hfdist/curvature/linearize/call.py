@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 Map = Callable[[Sequence[Tensor], Sequence[bool]], Any]
 """(tangents of the inputs that have one, whether each may be overwritten) -> tangent of the output, or a
 tuple of them, None where an output has none."""
+Jacobian = Callable[[Sequence[Tensor]], list[Tensor | None]]
+"""v -> Jv, a tensor an output; None for zero."""
 
 
 class Unsupported(Exception):

@@ -24,6 +24,11 @@ from hfdist.params import ParameterVector
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 DOUBLE_BACKWARD_ONLY: set[str] = set()
 """Cases that cannot be replayed on tangents."""
+NOT_BY_TORCH = {
+    "batch-norm-train", "dropout", "encoder-dropout", "grouped-conv", "gru", "lstm",
+    "lstm-bidirectional", "residual-train", "rnn", "weight-norm",
+}  # fmt: skip
+"""Cases that torch.func.linearize cannot have, or has wrong."""
 CLOSED_FORM = {
     "linear-ce", "linear-mse", "linear-bce", "sum-of-losses", "ce-weights-smoothing-ignored",
     "ce-probabilities", "bce-weights", "embedding-tied", "encoder-padded",
@@ -68,6 +73,104 @@ def test_engines_agree(case: Case) -> None:
         torch.testing.assert_close(
             got, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max() + 1e-3)
         )
+
+
+@by_name
+def test_torch_linearize_agrees_or_is_not_used(
+    case: Case, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = products(problem_of(case, ProductEngine(requested="double_backward")))
+    tolerance = 1e-10 if case.double else 1e-5
+    with caplog.at_level(logging.INFO):
+        got = products(problem_of(case, ProductEngine(requested="torch_linearize")))
+    torch.testing.assert_close(
+        got, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max() + 1e-3)
+    )
+    assert ("no products by torch_linearize" in caplog.text) == (case.name in NOT_BY_TORCH)
+
+
+def test_torch_linearize_needs_parameters_in_modules() -> None:
+    case = named(["linear-ce"])[0]
+    problem = problem_of(case, ProductEngine(requested="torch_linearize"))
+    problem.params.tensors.append(nn.Parameter(torch.zeros(3)))
+    outside = ParameterVector(problem.params.tensors)
+    with (
+        pytest.raises(Unsupported, match="not every parameter"),
+        Frozen(torch.device("cpu"), case.model()).exchanged(outside.tensors, outside.tensors),
+    ):
+        pass
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    """No kernels of other tests."""
+    found: dict[Any, Any] = {}
+    monkeypatch.setattr("hfdist.curvature.linearize.compiling._kernels", found)
+    return found
+
+
+COMPILED = ["linear-ce", "residual-eval", "encoder-padded"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.slow] * (k > 0)) for k, c in enumerate(named(COMPILED))],
+    ids=COMPILED,
+)
+def test_compiled_products_agree_and_the_next_step_finds_the_kernels(
+    case: Case, kernels: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = products(problem_of(case, ProductEngine(requested="double_backward")))
+    for _ in range(2):
+        problem = problem_of(case, ProductEngine(requested="compile"))
+        got = products(problem)
+        assert problem.product_engine == "compile"
+        torch.testing.assert_close(
+            got, reference, rtol=1e-10, atol=1e-10 * float(reference.abs().max() + 1e-3)
+        )
+        assert len(kernels) == 1
+        monkeypatch.setattr(torch, "compile", None)  # another program would need it
+
+
+def test_without_a_compiler_products_are_replayed(
+    kernels: dict[Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no C++ compiler\nand a long explanation")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with caplog.at_level(logging.INFO):
+        problem = problem_of(named(["linear-ce"])[0], ProductEngine(requested="compile"))
+        products(problem)
+    assert problem.product_engine == "linearize"
+    assert caplog.messages == [
+        "no products by compile, because torch.compile: RuntimeError: no C++ compiler"
+    ]
+    assert not kernels
+
+
+def test_a_compiler_that_errs_is_noticed(
+    kernels: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: lambda *v: [1.1 * graph(*v)[0]])
+    problem = problem_of(named(["linear-ce"])[0], ProductEngine(requested="compile"))
+    products(problem)
+    assert problem.product_engine == "linearize"
+    assert not kernels
+
+
+def test_preparations_count_among_what_auto_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is quick once it is there is not chosen for few products."""
+    from hfdist.curvature import engines
+
+    quick = {"linearize": 2.0, "torch_linearize": 1.0, "double_backward": 3.0}
+    monkeypatch.setattr(engines, "_time", lambda candidates, _: {k: quick[k] for k in candidates})
+    clock = iter(range(0, 10**6, 10))  # every preparation takes 10 s
+    monkeypatch.setattr(engines.time, "perf_counter", lambda: next(clock))
+    for number, chosen in ((2, "double_backward"), (10**6, "torch_linearize")):
+        engine = ProductEngine(requested="auto", products_per_step=number)
+        problem_of(named(["linear-ce"])[0], engine).loss_and_gradient()
+        assert engine.chosen == chosen
 
 
 @by_name
@@ -280,7 +383,7 @@ def test_auto_decides_once_and_the_choice_is_kept() -> None:
     optimizer.step(forward)
     assert optimizer.report is not None
     chosen = optimizer.report.product_engine
-    assert chosen in ("linearize", "double_backward")
+    assert chosen in ("linearize", "torch_linearize", "double_backward")
     saved = optimizer.state_dict()
     assert saved["param_groups"][0]["chosen_engine"] == chosen
     # Whatever was chosen is used after loading, without another trial.

@@ -268,6 +268,7 @@ def test_parameters_and_probes_are_rays() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(240)
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_probes_are_answered_and_the_rest_is_not() -> None:
     """A head started with the file's parameters, and a token as KubeRay sets it."""
@@ -297,7 +298,7 @@ def test_probes_are_answered_and_the_rest_is_not() -> None:
         for group, port in zip(groups_, (dashboard, agent, agent), strict=True):
             for probe in ("readinessProbe", "livenessProbe"):
                 probed = group["template"]["spec"]["containers"][0][probe]["httpGet"]["path"]
-                assert status(f"http://127.0.0.1:{port}{probed}", patience=60.0) == 200
+                assert status(f"http://127.0.0.1:{port}{probed}", patience=120.0) == 200
         assert status(f"http://127.0.0.1:{dashboard}/api/jobs/") in (401, 403)
     finally:
         family = psutil.Process(program.pid).children(recursive=True)
@@ -317,13 +318,16 @@ def free_ports(number: int) -> list[int]:
 
 
 def status(address: str, patience: float = 0.0) -> int:
+    """The answer's status, after some patience with a server that is not there or not ready (503)."""
     deadline = time.monotonic() + patience
     while True:
         try:
             with urllib.request.urlopen(address, timeout=5) as answer:
                 return answer.status
         except urllib.error.HTTPError as error:
-            return error.code
+            if error.code != 503 or time.monotonic() > deadline:
+                return error.code
+            time.sleep(0.5)
         except OSError:
             if time.monotonic() > deadline:
                 raise
