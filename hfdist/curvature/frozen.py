@@ -53,7 +53,13 @@ class Frozen:
         with ExitStack() as stack:
             on_gpu = self._device.type == "cuda"
             stack.enter_context(torch.random.fork_rng([self._device] if on_gpu else []))
-            torch.manual_seed(seed)
+            # Of this device alone: torch.manual_seed queues a call for every GPU that is not in use, with
+            # the stack of its caller.
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                index = self._device.index
+                gpu = torch.cuda.current_device() if index is None else index
+                torch.cuda.default_generators[gpu].manual_seed(seed)
             # Only this attention kernel has the second derivatives that products need, and losses
             # must come from the same one.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))

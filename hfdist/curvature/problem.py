@@ -355,8 +355,11 @@ class Problem:
             self._trial = self.params.zeros()
         sums: list[Tensor] = []
         penalties: list[float] = []
+        last: tuple[Tensor, Tensor] | None = None
         for alpha, delta in steps:
-            theta = self.params.moved(alpha, self._layout.whole(delta), self._trial)
+            if last is None or last[0] is not delta:
+                last = delta, self._layout.whole(delta)
+            theta = self.params.moved(alpha, last[1], self._trial)
             penalties.append(self.regularisation.loss(theta))
             with self.params.at(theta):
                 sums.append(self._loss_sums())

@@ -18,7 +18,7 @@ class Choice:
     loss: float
 
 
-def backtrack(num_candidates: int, loss_of: LossOf, rule: str) -> Choice:
+def backtrack(num_candidates: int, loss_of: LossOf, rule: str, at_once: int = 1) -> Choice:
     """Choose a candidate.
 
     Args:
@@ -26,18 +26,21 @@ def backtrack(num_candidates: int, loss_of: LossOf, rule: str) -> Choice:
         loss_of: Their losses; non-finite counts as worse than anything.
         rule: "efficient": from the last towards the first while the loss falls (a non-finite loss is
             passed over); "full": the lowest of all.
+        at_once: Losses that are asked for together; the choice does not depend on it.
     """
     if rule == "full":
         losses = [_ordered(loss) for loss in loss_of(range(num_candidates))]
         place = min(range(num_candidates), key=losses.__getitem__)
         return Choice(place, losses[place])
     best = Choice(num_candidates - 1, math.inf)
-    for place in reversed(range(num_candidates)):
-        loss = _ordered(loss_of([place])[0])
-        if loss < best.loss:
-            best = Choice(place, loss)
-        elif math.isfinite(best.loss):
-            break
+    places = range(num_candidates)[::-1]
+    for start in range(0, num_candidates, at_once):
+        group = places[start : start + at_once]
+        for place, loss in zip(group, map(_ordered, loss_of(group))):
+            if loss < best.loss:
+                best = Choice(place, loss)
+            elif math.isfinite(best.loss):
+                return best
     return best
 
 

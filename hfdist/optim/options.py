@@ -142,6 +142,10 @@ class HFOptions:
     """Armijo constant."""
     linesearch_max_iter: int = 60
     """Tries before the step is rejected."""
+    candidates_per_pass: int = 1
+    """Losses of CG's iterates and of the line search's tries that are computed before one is looked at.
+    The choice is the same; more means fewer reductions and waits of the device, and up to so many losses
+    less one for nothing."""
 
     # Preconditioner
     preconditioner: Literal["none", "empirical_fisher"] = "none"
@@ -173,6 +177,7 @@ class HFOptions:
             "cg_stop_window",
             "cg_residual_replacement",
             "linesearch_max_iter",
+            "candidates_per_pass",
             "cg_decay_x0_steps",
         ):
             value = getattr(self, key)

@@ -126,7 +126,9 @@ def hf_step(
     with clock.phase("backtracking"):
         loss_0 = problem.start_loss()
         if options.use_cg_backtracking:
-            choice = backtrack(last + 1, candidates, options.cg_backtracking)
+            choice = backtrack(
+                last + 1, candidates, options.cg_backtracking, options.candidates_per_pass
+            )
         else:
             needed = options.adapt_damping or options.use_linesearch
             choice = Choice(last, candidates([last])[0] if needed else math.nan)
@@ -145,16 +147,16 @@ def hf_step(
     num_evaluations = 0
     with clock.phase("line_search"):
 
-        def loss_at(alpha: float) -> float:
+        def losses_at(alphas: Sequence[float]) -> list[float]:
             nonlocal num_evaluations
-            num_evaluations += 1
-            return problem.losses([(alpha, delta)])[0]
+            num_evaluations += len(alphas)
+            return problem.losses((alpha, delta) for alpha in alphas)
 
         if options.use_linesearch:
-            found = line_search(loss_at, loss_0, slope, options, loss_1=choice.loss)
+            found = line_search(losses_at, loss_0, slope, options, loss_1=choice.loss)
         else:
             known = options.lr == 1.0 and not math.isnan(choice.loss)
-            final = choice.loss if known else loss_at(options.lr)
+            final = choice.loss if known else losses_at([options.lr])[0]
             found = LineSearchResult(options.lr if math.isfinite(final) else 0.0, final)
         moves = chosen_iterate > 0 or x0 is not None
         accepted = found.alpha > 0.0 and moves

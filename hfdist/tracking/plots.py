@@ -54,8 +54,17 @@ def draw_plots(records: Sequence[Record], folder: Path) -> list[Path]:
     paths = []
     for name, (panels, draw) in drawings.items():
         with rc_context(_STYLE):
-            figure = Figure(figsize=(1.2 + 3.9 * panels, 3.9), layout="constrained")
+            width, height = 1.2 + 3.9 * panels, 3.9
+            figure = Figure(figsize=(width, height))
             FigureCanvasAgg(figure)
+            # Margins in inches: a layout engine draws everything twice to find them.
+            figure.subplots_adjust(
+                left=0.8 / width,
+                right=1 - 0.2 / width,
+                bottom=0.6 / height,
+                top=1 - 0.4 / height,
+                wspace=0.1 if name == "convergence" else 0.22,
+            )
             axes = figure.subplots(1, panels, sharey=name == "convergence")
             draw(axes, records)
             for axis in axes:
@@ -195,14 +204,13 @@ def _damping(axes: Sequence[Any], records: Sequence[Record]) -> None:
                 if (r["reduction_ratio"] <= low if edge == low else r["reduction_ratio"] >= high)
             ]
             if beyond:
-                [marks] = axes[1].plot(
+                axes[1].plot(
                     [r["step"] for r in beyond],
                     [edge] * len(beyond),
                     arrow,
                     color=colour,
                     clip_on=False,
                 )
-                marks.set_in_layout(False)
     axes[1].axhline(1.0, color="0.6", linewidth=1.0)
     for bound in (0.25, 0.75):  # between the usual bounds the damping stays as it is
         axes[1].axhline(bound, color="0.5", linewidth=1.0, linestyle=":")

@@ -101,8 +101,10 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return of
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "world_size"),
+    [(case, n) for case in CASES for n in (2, 4)] + [("mlp", 3), ("lstm", 3)],
+)
 def test_ranks_follow_the_serial_trajectory(
     case: str, world_size: int, serial: Any, tmp_path: Path
 ) -> None:
@@ -150,6 +152,29 @@ def test_one_vector_reduction_an_iteration_and_no_scalar_one(tmp_path: Path) -> 
         assert many["communication/vector_sums"] == 1 + 9
         assert few["communication/scalar_sums"] == many["communication/scalar_sums"]
         assert few["communication/object_calls"] == many["communication/object_calls"]
+
+
+@pytest.mark.parametrize("shard_solver_state", [False, True])
+def test_candidates_that_are_evaluated_together_share_a_reduction(
+    shard_solver_state: bool, tmp_path: Path
+) -> None:
+    found = {}
+    for at_once in (1, 8):
+        optim = {
+            "cg_max_iter": 6,
+            "weight_decay": 1e-3,
+            "shard_solver_state": shard_solver_state,
+            "candidates_per_pass": at_once,
+        }
+        config = config_of("mlp", str(tmp_path), optim=optim)
+        run_dir = tmp_path / str(at_once)
+        run_dir.mkdir()
+        ranks = on_ranks(2, train, config, run_dir)
+        steps = records(run_dir)
+        reductions = sum(r["communication/scalar_sums"] for r in steps)
+        found[at_once] = ranks[0]["parameters_sha256"], reductions
+    assert found[1][0] == found[8][0]
+    assert found[8][1] < 0.4 * found[1][1]
 
 
 def test_sharded_memory_and_reductions(tmp_path: Path) -> None:

@@ -95,7 +95,9 @@ def test_killed_at_any_moment_it_resumes_to_the_same_parameters(job: Path) -> No
     assert all((run_dir / "checkpoints" / name / "manifest.json").exists() for name in left)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 @pytest.mark.timeout(120)
 def test_interrupted_it_saves_says_so_and_goes_on(job: Path, number: signal.Signals) -> None:
     runs = job.parent / "runs"

@@ -159,6 +159,7 @@ def on(cluster: OwnCluster, *arguments: str) -> Any:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_on_a_cluster(bucket: Any, job: Path, tmp_path: Path) -> None:
     arguments = ["train", str(job), "--json", "--run-id", "ray", "launch.workers=2", "steps=500"]
     more = ["launch.backend=ray", "launch.cpus_per_worker=0.5"]

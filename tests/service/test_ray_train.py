@@ -102,6 +102,7 @@ def test_no_cluster_at_the_address(job: Path) -> None:
         api.train(job, overrides)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_stop_leave_the_same_trajectory(cluster: Nodes, job: Path) -> None:
     """One worker dies by SIGKILL, then the run is stopped by Ctrl-C and resumed: same parameters."""
     cwd, run_dir = job.parent, job.parent / "runs" / "killed"

@@ -156,6 +156,7 @@ def test_without_a_job_it_says_so(words_only: Slurm) -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.slow
 def test_torchrun_is_stopped_and_goes_on(slurm: Slurm) -> None:
     """Two nodes train; time runs out; the job is put back, and goes on to the end."""
     run_dir = slurm.folder / "runs" / f"slurm-{slurm.job_id}"

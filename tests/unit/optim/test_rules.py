@@ -91,39 +91,79 @@ def test_efficient_is_never_worse_than_the_last_iterate(values: list[float]) -> 
     assert choice.loss <= (last if math.isfinite(last) else math.inf)
 
 
+@given(
+    st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=20),
+    st.integers(1, 25),
+)
+def test_the_choice_does_not_depend_on_how_many_are_asked_at_once(
+    values: list[float], at_once: int
+) -> None:
+    one_by_one, together = Losses(values), Losses(values)
+    choice = backtrack(len(values), one_by_one, "efficient")
+    assert backtrack(len(values), together, "efficient", at_once) == choice
+    assert together.asked[: len(one_by_one.asked)] == one_by_one.asked
+    assert len(together.asked) < len(one_by_one.asked) + at_once
+
+
 # -- line search
 
 
 def test_armijo_takes_the_first_that_fits() -> None:
     tried = []
 
-    def loss_at(alpha: float) -> float:
-        tried.append(alpha)
-        return (alpha - 0.3) ** 2
+    def losses_at(alphas: Sequence[float]) -> list[float]:
+        tried.extend(alphas)
+        return [(alpha - 0.3) ** 2 for alpha in alphas]
 
-    found = line_search(loss_at, 0.09, -0.6, HFOptions())
+    found = line_search(losses_at, 0.09, -0.6, HFOptions())
     assert found.alpha == tried[-1]
     assert found.loss <= 0.09 - 0.01 * found.alpha * 0.6
     assert tried[:2] == pytest.approx([1.0, 0.8])
 
 
 def test_known_loss_is_not_evaluated_again() -> None:
-    def loss_at(alpha: float) -> float:
+    def losses_at(alphas: Sequence[float]) -> list[float]:
         raise AssertionError("f(1) was known")
 
-    assert line_search(loss_at, 1.0, -1.0, HFOptions(), loss_1=0.1).alpha == 1.0
+    assert line_search(losses_at, 1.0, -1.0, HFOptions(), loss_1=0.1).alpha == 1.0
 
 
 @pytest.mark.parametrize("bad", [2.0, math.nan, math.inf])
 def test_no_fit_rejects(bad: float) -> None:
-    calls = []
-    found = line_search(lambda a: calls.append(a) or bad, 1.0, -1.0, HFOptions())
-    assert (found.alpha, found.loss) == (0.0, 1.0)
-    assert len(calls) == 60
+    for at_once, number in ((1, 60), (7, 10), (100, 2)):
+        calls: list[Sequence[float]] = []
+        options = HFOptions(candidates_per_pass=at_once)
+        found = line_search(
+            lambda a, calls=calls: calls.append(a) or [bad] * len(a), 1.0, -1.0, options
+        )
+        assert (found.alpha, found.loss) == (0.0, 1.0)
+        assert len(calls) == number
+        assert [alpha for group in calls for alpha in group] == pytest.approx(
+            [0.8**k for k in range(60)]
+        )
+
+
+@given(st.floats(0.001, 2.0), st.integers(1, 60), st.integers(1, 70))
+def test_the_step_size_does_not_depend_on_how_many_are_asked_at_once(
+    centre: float, tries: int, at_once: int
+) -> None:
+    def losses_at(alphas: Sequence[float]) -> list[float]:
+        return [(alpha - centre) ** 2 for alpha in alphas]
+
+    found = [
+        line_search(
+            losses_at,
+            centre**2,
+            -2 * centre,
+            HFOptions(linesearch_max_iter=tries, candidates_per_pass=n),
+        )
+        for n in (1, at_once)
+    ]
+    assert found[0] == found[1]
 
 
 def test_a_rising_slope_does_not_let_the_loss_rise() -> None:
-    found = line_search(lambda alpha: 1.0 + 0.005 * alpha, 1.0, 1.0, HFOptions())
+    found = line_search(lambda alphas: [1.0 + 0.005 * a for a in alphas], 1.0, 1.0, HFOptions())
     assert found.alpha == 0.0
 
 
@@ -137,6 +177,7 @@ def test_a_rising_slope_does_not_let_the_loss_rise() -> None:
         ("damping", math.nan),
         ("cg_max_iter", 0),
         ("linesearch_beta", 1.0),
+        ("candidates_per_pass", 0),
         ("cg_grid_gamma", 1.0),
         ("curvature_opt", "fisher"),
         ("damping_max", 0.0),
