@@ -16,7 +16,7 @@ from hfdist.checkpoint import mirror
 from hfdist.config import CONFIG_FILE, RunConfig, load_config
 from hfdist.display import DISPLAYS
 from hfdist.errors import ConfigError, StorageError, UserError
-from hfdist.launch import start
+from hfdist.launch.start import start
 from hfdist.launch.torchrun import is_lead, is_restart, run_id_of_group
 from hfdist.record import write_atomically
 from hfdist.worker import local_folder

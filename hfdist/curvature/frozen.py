@@ -6,6 +6,7 @@ same dropout masks, and none may leave a trace in the model's buffers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -60,6 +61,9 @@ class Frozen:
                 index = self._device.index
                 gpu = torch.cuda.current_device() if index is None else index
                 torch.cuda.default_generators[gpu].manual_seed(seed)
+            if "torch._dynamo" in sys.modules:
+                # A compiled model has no second derivatives: everything sees it as it was written.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             # Only this attention kernel has the second derivatives that products need, and losses
             # must come from the same one.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))

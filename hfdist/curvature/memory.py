@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from hfdist.curvature.dispatch import Watch
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-class MemoryCounter(TorchDispatchMode):
+class MemoryCounter(Watch):
     """Adds up what the operations inside the context return, views left out: an upper bound of what
     the graph of a forward pass keeps alive, and close to it, since most results are needed backwards."""
 

@@ -230,7 +230,7 @@ def _trial(space: dict[str, Any], assignment: dict[str, Any]) -> None:
 
     from ray import tune
 
-    from hfdist.launch import start
+    from hfdist.launch.start import start
 
     os.environ.update(assignment["environment"])
     if os.path.isdir(assignment["cwd"]):

@@ -19,6 +19,7 @@ import pytest
 import hfdist
 from hfdist.cli import main
 
+ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
     *("bench", "cluster", "config", "evaluate", "init", "jobs", "resume"),
     *("schema", "submit", "sweep", "sync", "train", "ui", "version"),
@@ -130,6 +131,34 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert loaded.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "never"),
+    [
+        (["jobs", "list", "--address", "http://127.0.0.1:1"], 2, "torch"),
+        # torch's compiler takes seconds to import, and no product by replay needs it.
+        (
+            ["train", ROOT / "deploy/jobs/quadratic.yaml", "steps=2", "tracking.enabled=false"],
+            0,
+            "torch._dynamo",
+        ),
+    ],
+)
+def test_what_a_verb_does_not_need_is_not_loaded(
+    words: list[Any], code: int, never: str, tmp_path: Path
+) -> None:
+    program = (
+        "import sys\n"
+        "from hfdist.cli import main\n"
+        "try: main()\n"
+        f"finally: print({never!r} in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program, *map(str, words)]
+    command += [f"output={tmp_path}"] if words[0] == "train" else []
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert result.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.linearize.call import Call, Unsupported
 from hfdist.curvature.linearize.generic import generic
 from hfdist.curvature.linearize.program import REARRANGEMENTS, Program, Step
@@ -28,7 +28,7 @@ _CONSTANT = {
 _ERASES = {"aten::zero_", "aten::fill_", "aten::normal_", "aten::uniform_", "aten::bernoulli_"}
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Watch):
     """Records the operations that run inside the context and depend on the parameters.
 
     The forward pass is the one that autograd records for the gradient: it runs once. What cannot be

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import grad
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.linearize.call import Jacobian, Unsupported
 
 
@@ -71,7 +71,7 @@ def _is_adjoint(J: Jacobian, tensors: Sequence[Tensor], outputs: Sequence[Tensor
     return math.isclose(squared, other, rel_tol=tolerance, abs_tol=1e-30)
 
 
-class _NothingRandom(TorchDispatchMode):
+class _NothingRandom(Watch):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -446,6 +446,28 @@ def test_closures_have_every_engine(engine: str) -> None:
         torch.testing.assert_close(got[k], J.T @ (2 / 5 * (J @ v)), rtol=1e-10, atol=1e-12)
 
 
+def test_a_compiled_model_is_seen_as_it_was_written() -> None:
+    """Compiled code has no second derivatives."""
+    losses = []
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+        x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(2, (8,))
+        function = torch.compile(model) if is_compiled else model
+        optimizer = HessianFree(model.parameters(), cg_max_iter=5)
+
+        def forward(
+            function: Any = function, x: Tensor = x, y: Tensor = y
+        ) -> tuple[Tensor, Tensor]:
+            z = function(x)
+            return nn.functional.cross_entropy(z, y), z
+
+        losses.append([optimizer.step(forward) for _ in range(3)])
+        assert optimizer.report is not None
+        assert optimizer.report.product_engine == "linearize"
+    assert losses[0] == losses[1]
+
+
 def test_activation_checkpointing_composes() -> None:
     from torch.utils.checkpoint import checkpoint
 
