@@ -27,7 +27,7 @@ train: $(READY) ## train the digits autoencoder and say where its results are
 	$(BIN)/hfdist train deploy/jobs/digits.yaml
 
 test: lint ## format, lint, types, import contracts, and every test without GPU or Docker engine
-	$(PYTEST) -m 'not gpu and not docker and not bench and not slow'
+	$(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder -m 'not gpu and not docker and not bench and not slow'
 
 lint: $(READY) ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .
