@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
+FAST := not gpu and not docker and not bench and not slow
 # What looks at the project from outside has a place of its own: it changes no version, and is in no bill.
 TOOLS := $(VENV)/tools
 tool = test -x $(TOOLS)/bin/python || $(BIN)/python -m venv $(TOOLS); $(TOOLS)/bin/python -m pip install --quiet
@@ -26,8 +27,10 @@ install: $(READY) ## make .venv and install hfdist in it
 train: $(READY) ## train the digits autoencoder and say where its results are
 	$(BIN)/hfdist train deploy/jobs/digits.yaml
 
+# Two files at a time, but Ray's: two clusters of one machine get into each other's way.
 test: lint ## format, lint, types, import contracts, and every test without GPU or Docker engine
-	$(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder -m 'not gpu and not docker and not bench and not slow'
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not ray and $(FAST)'
+	$(PYTEST) -m 'ray and $(FAST)'
 
 lint: $(READY) ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .
