@@ -242,6 +242,7 @@ def plot(timings: Sequence[Timing], path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    found = {(t.workload, t.product, t.by): t.gradients for t in timings}
     kinds = [k for k in ("ggn", "hessian") if any(t.product == k for t in timings)]
     figure, axes = plt.subplots(1, len(kinds), figsize=(6.5 * len(kinds), 4), squeeze=False)
     for (
@@ -251,17 +252,7 @@ def plot(timings: Sequence[Timing], path: Path) -> Path:
         names = list(dict.fromkeys(t.workload for t in timings))
         contenders = list(dict.fromkeys(t.by for t in timings if t.product == kind))
         for k, by in enumerate(contenders):
-            heights = [
-                next(
-                    (
-                        t.gradients
-                        for t in timings
-                        if (t.workload, t.product, t.by) == (n, kind, by)
-                    ),
-                    0.0,
-                )
-                for n in names
-            ]
+            heights = [found.get((n, kind, by), 0.0) for n in names]
             width = 0.8 / len(contenders)
             places = [i - 0.4 + (k + 0.5) * width for i in range(len(names))]
             axis.bar(places, heights, width, label=by)

@@ -39,10 +39,7 @@ def push(output: str, run_dir: Path, patterns: Iterable[str]) -> None:
         try:
             storage.write(folder.as_posix(), path.name, path.read_bytes())
         except OSError as error:
-            raise StorageError(
-                f"output {output} cannot be written ({error}): check the address, and the credentials in "
-                "the environment"
-            ) from error
+            raise _failed(output, "written", error) from error
 
 
 def pull(output: str, run_dir: Path, also: Iterable[str] = ()) -> None:
@@ -93,10 +90,7 @@ def check_writable(output: str) -> None:
         storage.write(folder, "probe", b"")
         storage.remove_folder(folder)  # checkpoints come and go
     except OSError as error:
-        raise StorageError(
-            f"output {output} cannot be written ({error}): check the address, and the credentials in the "
-            "environment"
-        ) from error
+        raise _failed(output, "written", error) from error
 
 
 def exists(output: str, run_dir: Path) -> bool:
@@ -122,7 +116,11 @@ def _read(storage: Storage, output: str, folder: str, name: str) -> bytes | None
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageError(
-            f"output {output} cannot be read ({error}): check the address, and the credentials in the "
-            "environment"
-        ) from error
+        raise _failed(output, "read", error) from error
+
+
+def _failed(output: str, done: str, error: OSError) -> StorageError:
+    return StorageError(
+        f"output {output} cannot be {done} ({error}): check the address, and the credentials in the "
+        "environment"
+    )

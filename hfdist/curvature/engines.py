@@ -23,6 +23,7 @@ from hfdist.curvature.linearize import (
     Program,
     Recorder,
     Unsupported,
+    any_direction,
     by_torch,
     compiled,
 )
@@ -304,8 +305,7 @@ class RecomputedHessianProduct(RecomputedGGNProduct):
 def _time(candidates: dict[str, Product], params: ParameterVector) -> dict[str, float]:
     """Seconds a product of those that agree with double backward."""
     reference = candidates[DOUBLE_BACKWARD]
-    v = torch.linspace(-1.0, 1.0, params.numel, dtype=params.dtype, device=params.device)
-    views = params.views(v.cos_())  # any direction: not the generator's, which stays untouched
+    views = any_direction(params.tensors)
     expected = params.flatten(reference(views))
     tolerance = math.sqrt(torch.finfo(params.dtype).eps)
     agreeing: dict[str, Product] = {}

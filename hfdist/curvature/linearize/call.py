@@ -16,6 +16,11 @@ Jacobian = Callable[[Sequence[Tensor]], list[Tensor | None]]
 """v -> Jv, a tensor an output; None for zero."""
 
 
+def any_direction(like: Sequence[Tensor]) -> list[Tensor]:
+    """A direction to check products along: not the generator's, which stays untouched."""
+    return [torch.linspace(-1.0, 1.0, t.numel()).cos().view(t.shape).to(t) for t in like]
+
+
 class Unsupported(Exception):
     """This forward pass cannot be linearized by replaying its operations."""
 

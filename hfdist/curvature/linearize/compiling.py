@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfdist.curvature.linearize.call import Jacobian, Unsupported
+from hfdist.curvature.linearize.call import Jacobian, Unsupported, any_direction
 from hfdist.curvature.linearize.program import Program
 
 _kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -76,8 +76,7 @@ def _check(
     kernels: Callable[..., Any], kept: Sequence[Tensor], program: Program, like: Sequence[Tensor]
 ) -> None:
     """Compile by running, and compare with what was compiled."""
-    # Any direction: not the generator's, which stays untouched.
-    v = [torch.linspace(-1.0, 1.0, t.numel()).cos().view(t.shape).to(t) for t in like]
+    v = any_direction(like)
     expected = [t for t in program(v) if t is not None]
     for t, e in zip(kernels(*kept, *v), expected, strict=True):
         if not float((t - e).norm()) <= math.sqrt(torch.finfo(e.dtype).eps) * float(e.norm()):

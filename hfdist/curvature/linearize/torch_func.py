@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from hfdist.curvature.dispatch import Watch
-from hfdist.curvature.linearize.call import Jacobian, Unsupported
+from hfdist.curvature.linearize.call import Jacobian, Unsupported, any_direction
 
 
 def by_torch(
@@ -60,8 +60,7 @@ def by_torch(
 
 def _is_adjoint(J: Jacobian, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
     """Whether |Jv|^2 is v' J' (Jv), J' by the backward pass, for some v."""
-    # Any direction: not the generator's, which stays untouched.
-    v = [torch.linspace(-1.0, 1.0, t.numel()).cos().view(t.shape).to(t) for t in tensors]
+    v = any_direction(tensors)
     Jv = [torch.zeros_like(z) if t is None else t for t, z in zip(J(v), outputs)]
     JtJv = grad(list(outputs), list(tensors), Jv, retain_graph=True, allow_unused=True)
     with torch.no_grad():
