@@ -6,17 +6,29 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfdist.launch.child import Failed
 
 if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
     from hfdist.optim.report import StepReport
 
 Event = tuple[str, tuple[Any, ...]]
 """A display's method and its arguments."""
 
 _CG_EVERY = 0.2  # seconds between reports of CG iterations: more than a person sees
+
+
+class Standing(NamedTuple):
+    """What has become of a run's groups of workers so far."""
+
+    groups: int
+    failures: int
+    """How many of them failed."""
+    room: PlacementGroup | None
+    """The resources that the last group's workers held."""
 
 
 class Relay:
@@ -29,11 +41,18 @@ class Relay:
         self._events: deque[Event] = deque()
         self._failed: dict[int, tuple[Failed, float]] = {}
         self._groups = 0
+        self._failures = 0
+        self._room: PlacementGroup | None = None
         self._is_stopping = False
 
-    def begin(self) -> int:
-        """The lead of a new group says that it is there; returns how many groups there were."""
+    def begin(self, room: PlacementGroup | None) -> int:
+        """The lead of a new group says that it is there; returns how many groups there were.
+
+        Args:
+            room: The resources that the group's workers hold.
+        """
         self._groups += 1
+        self._room = room
         self._failed.clear()
         self._is_stopping = False
         return self._groups
@@ -45,6 +64,16 @@ class Relay:
     def fail(self, rank: int, failed: Failed) -> None:
         """A worker ends by an error of its own or a peer's."""
         self._failed[rank] = (failed, time.monotonic())
+
+    def down(self, ranks: list[int]) -> Standing:
+        """The present group has failed, through these ranks, or, with none, through its controller."""
+        self._failures += 1
+        self._events.append(("_down", (ranks,)))
+        return self.standing()
+
+    def standing(self) -> Standing:
+        """What has become of the run's groups so far."""
+        return Standing(self._groups, self._failures, self._room)
 
     def take(self) -> tuple[list[Event], int]:
         """The events since the last take, and how many groups there were."""

@@ -171,34 +171,55 @@ class _Driver:
     # -- Ray Train, in a thread ------------------------------------------------------------------
 
     def _fit(self) -> None:
+        import ray
+        from ray.exceptions import ActorDiedError, OutOfMemoryError
         from ray.train import ControllerError
 
+        from hfdist.launch.ray_relay import Standing
         from hfdist.launch.ray_worker import DoNotRetry
 
-        tries = 0
+        allowed = self._config.launch.max_failures
+        attempts = setups = 0
+        before = Standing(groups=0, failures=0, room=None)
         try:
             while True:
                 try:
-                    self._result = self._trainer(tries).fit().return_value
+                    trainer = self._trainer(attempts, max_failures=allowed - before.failures)
+                    self._result = trainer.fit().return_value
                     return
-                except ControllerError as error:
-                    cause = error.controller_failure
-                    tries += 1
-                    if isinstance(cause, DoNotRetry) or tries >= _SETUP_TRIES or self._signals:
+                except (ControllerError, ActorDiedError, OutOfMemoryError) as error:
+                    cause = getattr(error, "controller_failure", error)
+                    if isinstance(cause, DoNotRetry) or self._signals:
                         raise
-                    logger.warning(
-                        "the workers could not be set up (%s): trying again", _first(cause)
-                    )
+                    now: Standing = ray.get(self._relay.standing.remote())
+                    if now.groups == before.groups:
+                        setups += 1
+                        if setups == _SETUP_TRIES:
+                            raise
+                        logger.warning(
+                            "the workers could not be set up (%s): trying again", _first(cause)
+                        )
+                    else:
+                        setups = 0
+                        if now.failures == before.failures:  # the controller itself failed
+                            now = ray.get(self._relay.down.remote([]))
+                        if now.failures > allowed:
+                            raise
+                        logger.warning("Ray Train gave up (%s): trying again", _first(cause))
+                    if now.room is not None:  # taken for ever, where the controller is lost
+                        ray.util.remove_placement_group(now.room)
+                    before = now
+                    attempts += 1
         except BaseException as error:
             self._error = error
         finally:
             self._ended.set()
 
-    def _trainer(self, number: int) -> Any:
-        import ray
+    def _trainer(self, number: int, *, max_failures: int) -> Any:
+        import ray.train
         import ray.train.torch
 
-        from hfdist.launch.ray_worker import Assignment, FailureWatch, work
+        from hfdist.launch.ray_worker import Assignment, FailureWatch, GroupConfig, work
 
         train: Any = ray.train  # the second version of its API, of which its types know nothing
         launch = self._config.launch
@@ -215,12 +236,11 @@ class _Driver:
             environment={k: v for k, v in os.environ.items() if k.startswith(_FOR_WORKERS)},
         )
         workers = launch.workers if isinstance(launch.workers, int) else tuple(launch.workers)
-        failures = max(0, self._groups - 1)
         return train.torch.TorchTrainer(
             work,
             train_loop_config={"assignment": assignment},
             # Workers that share a GPU cannot use nccl, which wants one each.
-            torch_config=train.torch.TorchConfig(
+            torch_config=GroupConfig(
                 backend="nccl" if gpus >= 1 else "gloo", timeout_s=_GROUP_SECONDS
             ),
             scaling_config=train.ScalingConfig(
@@ -235,9 +255,7 @@ class _Driver:
                 name=f"group-{number}",
                 # Ray Train wants a folder; checkpoints are hfdist's own.
                 storage_path=str(self._run_dir / "ray"),
-                failure_config=train.FailureConfig(
-                    max_failures=max(0, launch.max_failures - failures)
-                ),
+                failure_config=train.FailureConfig(max_failures=max_failures),
                 logging_config=train.LoggingConfig(log_level="ERROR"),
                 callbacks=[FailureWatch(self._relay)],
             ),
@@ -286,10 +304,11 @@ class _Driver:
                 self._down, self._waiting_since = arguments[0], time.monotonic()
                 self._told = self._waiting_since
                 ranks = ", ".join(map(str, arguments[0]))
+                failed = f"rank {ranks} failed" if ranks else "Ray Train's controller failed"
                 self._display.message(
-                    f"rank {ranks} failed: the workers restart from the newest checkpoint"
+                    f"{failed}: the workers restart from the newest checkpoint"
                     if self._config.launch.max_failures
-                    else f"rank {ranks} failed"
+                    else failed
                 )
                 continue
             if method == "start":

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray.exceptions import RayError
 from ray.train import UserCallback, get_context
+from ray.train.torch import TorchConfig
 
 from hfdist.addresses import home_of, is_address
 from hfdist.checkpoint import mirror
@@ -73,10 +75,34 @@ class FailureWatch(UserCallback):
         import ray
 
         failures: dict[int, tuple[Failed, float]] = ray.get(self._relay.failures.remote())
-        self._relay.tell.remote("_down", (sorted(worker_exceptions),))
+        self._relay.down.remote(sorted(worker_exceptions))
         for failed, _ in failures.values():
             if is_mistake(failed):
                 raise DoNotRetry(failed.message)
+
+
+_Backend: Any = TorchConfig().backend_cls
+
+
+class _GroupBackend(_Backend):
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        try:
+            super().on_shutdown(worker_group, backend_config)
+        except RayError as error:
+            logger.debug("the process group did not end in good order: %s", error)
+
+
+class GroupConfig(TorchConfig):
+    """The workers' process group, as Ray Train sets it up.
+
+    When Ray Train takes a group apart it expects workers that have crashed, and not any that were ended
+    because their node ran out of memory: those would end the whole run, and its resources would stay
+    taken.
+    """
+
+    @property
+    def backend_cls(self) -> Any:
+        return _GroupBackend
 
 
 def is_mistake(failed: Failed) -> bool:
@@ -132,7 +158,8 @@ def _work(job: Assignment, rank: int) -> dict[str, Any]:
     if rank == 0:
         import ray
 
-        groups = ray.get(job.relay.begin.remote())
+        room = ray.util.get_current_placement_group()
+        groups = ray.get(job.relay.begin.remote(room))
         display = RelayDisplay(job.relay)
         # A group after the first goes on where the one before it was, if that left anything.
         checkpoints = open_storage(f"{home_of(job.config.output, job.run_dir)}/checkpoints")
