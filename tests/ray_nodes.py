@@ -69,6 +69,14 @@ class Nodes:
         has left the system's table of processes."""
         node.all_processes["raylet"][0].process.wait(timeout)
 
+    def kill_actors(self, *names: str) -> int:
+        """Kill the processes of these actors' classes in that order; returns how many there were."""
+        children = [c for node in self.members for c in _raylet(node).children(recursive=True)]
+        found = [c for name in names for c in children if name in " ".join(c.cmdline())]
+        for process in found:
+            process.kill()
+        return len(found)
+
     def node_of(self, process: psutil.Process) -> Any:
         """The node that a worker runs on."""
         above = {parent.pid for parent in process.parents()}

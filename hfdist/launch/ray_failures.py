@@ -57,7 +57,10 @@ def _how(exception: BaseException) -> str:
     text = str(exception)
     name = type(exception).__name__
     if "OutOfMemory" in name or ("memory" in text.lower() and "killed" in text.lower()):
-        return "was killed because its node ran out of memory"
+        return (
+            "was killed because its node ran out of memory (fewer workers on a node, or smaller "
+            "batches, need less)"
+        )
     if "node" in text.lower() and ("died" in text.lower() or "dead" in text.lower()):
         return f"was on a node that died ({_first(exception)})"
     return f"ended without a word: killed, or crashed ({_first(exception)})"

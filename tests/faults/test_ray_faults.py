@@ -33,6 +33,29 @@ class Slow(DigitsClassifier):
         return super().loss(*arguments)
 """
 
+GREEDY_TASK = """
+import time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from slow import Slow
+
+class Greedy(Slow):
+    def __init__(self, marker, **arguments):
+        super().__init__(**arguments)
+        self.marker, self.calls = Path(marker), 0
+
+    def loss(self, *arguments):
+        self.calls += 1
+        is_second = dist.is_initialized() and dist.get_rank() == 1
+        if self.calls == 40 and is_second and not self.marker.exists():
+            self.marker.touch()
+            hoard = [torch.ones(2**26) for _ in range(32)]
+            time.sleep(20)
+        return super().loss(*arguments)
+"""
+GIGABYTE = 10**9
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
@@ -167,6 +190,65 @@ def test_a_node_that_was_taken_for_lost_comes_back(tmp_path: Path, job: Path) ->
     assert result["status"] == "KILLED"
     assert steps_of(run_dir) == list(range(result["steps"]))
     assert tracked_steps(run_dir, result["mlflow_run_id"]) == list(range(result["steps"]))
+
+
+@pytest.mark.timeout(600)
+def test_a_worker_out_of_memory_is_started_again(tmp_path: Path, job: Path) -> None:
+    """Ray ends workers before their node runs out of memory: the run goes on to the same parameters, or,
+    where it may not, says what happened."""
+    undisturbed = api.train(job, ["steps=8"], run_id="undisturbed")
+    (tmp_path / "greedy.py").write_text(GREEDY_TASK)
+    memory = psutil.virtual_memory()
+    if memory.available < 16 * GIGABYTE:
+        pytest.skip("16 GB of free memory are needed")
+    limit = (memory.total - memory.available + 7 * GIGABYTE) / memory.total
+    settings = {"RAY_memory_usage_threshold": f"{limit:.3f}"}
+    with nodes(tmp_path, {"num_cpus": 2}, settings=settings) as cluster:
+        for run_id, failures, code in (("greedy", 1, 0), ("refused", 0, 1)):
+            marker = tmp_path / f"{run_id}.marker"
+            arguments = [
+                *("train", str(job), "--json", "--run-id", run_id, "steps=8"),
+                *("task=greedy.py:Greedy", f"task_args.marker={marker}"),
+                *("launch.backend=ray", f"launch.address={cluster.address}"),
+                f"launch.max_failures={failures}",
+            ]
+            with hfdist(*arguments, environment=cluster.environment, cwd=tmp_path) as program:
+                assert program.end(150) == code, program.output
+            assert marker.exists()
+    result = json.loads((tmp_path / "runs" / "greedy" / "result.json").read_text())
+    assert result["parameters_sha256"] == undisturbed["parameters_sha256"]
+    assert steps_of(tmp_path / "runs" / "greedy") == list(range(8))
+    refused = json.loads((tmp_path / "runs" / "refused" / "result.json").read_text())
+    assert "rank 1 was killed because its node ran out of memory" in refused["error"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("failures", [1, 0])
+def test_a_lost_controller_is_a_failure_like_another(
+    tmp_path: Path, job: Path, failures: int
+) -> None:
+    """Ray Train's own processes die too, and with them what would free the workers' resources."""
+    undisturbed = api.train(job, ["steps=30"], run_id="undisturbed")
+    run_dir = tmp_path / "runs" / "orphaned"
+    with nodes(tmp_path, {"num_cpus": 2}) as cluster:
+        arguments = [
+            *("train", str(job), "--json", "--run-id", "orphaned", "steps=30"),
+            *("launch.backend=ray", f"launch.address={cluster.address}"),
+            f"launch.max_failures={failures}",
+        ]
+        with hfdist(*arguments, environment=cluster.environment, cwd=tmp_path) as program:
+            program.wait_for(lambda p: len(p.events("step")) >= 3, 120)
+            killed = cluster.kill_actors("PlacementGroupCleaner", "TrainController")
+            assert killed == 2
+            assert program.end(150) == 1 - failures, program.output
+    result = json.loads((run_dir / "result.json").read_text())
+    if failures:
+        assert "Ray Train's controller failed: the workers restart" in program.output
+        assert result["parameters_sha256"] == undisturbed["parameters_sha256"]
+        assert steps_of(run_dir) == list(range(30))
+    else:
+        assert result["status"] == "FAILED"
+        assert "Ray Train" in result["error"]
 
 
 @pytest.mark.timeout(400)
