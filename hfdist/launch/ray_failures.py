@@ -12,6 +12,8 @@ from hfdist.launch.failures import WorkerTraceback
 from hfdist.launch.logs import path_of
 
 _PEER = "PeerError"
+_LOST = ("ActorDiedError", "OutOfMemoryError")
+"""Ray's errors of an actor that is gone."""
 
 
 def cause_of(
@@ -38,12 +40,15 @@ def cause_of(
     if said:
         rank = min(said, key=lambda r: said[r][1])
         return _of_worker(rank, said[rank][0])
+    if type(error).__name__ in _LOST:
+        return WorkerError(f"Ray Train's controller {_how(error)}")
     return WorkerError(f"Ray Train gave up: {_first(error)}")
 
 
 def _of_worker(rank: int, failed: Failed) -> UserError:
     # What the lead says needs no sender: a run in one process says it in the same words.
-    sender = f"rank {rank}: " if rank > 0 else ""
+    says_so = rank == 0 or failed.message.startswith(f"rank {rank} ")
+    sender = "" if says_so else f"rank {rank}: "
     error: UserError
     if failed.is_user_error:
         error = getattr(errors, failed.error_class, WorkerError)(sender + failed.message)
@@ -53,17 +58,17 @@ def _of_worker(rank: int, failed: Failed) -> UserError:
     return error
 
 
-def _how(exception: BaseException) -> str:
+def _how(exception: BaseException | None) -> str:
+    # In Ray's own words: what it says of any lost process names memory and nodes among possible causes.
     text = str(exception)
-    name = type(exception).__name__
-    if "OutOfMemory" in name or ("memory" in text.lower() and "killed" in text.lower()):
+    if "running low on memory" in text:
         return (
             "was killed because its node ran out of memory (fewer workers on a node, or smaller "
             "batches, need less)"
         )
-    if "node" in text.lower() and ("died" in text.lower() or "dead" in text.lower()):
-        return f"was on a node that died ({_first(exception)})"
-    return f"ended without a word: killed, or crashed ({_first(exception)})"
+    if "its node has died" in text or "is unavailable" in text:
+        return "does not answer any more: its node died, or cannot be reached"
+    return "ended without a word: killed, or crashed"
 
 
 def _first(error: object) -> str:

@@ -248,7 +248,7 @@ def test_a_lost_controller_is_a_failure_like_another(
         assert steps_of(run_dir) == list(range(30))
     else:
         assert result["status"] == "FAILED"
-        assert "Ray Train" in result["error"]
+        assert "Ray Train's controller ended without a word" in result["error"]
 
 
 @pytest.mark.timeout(400)
