@@ -96,6 +96,28 @@ def resume(
         raise
 
 
+def sync(home: Path | str, uri: str | None = None) -> int:
+    """Deliver what the tracking server has not got of a run that is over.
+
+    Args:
+        home: The run's folder, or ADDRESS/RUN_ID.
+        uri: Another server or store than the run's own; it is told everything.
+
+    Returns:
+        The number of events delivered.
+
+    Raises:
+        UserError: There is nothing to deliver, the run goes on, or the server cannot be reached.
+    """
+    from hfdist import tracking
+
+    run_dir, output = local_folder(home)
+    mirror.pull_undelivered(output, run_dir)
+    count = tracking.sync(run_dir, uri, home=home_of(output, run_dir))
+    mirror.forget_undelivered(output, run_dir)
+    return count
+
+
 def new_run_id(name: str) -> str:
     """A run id that is readable, unique, and sorts by time: digits-20260101-120000-a1b2."""
     return f"{slug(name)}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

@@ -20,6 +20,7 @@ from hfdist.comm import Communicator
 from hfdist.config import RunConfig
 from hfdist.curvature.layout import Layout
 from hfdist.display import Display
+from hfdist.errors import StorageError
 from hfdist.optim.report import StepReport
 from hfdist.optim.step import HFState
 from hfdist.params import ParameterVector
@@ -93,6 +94,9 @@ class Coordinator:
         if self._comm.is_lead:
             self._lease.take()
             (self._run_dir / STOP_FILE).unlink(missing_ok=True)  # it was for the run's last life
+            if resume:
+                mirror.pull_undelivered(self._config.output, self._run_dir)
+                mirror.forget_undelivered(self._config.output, self._run_dir)
             self._records = self._log.start(progress.state.step)
             self._tracker.start(
                 RunInfo(
@@ -103,6 +107,8 @@ class Coordinator:
                     tags=info.get("tags", {}),
                     dataset=info.get("dataset", {}),
                     tracked_as=progress.tracked_as,
+                    record=self._records,
+                    home=self._home,
                 )
             )
             self._tracker.log_artifact(self._run_dir / "config.yaml")
@@ -259,9 +265,16 @@ class Coordinator:
         write_json(self._run_dir / "result.json", result)
         mirror.push(self._config.output, self._run_dir, (*mirror.RECORD, *mirror.RESULTS))
         self._tracker.log_artifact(self._run_dir / "result.json")
-        self._tracker.finish(status)
+        if not self._tracker.finish(status):
+            self._leave_undelivered()
         self._display.finish(result)
         return result
+
+    def _leave_undelivered(self) -> None:
+        try:
+            mirror.push_undelivered(self._config.output, self._run_dir)
+        except StorageError as error:  # the run itself is whole
+            logger.warning("what is not delivered stays in %s: %s", self._run_dir, error)
 
     def fail(self, progress: Progress, error: BaseException) -> None:
         """Record a failure; never hides the error by one of its own."""

@@ -23,6 +23,10 @@ LOGS = ("logs/*",)
 """On a cluster each rank's own is the one that counts: a node may have older ones of others."""
 CODE = "code.tar.gz"
 """What a submitted job brought along."""
+UNDELIVERED = "undelivered.tar"
+"""What a tracking server has not got of a run that is over, with the files that it is to get."""
+_SPOOL = "spool"
+_TOLD = (_SPOOL, "model", "plots", "config.yaml", "metrics.jsonl", "result.json")
 
 
 def push(output: str, run_dir: Path, patterns: Iterable[str]) -> None:
@@ -75,6 +79,55 @@ def pull(output: str, run_dir: Path, also: Iterable[str] = ()) -> None:
     if code is not None and not (run_dir / "code").is_dir():
         with tarfile.open(fileobj=io.BytesIO(code)) as archive:
             archive.extractall(run_dir / "code", filter="data")
+
+
+def push_undelivered(output: str, run_dir: Path) -> None:
+    """Leave what a tracking server has not got at the address: this machine may be gone tomorrow.
+
+    Raises:
+        StorageError: The address does not take it.
+    """
+    if not is_address(output):
+        return
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name in _TOLD:
+            if (run_dir / name).exists():
+                archive.add(run_dir / name, name)
+    try:
+        open_storage(output).write(run_dir.name, UNDELIVERED, packed.getvalue())
+    except OSError as error:
+        raise _failed(output, "written", error) from error
+
+
+def pull_undelivered(output: str, run_dir: Path) -> None:
+    """Fetch what `push_undelivered` left, unless this machine has what the run told here.
+
+    Raises:
+        StorageError: The address cannot be read.
+    """
+    if not is_address(output) or (run_dir / _SPOOL).is_dir():
+        return
+    packed = _read(open_storage(output), output, run_dir.name, UNDELIVERED)
+    if packed is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+            absent = [m for m in archive.getmembers() if not (run_dir / m.name).exists()]
+            archive.extractall(run_dir, absent, filter="data")
+
+
+def forget_undelivered(output: str, run_dir: Path) -> None:
+    """Remove what `push_undelivered` left: it is delivered, or a new life of the run tells it.
+
+    Raises:
+        StorageError: The address does not let go of it.
+    """
+    if not is_address(output):
+        return
+    try:
+        open_storage(output).remove_file(run_dir.name, UNDELIVERED)
+    except OSError as error:
+        raise _failed(output, "written", error) from error
 
 
 def check_writable(output: str) -> None:

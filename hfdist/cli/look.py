@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,7 +36,9 @@ def schema() -> None:
 
 
 def ui(
-    output: Annotated[Path, typer.Option(help="Folder of the runs.", metavar="DIR")] = Path("runs"),
+    output: Annotated[
+        str, typer.Option(help="Folder of the runs, or their address.", metavar="DIR")
+    ] = "runs",
     port: Annotated[int, typer.Option(help="Port on this machine.", metavar="PORT")] = 5000,
     host: Annotated[
         str, typer.Option(help="Address to listen on.", metavar="ADDRESS")
@@ -65,10 +66,9 @@ def sync(
 
     For runs that ended while the server was away.
     """
-    from hfdist.addresses import is_address, split
-    from hfdist.tracking import sync as deliver
+    from hfdist import api
 
-    count = deliver(split(run_dir)[1] if is_address(run_dir) else Path(run_dir), uri)
+    count = api.sync(run_dir, uri)
     print(
         f"delivered {count} events of {run_dir}" if count else f"{run_dir}: nothing was left to do"
     )

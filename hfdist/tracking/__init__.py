@@ -39,16 +39,17 @@ def close_failed(config: TrackingConfig, run_dir: Path) -> None:
         close(config, run_dir)
 
 
-def sync(run_dir: Path, uri: str | None = None) -> int:
+def sync(run_dir: Path, uri: str | None = None, *, home: str = "") -> int:
     """Deliver what a run's tracking server has not got yet; returns the number of events.
 
     Args:
         run_dir: The run's folder.
         uri: Another server or store than the run's own: it is told everything.
+        home: What messages call the run; by default its folder.
 
     Raises:
         UserError: There is nothing to deliver, the run goes on, or the server cannot be reached.
     """
     from hfdist.tracking.resend import deliver
 
-    return deliver(run_dir, uri)
+    return deliver(run_dir, uri, home=home or str(run_dir))

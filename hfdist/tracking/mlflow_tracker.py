@@ -42,7 +42,7 @@ class MlflowTracker:
         self._courier: Courier | None = None
         self._sampler: SystemSampler | None = None
         self._first_new_step = 0
-        self._run_dir = Path()
+        self._run_dir, self._home = Path(), ""
 
     @property
     def tracked_as(self) -> str | None:
@@ -60,18 +60,21 @@ class MlflowTracker:
         if self._courier is not None:
             raise RuntimeError("a tracker starts once")
         prepare()
-        self._run_dir = info.run_dir
+        self._run_dir, self._home = info.run_dir, info.home or str(info.run_dir)
         # A predecessor that is dying lets go of the spool; one that hangs must not hold the run up.
         self._spool = spool = Spool(info.run_dir / "spool", wait=5.0, take_over=True)
         # Steps that are repeated after a crash were told in the run's last life.
         self._first_new_step = spool.last_step + 1
-        spool.remember("target", self._target(info))
+        missed = [line for line in info.record if line["step"] >= self._first_new_step]
+        spool.remember("target", self._target(info) | {"is_behind": bool(missed)})
         tags = {**provenance(), **info.tags, **self._config.tags}
         spool.append("status", status=str(Status.RUNNING))
         spool.append("params", values=_texts(info.params))
         spool.append("tags", values=_texts(tags))
         if info.dataset:
             spool.append("dataset", values=dict(info.dataset))
+        for line in missed:  # steps of a life on another machine
+            self._append_metrics(_numbers(line), line["step"], at=int(1000 * line["time"]))
         self._courier = Courier(spool)
         if self._config.system_metrics:
             first = int(spool.recall("system").get("next", 0))
@@ -81,8 +84,7 @@ class MlflowTracker:
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         if self._is_open and step >= self._first_new_step:
-            numbers = {_name(key): float(value) for key, value in values.items()}
-            self._append("metrics", values=numbers, step=step)
+            self._append_metrics(values, step)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         if not self._is_open:
@@ -118,27 +120,31 @@ class MlflowTracker:
             patience = max(patience, _LOCAL_PATIENCE)
         return self._courier.flush(patience)
 
-    def finish(self, status: Status) -> None:
-        if self._spool is None or self._courier is None or not self._is_open:
-            return
+    def finish(self, status: Status) -> bool:
+        if self._spool is None or self._courier is None:
+            return True
+        if not self._is_open:
+            return self._is_delivered
         if self._sampler is not None:
             self._sampler.stop()
         self._append("status", status=str(status))
-        if not self.flush():
+        self._is_delivered = self.flush()
+        if not self._is_delivered:
             logger.warning(
                 "%d events of the run have not reached %s (%s); `hfdist sync %s` delivers them",
                 self._spool.num_pending,
                 self._uri,
                 self._courier.problem or "it is slow",
-                self._run_dir,
+                self._home,
             )
         self._is_over = True
         self._courier.stop()
         self._spool.close()
+        return self._is_delivered
 
     # -- inside ----------------------------------------------------------------------------------
 
-    _is_over = False
+    _is_over = _is_delivered = False
 
     @property
     def _is_open(self) -> bool:
@@ -147,6 +153,12 @@ class MlflowTracker:
     def _append(self, kind: str, **values: Any) -> None:
         assert self._spool is not None
         self._spool.append(kind, **values)
+
+    def _append_metrics(
+        self, values: Mapping[str, float], step: int, *, at: int | None = None
+    ) -> None:
+        numbers = {_name(key): float(value) for key, value in values.items()}
+        self._append("metrics", at=at, values=numbers, step=step)
 
     def _log_system(self, values: Mapping[str, float], number: int) -> None:
         if self._spool is not None and self._is_open:
@@ -177,6 +189,15 @@ class MlflowTracker:
 def _name(key: str) -> str:
     """A metric's name as MLflow takes it."""
     return _NOT_IN_NAMES.sub("_", key)[:_MAX_NAME]
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics among a record's values."""
+    return {
+        key: value
+        for key, value in line.items()
+        if key not in ("step", "time") and isinstance(value, (int, float))
+    }
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:

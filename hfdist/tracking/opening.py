@@ -40,18 +40,18 @@ def open_run(client: Any, spool: Spool, target: Mapping[str, Any]) -> OpenRun:
     candidates = [None if elsewhere else known.get("mlflow_run_id"), target.get("tracked_as")]
     run_id = next((c for c in candidates if c and _is_active(client, c)), None)
     run_id = run_id or _find(client, experiment_id, target["run_id"])
-    if run_id is not None and known.get("mlflow_run_id") == run_id:
+    is_behind = target.get("is_behind", False)
+    if run_id is not None and known.get("mlflow_run_id") == run_id and not is_behind:
         return OpenRun(
             run_id=run_id, experiment_id=known["experiment_id"], known_until=known["known_until"]
         )
     until = -1
     if run_id is None:
         run_id = _create(client, experiment_id, spool, target)
-    elif (
-        spool.is_new
-    ):  # the spool was lost with the machine it was on: the server knows what it has
+    elif spool.is_new or is_behind:
+        # The spool of the run's last life is on another machine: the server knows what it has.
         until = _last_step(client, run_id)
-    if known:
+    if known and known.get("mlflow_run_id") != run_id:
         spool.rewind()
     facts = {"mlflow_run_id": run_id, "experiment_id": experiment_id, "known_until": until}
     spool.remember("run", {**facts, "uri": target["uri"]})

@@ -17,7 +17,7 @@ from hfdist.tracking.tracker import Status
 logger = logging.getLogger(__name__)
 
 
-def deliver(run_dir: Path, uri: str | None = None) -> int:
+def deliver(run_dir: Path, uri: str | None = None, *, home: str) -> int:
     """Deliver what the server has not got of a run that is over; returns the number of events.
 
     A run whose process was killed before it could say how it ended is closed as FAILED, at the time of its
@@ -26,6 +26,7 @@ def deliver(run_dir: Path, uri: str | None = None) -> int:
     Args:
         run_dir: The run's folder.
         uri: Another server or store than the run's own: it is told everything.
+        home: What messages call the run.
 
     Raises:
         ConfigError: The folder has no spool.
@@ -35,7 +36,8 @@ def deliver(run_dir: Path, uri: str | None = None) -> int:
     folder = run_dir / "spool"
     if not (folder / "target.json").is_file():
         raise ConfigError(
-            f"{run_dir} has nothing to deliver: it is no run's folder, or it was not tracked"
+            f"{home} has nothing to deliver here: it is no run, it was not tracked, or its record is on "
+            "its way"
         )
     spool = Spool(folder)
     try:
@@ -52,7 +54,7 @@ def deliver(run_dir: Path, uri: str | None = None) -> int:
             delivery.retry()
     except Exception as error:
         raise StorageError(
-            f"{spool.recall('target')['uri']} does not take the record of {run_dir}: "
+            f"{spool.recall('target')['uri']} does not take the record of {home}: "
             f"{one_line(error)}. {spool.num_pending} events are kept: try again later"
         ) from error
     finally:

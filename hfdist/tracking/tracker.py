@@ -32,6 +32,11 @@ class RunInfo:
     """{"name": .., "num_examples": .., "num_eval_examples": .., "digest": ..}."""
     tracked_as: str | None = None
     """Identifier that the tracker gave this run before (`Tracker.tracked_as`), on resume."""
+    record: Sequence[Mapping[str, Any]] = ()
+    """Lines of metrics.jsonl of the steps before, on resume: what was told on a machine that is lost may
+    not have arrived."""
+    home: str = ""
+    """Where a person finds the run: its folder, or ADDRESS/RUN_ID."""
 
 
 class Tracker(Protocol):
@@ -68,8 +73,8 @@ class Tracker(Protocol):
         """Wait a limited time until what was told is delivered; whether it is. Not for use in steps."""
         ...
 
-    def finish(self, status: Status) -> None:
-        """Deliver what is pending and close the run. Idempotent."""
+    def finish(self, status: Status) -> bool:
+        """Deliver what is pending and close the run; whether all is delivered. Idempotent."""
         ...
 
 
@@ -94,8 +99,8 @@ class NullTracker:
     def flush(self) -> bool:
         return True
 
-    def finish(self, status: Status) -> None:
-        pass
+    def finish(self, status: Status) -> bool:
+        return True
 
 
 class CompositeTracker:
@@ -132,6 +137,6 @@ class CompositeTracker:
         delivered = [tracker.flush() for tracker in self._trackers]  # every one of them
         return all(delivered)
 
-    def finish(self, status: Status) -> None:
-        for tracker in self._trackers:
-            tracker.finish(status)
+    def finish(self, status: Status) -> bool:
+        delivered = [tracker.finish(status) for tracker in self._trackers]
+        return all(delivered)

@@ -7,22 +7,26 @@ import socket
 import sys
 from pathlib import Path
 
+from hfdist.addresses import folder_of_runs, is_address
 from hfdist.errors import ConfigError
 from hfdist.tracking.config import TrackingConfig, store_uri
 
 
-def serve(output: Path, *, host: str, port: int) -> None:
+def serve(output: Path | str, *, host: str, port: int) -> None:
     """Become a server of the pages, until Ctrl-C. Does not return.
 
     Raises:
         ConfigError: There are no runs, the store is a server with pages of its own, or the port is taken.
     """
-    uri = store_uri(TrackingConfig(), output)
+    uri = store_uri(TrackingConfig(), folder_of_runs(str(output)))
     if uri.startswith(("http:", "https:")):
         raise ConfigError(f"runs are tracked on a server: open {uri} in a browser")
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise ConfigError(
-            f"no runs are recorded in {output}: train one first, or name the folder with --output"
+            f"no runs of {output} are recorded on this machine: give jobs that run elsewhere a "
+            "tracking.uri, which is where to look"
+            if is_address(output)
+            else f"no runs are recorded in {output}: train one first, or name the folder with --output"
         )
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

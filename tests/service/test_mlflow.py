@@ -160,6 +160,45 @@ def test_a_run_whose_folder_was_lost_is_found_again(server, client, tmp_path):
     assert [step for step, _ in arrived(client, again.tracked_as)] == [0, 1, 2]
 
 
+def line(step: int) -> dict[str, object]:
+    """One of metrics.jsonl."""
+    return {"step": step, "time": 1000.0 + step, "loss": 1.0, "stop": "residual", "quadratic": []}
+
+
+def test_what_a_lost_machine_had_not_delivered_is_told_from_the_record(server, client, tmp_path):
+    """The lead goes from one machine to another, and back, while the server is away."""
+    first = start(server, tmp_path / "one", "moves")
+    for step in range(3):
+        first.log_metrics({"loss": 1.0}, step)
+    assert first.flush()
+    server.pause()
+    try:
+        for step in (3, 4):
+            first.log_metrics({"loss": 1.0}, step)
+        first._courier.stop()  # its machine is gone
+        first._spool.close()
+        record = [line(step) for step in range(5)]
+        second = start(server, tmp_path / "two", "moves", info={"record": record})
+        second.log_metrics({"loss": 1.0}, 5)
+        server.go_on()
+        assert second.flush()
+        assert [step for step, _ in arrived(client, second.tracked_as)] == list(range(6))
+        assert arrived(client, second.tracked_as)[3:5] == [(3, 1003000), (4, 1004000)]
+        server.pause()
+        second.log_metrics({"loss": 1.0}, 6)
+        second._courier.stop()
+        second._spool.close()
+    finally:
+        server.go_on()
+    record = [line(step) for step in range(7)]
+    third = start(server, tmp_path / "one", "moves", info={"record": record})
+    third.log_metrics({"loss": 1.0}, 7)
+    assert third.finish(Status.FINISHED)
+    assert third.tracked_as == second.tracked_as
+    assert [step for step, _ in arrived(client, third.tracked_as)] == list(range(8))
+    assert arrived(client, third.tracked_as)[6] == (6, 1006000)
+
+
 def test_a_server_that_hangs_and_one_that_crashes_lose_nothing_and_delay_nothing(
     server, client, tmp_path
 ):
