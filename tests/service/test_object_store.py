@@ -20,8 +20,10 @@ from typing import Any
 
 import boto3
 import pytest
+from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 from ray_nodes import OwnCluster, hfdist, own_cluster
+from server import MlflowServer
 
 from hfdist import api
 from hfdist.addresses import scratch
@@ -156,6 +158,56 @@ def on(cluster: OwnCluster, *arguments: str) -> Any:
     environment = cluster.environment | {name: os.environ[name] for name in names}
     more = ["launch.backend=ray", f"launch.address={cluster.address}"]
     return hfdist(*arguments, *more, environment=environment, cwd=cluster.home)
+
+
+@pytest.fixture
+def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
+    """A server that is not there yet."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "mlflow").mkdir()
+    server = MlflowServer(tmp_path / "mlflow")
+    yield server
+    server.kill()
+
+
+def tracked(server: MlflowServer) -> Any:
+    """The one MLflow run there is, and the steps of its loss."""
+    client = MlflowClient(server.uri)
+    experiment = client.get_experiment_by_name("hfdist")
+    (run,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(run.info.run_id, "loss")
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    return run, [metric.step for metric in history], files
+
+
+def test_a_record_reaches_a_server_that_comes_after_the_machine_has_gone(
+    bucket: Any, tracking: MlflowServer, job: Path, tmp_path: Path
+) -> None:
+    """Killed on one machine, finished on a second, delivered from a third."""
+    changes = [f"tracking={{uri: '{tracking.uri}', system_metrics: false, finish_timeout: 0.5}}"]
+    arguments = ["train", str(job), "--json", "--run-id", "late", "steps=40", *changes]
+    with hfdist(*arguments, environment={"OMP_NUM_THREADS": "1"}, cwd=tmp_path) as program:
+        program.wait_for(lambda p: len(p.events("step")) >= 4, 90)
+        program.signal(signal.SIGKILL)
+        program.end(30)
+    another_machine()
+    result = api.resume(f"{OUTPUT}/late", ["steps=12"])
+    assert result["status"] == "FINISHED"
+    assert "late/undelivered.tar" in names(bucket)
+    another_machine()
+    with pytest.raises(StorageError, match="does not take the record of s3://runs/team/late"):
+        api.sync(f"{OUTPUT}/late")
+    tracking.start()
+    another_machine()
+    assert api.sync(f"{OUTPUT}/late") > 12
+    run, steps, files = tracked(tracking)
+    assert run.info.status == "FINISHED"
+    assert steps == list(range(12))
+    assert {"plots", "metrics.jsonl", "result.json", "config.yaml"} <= files
+    assert run.outputs.model_outputs
+    assert "late/undelivered.tar" not in names(bucket)
+    assert api.sync(f"{OUTPUT}/late") == 0
 
 
 @pytest.mark.ray
