@@ -94,7 +94,7 @@ class RemoteStorage:
         except (ImportError, ValueError) as error:
             raise StorageError(
                 f"output {address} cannot be used: {error} (for s3:// pip install 'hfdist[s3]', for gs:// "
-                "gcsfs)"
+                "'hfdist[gs]')"
             ) from error
 
     def folders(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Runs whose output is an object store: a real S3 server, by HTTP."""
+"""Runs whose output is an object store: real servers of S3 and Google Cloud Storage, by HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import boto3
 import pytest
 from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
-from ray_nodes import OwnCluster, hfdist, own_cluster
+from ray_nodes import OwnCluster, free_port, hfdist, own_cluster
 from server import MlflowServer
 
 from hfdist import api
@@ -150,6 +150,33 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnCluster]:
             cluster.join(1, without=folder / "scratch")
         cluster.environment["HFDIST_SCRATCH"] = str(folder / "scratch")
         yield cluster
+
+
+def test_google_cloud_storage(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same through another client: a run that is resumed from another machine."""
+    import gcsfs
+    from gcp_storage_emulator.server import create_server
+
+    port = free_port()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("HFDIST_SCRATCH", str(tmp_path / "scratch"))
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="runs")
+    server.start()
+    try:
+        output = "gs://runs/team"
+        whole = api.train(job, [f"output={output}"], run_id="whole")
+        api.train(job, [f"output={output}", "steps=3"], run_id="half")
+        shutil.rmtree(scratch(output))
+        resumed = api.resume(f"{output}/half", ["steps=6"])
+        assert resumed["parameters_sha256"] == whole["parameters_sha256"]
+        stored = gcsfs.GCSFileSystem().find("runs/team/half")
+        assert {"runs/team/half/result.json", "runs/team/half/metrics.jsonl"} <= set(stored)
+        with pytest.raises(StorageError, match="output gs://nobody/team cannot be written"):
+            api.train(job, ["output=gs://nobody/team"])
+    finally:
+        server.stop()
+        gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 def on(cluster: OwnCluster, *arguments: str) -> Any:
