@@ -48,6 +48,12 @@ def test_no_runs(tmp_path):
         serve(tmp_path, host="127.0.0.1", port=0)
 
 
+def test_runs_at_an_address_are_recorded_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFDIST_SCRATCH", str(tmp_path))
+    with pytest.raises(ConfigError, match="no runs of s3://runs/team are recorded on this machine"):
+        serve("s3://runs/team", host="127.0.0.1", port=0)
+
+
 def test_a_server_has_its_own_pages(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://a:1")
     with pytest.raises(ConfigError, match="open http://a:1"):
