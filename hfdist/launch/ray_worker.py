@@ -75,7 +75,7 @@ class FailureWatch(UserCallback):
         import ray
 
         failures: dict[int, tuple[Failed, float]] = ray.get(self._relay.failures.remote())
-        self._relay.down.remote(sorted(worker_exceptions))
+        ray.get(self._relay.down.remote(sorted(worker_exceptions)))
         for failed, _ in failures.values():
             if is_mistake(failed):
                 raise DoNotRetry(failed.message)

@@ -154,7 +154,7 @@ class Delivery:
             Metric(key, float(value), event["time"], event["step"])
             for event in events
             for key, value in event["values"].items()
-            if event["kind"] == "system" or event["step"] > run.known_until
+            if event["kind"] == "system" or event["step"] > run.known_until.get(key, -1)
         ]
         for k in range(0, len(metrics), 1000):
             self._client.log_batch(run.run_id, metrics=metrics[k : k + 1000])

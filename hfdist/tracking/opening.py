@@ -6,7 +6,7 @@ import contextlib
 import getpass
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hfdist.tracking.spool import Spool
@@ -22,8 +22,8 @@ class OpenRun:
 
     run_id: str
     experiment_id: str
-    known_until: int = -1
-    """Steps up to this one are in the run, though not in the spool."""
+    known_until: Mapping[str, int] = field(default_factory=dict)
+    """Step of each metric up to which it is in the run, told from another machine."""
 
 
 def open_run(client: Any, spool: Spool, target: Mapping[str, Any]) -> OpenRun:
@@ -45,16 +45,17 @@ def open_run(client: Any, spool: Spool, target: Mapping[str, Any]) -> OpenRun:
         return OpenRun(
             run_id=run_id, experiment_id=known["experiment_id"], known_until=known["known_until"]
         )
-    until = -1
+    until: dict[str, int] = {}
     if run_id is None:
         run_id = _create(client, experiment_id, spool, target)
     elif spool.is_new or is_behind:
         # The spool of the run's last life is on another machine: the server knows what it has.
-        until = _last_step(client, run_id)
+        until = _last_steps(client, run_id)
     if known and known.get("mlflow_run_id") != run_id:
         spool.rewind()
     facts = {"mlflow_run_id": run_id, "experiment_id": experiment_id, "known_until": until}
     spool.remember("run", {**facts, "uri": target["uri"]})
+    spool.remember("target", {**target, "is_behind": False})
     return OpenRun(run_id=run_id, experiment_id=experiment_id, known_until=until)
 
 
@@ -126,8 +127,9 @@ def _create(client: Any, experiment_id: str, spool: Spool, target: Mapping[str, 
     return run.info.run_id
 
 
-def _last_step(client: Any, run_id: str) -> int:
+def _last_steps(client: Any, run_id: str) -> dict[str, int]:
     names = [n for n in client.get_run(run_id).data.metrics if not n.startswith("system/")]
-    return max(
-        (metric.step for n in names for metric in client.get_metric_history(run_id, n)), default=-1
-    )
+    return {
+        name: max(metric.step for metric in client.get_metric_history(run_id, name))
+        for name in names
+    }

@@ -121,3 +121,22 @@ def test_a_spool_says_how_the_run_ended(output):
     spool = Spool(output / "ended" / "spool")
     assert spool.status == "KILLED"
     spool.close()
+
+
+def test_half_of_a_step_that_a_lost_machine_delivered_is_made_whole(output, client):
+    """The server takes a thousand numbers a call: the machine may go between two calls."""
+    first = tracked(output, "half")
+    assert first.flush()
+    client.log_metric(first.tracked_as, "loss", 3.0, 5000, 3)  # and not its damping
+    first.finish(Status.KILLED)
+    (output / "half" / "spool").rename(output / "lost")
+    record = [{"step": k, "time": 2.0 + k, "loss": 3.0, "damping": 1.0} for k in range(4)]
+    again = make_tracker(TrackingConfig(system_metrics=False), output)
+    again.start(RunInfo(run_id="half", name="test", run_dir=output / "half", record=record))
+    assert again.finish(Status.FINISHED)
+    assert again.tracked_as == first.tracked_as
+    assert history(client, again.tracked_as) == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0)]
+    damping = client.get_metric_history(again.tracked_as, "damping")
+    assert sorted((m.step, m.timestamp) for m in damping) == [
+        (k, 2000 + 1000 * k) for k in range(4)
+    ]
