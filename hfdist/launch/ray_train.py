@@ -32,6 +32,7 @@ from hfdist.signals import STOP_FILE
 if TYPE_CHECKING:
     from hfdist.config import RunConfig
     from hfdist.display import Display
+    from hfdist.launch.ray_relay import Standing
 
 logger = logging.getLogger(__name__)
 
@@ -171,51 +172,50 @@ class _Driver:
     # -- Ray Train, in a thread ------------------------------------------------------------------
 
     def _fit(self) -> None:
-        import ray
         from ray.exceptions import ActorDiedError, OutOfMemoryError
         from ray.train import ControllerError
 
         from hfdist.launch.ray_relay import Standing
-        from hfdist.launch.ray_worker import DoNotRetry
 
-        allowed = self._config.launch.max_failures
-        attempts = setups = 0
-        before = Standing(groups=0, failures=0, room=None)
+        before, setups = Standing(groups=0, failures=0, room=None), 0
         try:
             while True:
                 try:
-                    trainer = self._trainer(attempts, max_failures=allowed - before.failures)
+                    trainer = self._trainer(f"group-{before.groups}-{setups}", before.failures)
                     self._result = trainer.fit().return_value
                     return
                 except (ControllerError, ActorDiedError, OutOfMemoryError) as error:
-                    cause = getattr(error, "controller_failure", error)
-                    if isinstance(cause, DoNotRetry) or self._signals:
+                    now = self._standing_after(error, before)
+                    setups = setups + 1 if now.groups == before.groups else 0
+                    if setups == _SETUP_TRIES:
                         raise
-                    now: Standing = ray.get(self._relay.standing.remote())
-                    if now.groups == before.groups:
-                        setups += 1
-                        if setups == _SETUP_TRIES:
-                            raise
-                        logger.warning(
-                            "the workers could not be set up (%s): trying again", _first(cause)
-                        )
-                    else:
-                        setups = 0
-                        if now.failures == before.failures:  # the controller itself failed
-                            now = ray.get(self._relay.down.remote([]))
-                        if now.failures > allowed:
-                            raise
-                        logger.warning("Ray Train gave up (%s): trying again", _first(cause))
-                    if now.room is not None:  # taken for ever, where the controller is lost
-                        ray.util.remove_placement_group(now.room)
+                    what = "could not set the workers up" if setups else "gave up"
+                    logger.warning("Ray Train %s (%s): trying again", what, _first(_cause(error)))
                     before = now
-                    attempts += 1
         except BaseException as error:
             self._error = error
         finally:
             self._ended.set()
 
-    def _trainer(self, number: int, *, max_failures: int) -> Any:
+    def _standing_after(self, error: Exception, before: Standing) -> Standing:
+        """What there is to go on from when Ray Train has given up; raises `error` if it is the end."""
+        import ray
+
+        from hfdist.launch.ray_worker import DoNotRetry
+
+        if isinstance(_cause(error), DoNotRetry) or self._signals:
+            raise error
+        now: Standing = ray.get(self._relay.standing.remote())
+        if now.groups > before.groups:
+            if now.failures == before.failures:  # no worker: the controller itself
+                now = ray.get(self._relay.down.remote([]))
+            if now.failures > self._config.launch.max_failures:
+                raise error
+        if now.room is not None:  # taken for ever, where the controller is lost
+            ray.util.remove_placement_group(now.room)
+        return now
+
+    def _trainer(self, name: str, failures: int) -> Any:
         import ray.train
         import ray.train.torch
 
@@ -252,10 +252,10 @@ class _Driver:
                 elastic_resize_monitor_interval_s=10.0,
             ),
             run_config=train.RunConfig(
-                name=f"group-{number}",
+                name=name,
                 # Ray Train wants a folder; checkpoints are hfdist's own.
                 storage_path=str(self._run_dir / "ray"),
-                failure_config=train.FailureConfig(max_failures=max_failures),
+                failure_config=train.FailureConfig(max_failures=launch.max_failures - failures),
                 logging_config=train.LoggingConfig(log_level="ERROR"),
                 callbacks=[FailureWatch(self._relay)],
             ),
@@ -424,6 +424,10 @@ def _per_worker(config: RunConfig, nodes: list[dict[str, float]]) -> dict[str, f
     if gpus:
         demand["GPU"] = gpus
     return demand | dict(launch.resources)
+
+
+def _cause(error: Exception) -> object:
+    return getattr(error, "controller_failure", error)
 
 
 def _first(error: object) -> str:
