@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -55,14 +55,35 @@ def stop_on_signals(file: Path | None = None) -> Iterator[StopRequest]:
     Outside the main thread, where handlers cannot be set, only the file is looked at.
     """
     request = StopRequest(file)
+    with _handled_by(request._handle):
+        yield request
+
+
+class SignalCount:
+    """How often somebody asked a driver to stop: the first time it hands that on, then it ends."""
+
+    number = 0
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.number += 1
+
+
+@contextmanager
+def signals_counted() -> Iterator[SignalCount]:
+    """Count SIGINT and SIGTERM inside the block, in the main thread; elsewhere there are none."""
+    count = SignalCount()
+    with _handled_by(count._handle):
+        yield count
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, request._handle)
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield request
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from hfdist.bench.workloads import Workload, workloads
+from hfdist.bench.workloads import Workload, chosen
 from hfdist.curvature.engines import (
     COMPILE,
     DOUBLE_BACKWARD,
@@ -212,22 +212,13 @@ def run(
     Raises:
         ValueError: An unknown workload.
     """
-    known = {w.name: w for w in workloads()}
-    unknown = set(names or ()) - set(known)
-    if unknown:
-        raise ValueError(f"unknown workload {sorted(unknown)[0]!r}: choose from {', '.join(known)}")
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        timings = []
-        for name in names or known:
+    timings = []
+    with chosen(names, threads) as these:
+        for workload in these:
             timings += measure(
-                known[name], repetitions, device or torch.device("cpu"), hessian, compiled
+                workload, repetitions, device or torch.device("cpu"), hessian, compiled
             )
-        return timings
-    finally:
-        torch.set_num_threads(before)
+    return timings
 
 
 def to_rows(timings: Sequence[Timing]) -> list[dict[str, Any]]:

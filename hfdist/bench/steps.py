@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hfdist.bench.products import loss_of, medians, problem, synchronize
-from hfdist.bench.workloads import Workload, workloads
+from hfdist.bench.workloads import Workload, chosen, workloads
 from hfdist.curvature.frozen import Frozen
 from hfdist.hessian_free import HessianFree
 from hfdist.optim.cg import CGResult, cg
@@ -292,28 +292,19 @@ def run(
     Raises:
         ValueError: An unknown workload.
     """
-    known = {w.name: w for w in workloads()}
-    unknown = set(names or ()) - set(known)
-    if unknown:
-        raise ValueError(f"unknown workload {sorted(unknown)[0]!r}: choose from {', '.join(known)}")
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        results = []
-        for name in names or known:
+    results = []
+    with chosen(names, threads) as these:
+        for workload in these:
             for number in minibatches:
                 results += measure(
-                    known[name],
+                    workload,
                     repetitions=repetitions,
                     cg_iterations=cg_iterations,
                     minibatches=number,
                     device=device or torch.device("cpu"),
                     memory=memory and number == 1,
                 )
-        return results
-    finally:
-        torch.set_num_threads(before)
+    return results
 
 
 def to_rows(timings: Sequence[StepTiming]) -> list[dict[str, Any]]:

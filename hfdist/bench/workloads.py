@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +123,26 @@ class Block(nn.Module):
         h = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.project(h.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
+
+
+@contextmanager
+def chosen(names: Sequence[str] | None, threads: int | None) -> Iterator[list[Workload]]:
+    """The workloads of these names, all by default, with so many threads of torch's inside the block.
+
+    Raises:
+        ValueError: An unknown workload.
+    """
+    known = {w.name: w for w in workloads()}
+    unknown = set(names or ()) - set(known)
+    if unknown:
+        raise ValueError(f"unknown workload {sorted(unknown)[0]!r}: choose from {', '.join(known)}")
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield [known[name] for name in names or known]
+    finally:
+        torch.set_num_threads(before)
 
 
 def workloads() -> list[Workload]:

@@ -117,6 +117,8 @@ def _start(
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
     if loopback:
+        # Clusters of several users on one machine: an agent at Ray's usual port would get all their jobs.
+        arguments = [*arguments, "--dashboard-agent-listen-port=0"]
         # gloo takes the address of the host's name, which need not lead back here.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]

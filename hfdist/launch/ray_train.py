@@ -6,13 +6,9 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hfdist.addresses import home_of, is_address
@@ -27,7 +23,7 @@ from hfdist.launch.ray_cluster import (
     scales_itself,
 )
 from hfdist.launch.ray_placement import Demand, mend, what_is_missing
-from hfdist.signals import STOP_FILE
+from hfdist.signals import STOP_FILE, SignalCount, signals_counted
 
 if TYPE_CHECKING:
     from hfdist.config import RunConfig
@@ -89,7 +85,7 @@ class _Driver:
         self._config, self._run_dir, self._resume = config, run_dir, resume
         self._display, self._is_own = display, is_own
         self._home = home_of(config.output, run_dir)
-        self._signals = 0
+        self._signals = SignalCount()
         self._has_begun = False
         self._groups = 0
         self._down: list[int] | None = None
@@ -109,7 +105,7 @@ class _Driver:
 
         (self._run_dir / STOP_FILE).unlink(missing_ok=True)
         try:
-            with self._signals_counted():
+            with signals_counted() as self._signals:
                 self._wait_for_room()
                 beside = NodeAffinitySchedulingStrategy(
                     ray.get_runtime_context().get_node_id(), soft=False
@@ -148,7 +144,7 @@ class _Driver:
                 if now - told >= _TELL_EVERY or told == began:
                     self._display.message(f"waiting for the cluster to grow: {missing}")
                     told = now
-                if self._signals:
+                if self._signals.number:
                     raise KeyboardInterrupt
                 time.sleep(1.0)
 
@@ -203,7 +199,7 @@ class _Driver:
 
         from hfdist.launch.ray_worker import DoNotRetry
 
-        if isinstance(_cause(error), DoNotRetry) or self._signals:
+        if isinstance(_cause(error), DoNotRetry) or self._signals.number:
             raise error
         now: Standing = ray.get(self._relay.standing.remote())
         if now.groups > before.groups:
@@ -268,7 +264,7 @@ class _Driver:
         try:
             while not self._ended.wait(_POLL):
                 self._show()
-                if self._signals:
+                if self._signals.number:
                     self._stop()
                 if not self._is_training:
                     self._watch_room()
@@ -319,7 +315,7 @@ class _Driver:
 
     def _stop(self) -> None:
         """Ask the workers to stop; without workers there is nothing to wait for."""
-        if self._signals > 1 or not self._is_training:
+        if self._signals.number > 1 or not self._is_training:
             raise KeyboardInterrupt
         # Again and again: workers that begin take away a request to those before them.
         (self._run_dir / STOP_FILE).touch()
@@ -345,22 +341,6 @@ class _Driver:
                 f"the run cannot go on: {missing} (waited {patience:.0f} s). `hfdist resume "
                 f"{self._home}` goes on from the newest checkpoint"
             )
-
-    @contextmanager
-    def _signals_counted(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def count(number: int, frame: FrameType | None) -> None:
-            self._signals += 1
-
-        before = {n: signal.signal(n, count) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     # -- at the end ------------------------------------------------------------------------------
 

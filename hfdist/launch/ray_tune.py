@@ -7,20 +7,17 @@ import json
 import os
 import re
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hfdist.errors import ConfigError, UserError, WorkerError
 from hfdist.launch.ray_cluster import connected, node_resources
 from hfdist.launch.ray_placement import Demand, mend, what_is_missing
-from hfdist.signals import STOP_FILE
+from hfdist.signals import STOP_FILE, SignalCount, signals_counted
 
 if TYPE_CHECKING:
     from hfdist.config import RunConfig
@@ -135,7 +132,7 @@ class _Sweep:
     ) -> None:
         self._trials, self._folder, self._tell = trials, folder, tell
         self._parent, self._config = parent, config
-        self._signals = 0
+        self._signals = SignalCount()
         self._ended = threading.Event()
         self._error: BaseException | None = None
         self._told: set[str] = set()
@@ -144,16 +141,16 @@ class _Sweep:
         """The rows of the table."""
         stop = self._folder / STOP_FILE
         stop.unlink(missing_ok=True)
-        with self._signals_counted():
+        with signals_counted() as self._signals:
             threading.Thread(target=self._tune, name="hfdist-ray-tune", daemon=True).start()
             while not self._ended.wait(0.2):
                 self._tell_ends()
-                if self._signals:
+                if self._signals.number:
                     stop.touch()
                     for trial in self._trials:
                         if trial.run_dir.is_dir() and not (trial.run_dir / "result.json").exists():
                             (trial.run_dir / STOP_FILE).touch()
-                if self._signals > 1:
+                if self._signals.number > 1:
                     raise KeyboardInterrupt
         self._tell_ends()
         if self._error is not None:
@@ -206,22 +203,6 @@ class _Sweep:
             self._tell(
                 f"{len(self._told)}/{len(self._trials)}  {point}  {row['status']}  {end}".rstrip()
             )
-
-    @contextmanager
-    def _signals_counted(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def count(number: int, frame: FrameType | None) -> None:
-            self._signals += 1
-
-        before = {n: signal.signal(n, count) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _trial(space: dict[str, Any], assignment: dict[str, Any]) -> None:
