@@ -71,7 +71,6 @@ class _Runner:
             self.model = self.workload.task.model().to(self.device).train(self.workload.training)
             self.batch = tree_map(lambda t: t.to(self.device), self.workload.batch())
         self._start = copy.deepcopy(self.model.state_dict())
-        self.product_seconds: list[float] = []
 
     def __call__(self) -> HessianFree:
         """One step from the start."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
@@ -36,10 +36,6 @@ class Communicator(Protocol):
         Ranks start the same buckets in the same order: a fixed layout, so that bits do not depend on
         timing. A bucket must be contiguous and is not touched until the context is left.
         """
-        ...
-
-    def bucketed_sum(self, buckets: Iterable[Tensor]) -> None:
-        """`overlapped_sum` of the buckets, each started when the iterable yields it."""
         ...
 
     def from_lead(self, value: T) -> T:
@@ -96,10 +92,6 @@ class SerialCommunicator:
 
     def overlapped_sum(self) -> AbstractContextManager[Callable[[Tensor], None]]:
         return nullcontext(lambda bucket: None)
-
-    def bucketed_sum(self, buckets: Iterable[Tensor]) -> None:
-        for _ in buckets:
-            pass
 
     def from_lead(self, value: T) -> T:
         return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -85,11 +85,6 @@ class TorchCommunicator:
     def is_lead(self) -> bool:
         return self.rank == 0
 
-    @property
-    def host_group(self) -> dist.ProcessGroup:
-        """The gloo group of the ranks, for libraries that ask for one (sharded checkpoints)."""
-        return self._objects
-
     def sum(self, tensor: Tensor) -> Tensor:
         self._counters.add_sum(tensor.numel())
         if tensor.numel() == 0:
@@ -129,11 +124,6 @@ class TorchCommunicator:
         seconds += time.perf_counter() - began
         self._counters.add_sum(sum(bucket.numel() for _, bucket in pending))
         self._counters.add("sum", sum(bucket.nbytes for _, bucket in pending), seconds)
-
-    def bucketed_sum(self, buckets: Iterable[Tensor]) -> None:
-        with self.overlapped_sum() as start:
-            for bucket in buckets:
-                start(bucket)
 
     def from_lead(self, value: T) -> T:
         message = _frame(value) if self.is_lead else torch.empty(8 + _INLINE, dtype=torch.uint8)

@@ -28,15 +28,11 @@ QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[bool]:
-    """Be connected to Ray inside the block.
+def connected(address: str | None) -> Iterator[None]:
+    """Be connected to Ray inside the block; a connection that the program had before stays as it is.
 
     Args:
         address: "auto", HOST:PORT or ray://HOST:PORT; by default RAY_ADDRESS, else a private cluster.
-
-    Yields:
-        Whether the connection is this block's own, so that leaving it ends all that runs in it; False
-        where the program was connected before.
 
     Raises:
         ConfigError: There is no cluster at the address, or it does not accept this user's token.
@@ -45,7 +41,7 @@ def connected(address: str | None) -> Iterator[bool]:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if ray.is_initialized():
-        yield False
+        yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as stack:
@@ -54,7 +50,7 @@ def connected(address: str | None) -> Iterator[bool]:
             stack.callback(ray.shutdown)
         else:
             stack.enter_context(_private())
-        yield True
+        yield
 
 
 def token_path() -> Path:

@@ -72,18 +72,16 @@ def run(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict
     for key, value in _TUNING.items():
         os.environ.setdefault(key, value)
     shown = make_display(display)
-    with connected(config.launch.address) as is_own:
-        return _Driver(config, run_dir, resume, shown, is_own).run()
+    with connected(config.launch.address):
+        return _Driver(config, run_dir, resume, shown).run()
 
 
 class _Driver:
     """One run as its driver sees it."""
 
-    def __init__(
-        self, config: RunConfig, run_dir: Path, resume: bool, display: Display, is_own: bool
-    ) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, resume: bool, display: Display) -> None:
         self._config, self._run_dir, self._resume = config, run_dir, resume
-        self._display, self._is_own = display, is_own
+        self._display = display
         self._home = home_of(config.output, run_dir)
         self._signals = SignalCount()
         self._has_begun = False

@@ -314,3 +314,7 @@ def test_iterates_are_kept_in_less_memory(kept: str) -> None:
         torch.testing.assert_close(back, x, rtol=2**-8 if kept == "bfloat16" else 0.0, atol=0.0)
     if kept == "bfloat16":
         assert less.num_bytes < whole.num_bytes
+
+
+def test_every_way_to_stop_has_its_advice() -> None:
+    assert all(stop.advice.endswith(".") for stop in Stop)
