@@ -15,6 +15,7 @@ from hfdist.addresses import home_of, is_address
 from hfdist.checkpoint import mirror
 from hfdist.errors import ConfigError, UserError, WorkerError
 from hfdist.launch.failures import record_cause
+from hfdist.launch.last_words import last_words
 from hfdist.launch.ray_cluster import (
     connected,
     node_resources,
@@ -72,7 +73,11 @@ def run(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict
     for key, value in _TUNING.items():
         os.environ.setdefault(key, value)
     shown = make_display(display)
-    with connected(config.launch.address):
+    # Ray ends a process whose node is lost from within, before Python can say anything.
+    words = (
+        f"error: this process was ended: `hfdist resume {home_of(config.output, run_dir)}` goes on"
+    )
+    with connected(config.launch.address), last_words(words):
         return _Driver(config, run_dir, resume, shown).run()
 
 

@@ -287,6 +287,7 @@ def test_a_killed_driver_leaves_no_process_and_its_run_goes_on(tmp_path: Path, j
         family = psutil.Process(program.process.pid).children(recursive=True)
         program.signal(signal.SIGKILL)
         program.end(30)
+    assert f"error: this process was ended: `hfdist resume {run_dir}` goes on" in program.output
     assert psutil.wait_procs(family, timeout=150)[1] == []
     resumed = api.resume(run_dir, ["launch.backend=local"])
     undisturbed = api.train(job, ["steps=8"], run_id="undisturbed")
