@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -208,8 +209,16 @@ def own_cluster(home: Path, **environment: str) -> Iterator[OwnCluster]:
     finally:
         stopped = cluster("cluster", "stop")
         assert stopped.returncode == 0, stopped.stderr
+        forget_cluster(cluster.address)
     port = cluster.address.rpartition(":")[2]
     assert not [p for p in psutil.process_iter(["cmdline"]) if port in _cmdline(p)]
+
+
+def forget_cluster(address: str) -> None:
+    """Remove what a cluster that `hfdist cluster` started has left."""
+    from hfdist.launch.ray_nodes import scratch
+
+    shutil.rmtree(scratch(int(address.rpartition(":")[2])))
 
 
 def free_port() -> int:

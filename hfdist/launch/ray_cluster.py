@@ -43,7 +43,8 @@ def connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS")
+    if address in (None, "auto"):  # in a job it names the job's own cluster, of all on the machine
+        address = os.environ.get("RAY_ADDRESS") or address
     with contextlib.ExitStack() as stack:
         if address:
             _attach(address)

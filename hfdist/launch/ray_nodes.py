@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +78,9 @@ def start_head(*, host: str, port: int, dashboard_port: int, size: Size) -> Node
         f"--dashboard-host={host}",
         f"--dashboard-port={dashboard_port}",
     ]
+    if _is_loopback(host):
+        # Jobs look in this folder for the cluster to connect to, and Ray's own is the whole machine's.
+        arguments.append(f"--temp-dir={scratch(port)}")
     return _start(arguments, f"{host}:{port}", size, is_head=True, loopback=_is_loopback(host))
 
 
@@ -192,6 +196,12 @@ def stop_nodes() -> list[Node]:
             raise WorkerError(f"node {node.pid} does not end: see {node.log}")
         (_folder() / f"node-{node.pid}.json").unlink(missing_ok=True)
     return nodes
+
+
+def scratch(port: int) -> Path:
+    """Where the nodes of a cluster of this machine alone keep sockets and logs."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    return Path(tempfile.gettempdir()) / f"ray-{user}-{port}"  # short: sockets have short names
 
 
 def _folder() -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray_nodes import ROOT
+from ray_nodes import ROOT, forget_cluster, own_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -78,6 +78,7 @@ def dashboard(command: Command, home: Path) -> Iterator[str]:
     finally:
         stopped = command("cluster", "stop")
         assert stopped.stdout.count("stopped") == 2, stopped.stderr
+        forget_cluster(f"127.0.0.1:{port}")
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(port) in cmdline(p)]
 
 
@@ -180,3 +181,26 @@ def test_no_dashboard(command: Command) -> None:
     answer = command("jobs", "list", "--address", "http://127.0.0.1:1")
     assert answer.returncode == 2
     assert "no Ray dashboard answers" in answer.stderr
+
+
+@pytest.mark.slow
+def test_two_users_of_one_machine_have_a_cluster_each(project: Path, tmp_path: Path) -> None:
+    homes = [tmp_path / "ann", tmp_path / "bob"]
+    for home in homes:
+        home.mkdir()
+    with own_cluster(homes[0]) as ann, own_cluster(homes[1]) as bob:
+        for cluster in (ann, bob):
+            cluster.start_head(1)
+        changes = ["steps=1", "launch.workers=1"]
+        for cluster in (ann, bob):
+            job = str(project / "job.yaml")
+            submitted = cluster("submit", job, "--address", cluster.dashboard, *changes)
+            assert submitted.returncode == 0, submitted.stderr
+        deadline = time.monotonic() + 150
+        found: list[str] = []
+        while len(found) < 2 or "RUNNING" in found or "PENDING" in found:
+            assert time.monotonic() < deadline, found
+            time.sleep(2.0)
+            lists = [c("jobs", "list", "--json", "--address", c.dashboard) for c in (ann, bob)]
+            found = [job["status"] for shown in lists for job in json.loads(shown.stdout)]
+        assert found == ["SUCCEEDED", "SUCCEEDED"]
