@@ -32,7 +32,8 @@ def connected(address: str | None) -> Iterator[None]:
     """Be connected to Ray inside the block; a connection that the program had before stays as it is.
 
     Args:
-        address: "auto", HOST:PORT or ray://HOST:PORT; by default RAY_ADDRESS, else a private cluster.
+        address: HOST:PORT or ray://HOST:PORT; "auto": RAY_ADDRESS, a cluster that `hfdist cluster` has
+            started here, or Ray's latest; by default RAY_ADDRESS, else a private cluster.
 
     Raises:
         ConfigError: There is no cluster at the address, or it does not accept this user's token.
@@ -45,6 +46,10 @@ def connected(address: str | None) -> Iterator[None]:
         return
     if address in (None, "auto"):  # in a job it names the job's own cluster, of all on the machine
         address = os.environ.get("RAY_ADDRESS") or address
+    if address == "auto":
+        from hfdist.launch.ray_nodes import head_here
+
+        address = head_here() or address
     with contextlib.ExitStack() as stack:
         if address:
             _attach(address)

@@ -175,6 +175,11 @@ def nodes_here() -> list[Node]:
     return found
 
 
+def head_here() -> str | None:
+    """Address of the cluster whose head was started here, if there is one."""
+    return next((node.address for node in nodes_here() if node.is_head), None)
+
+
 def stop_nodes() -> list[Node]:
     """Stop the nodes that were started here, the head last.
 

@@ -183,6 +183,15 @@ def test_no_dashboard(command: Command) -> None:
     assert "no Ray dashboard answers" in answer.stderr
 
 
+def test_a_program_finds_the_cluster_that_was_started_here(
+    command: Command, dashboard: str, project: Path
+) -> None:
+    auto = ("launch.backend=ray", "launch.address=auto", "launch.workers=1", "steps=1")
+    trained = command("train", str(project / "job.yaml"), "--json", *auto)
+    assert trained.returncode == 0, trained.stderr
+    assert '"status": "FINISHED"' in trained.stdout
+
+
 @pytest.mark.slow
 def test_two_users_of_one_machine_have_a_cluster_each(project: Path, tmp_path: Path) -> None:
     homes = [tmp_path / "ann", tmp_path / "bob"]
