@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -206,7 +205,8 @@ def stop_nodes() -> list[Node]:
 def scratch(port: int) -> Path:
     """Where the nodes of a cluster of this machine alone keep sockets and logs."""
     user = os.getuid() if hasattr(os, "getuid") else 0
-    return Path(tempfile.gettempdir()) / f"ray-{user}-{port}"  # short: sockets have short names
+    # Sockets have short names, which rules a Mac's folder of temporary files out.
+    return Path(os.environ.get("RAY_TMPDIR") or "/tmp") / f"ray-{user}-{port}"
 
 
 def _folder() -> Path:
