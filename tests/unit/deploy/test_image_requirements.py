@@ -56,7 +56,7 @@ def test_another_torch_leaves_other_pins(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--extras", "s3,gpu"), "no extra 'gpu', but s3, server"),
+        (("--extras", "s3,gpu"), "no extra 'gpu', but s3, gs, server"),
         (
             ("--torchvision", "1.0"),
             "TORCHVISION_VERSION: constraints.txt has no line torchvision==",
