@@ -111,7 +111,7 @@ def nodes(
         resources: As `Nodes.add` takes them.
         settings: More variables of the nodes.
     """
-    from hfdist.launch.ray_cluster import _read_authentication_again, write_token
+    from hfdist.launch.ray_token import read_authentication_again, write_token
 
     environment = {
         **FAST_DETECTION,
@@ -124,7 +124,7 @@ def nodes(
     }
     before = dict(os.environ)
     os.environ.update(environment)
-    _read_authentication_again()
+    read_authentication_again()
     cluster = Nodes(environment)
     try:
         for each in resources:
@@ -134,7 +134,7 @@ def nodes(
         cluster.shut_down()
         os.environ.clear()
         os.environ.update(before)
-        _read_authentication_again()
+        read_authentication_again()
 
 
 class OwnCluster:

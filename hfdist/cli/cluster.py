@@ -32,7 +32,7 @@ def start_head(
     Whoever has the token (~/.ray/auth_token, made if there is none) may use the cluster.
     """
     from hfdist.launch import ray_nodes
-    from hfdist.launch.ray_cluster import token_path
+    from hfdist.launch.ray_token import token_path
 
     node = ray_nodes.start_head(
         host=host, port=port, dashboard_port=dashboard_port, size=_size(cpus, gpus, resource)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
-import logging
 import os
-import secrets
 import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from hfdist.errors import ConfigError
+from hfdist.launch.ray_nodes import head_here
 from hfdist.launch.ray_placement import Demand
-
-logger = logging.getLogger(__name__)
+from hfdist.launch.ray_token import private_token, read_authentication_again, use_token
 
 _OBJECT_STORE = 128 * 1024 * 1024  # bytes; nothing but the job and its events passes through it
 
@@ -47,8 +42,6 @@ def connected(address: str | None) -> Iterator[None]:
     if address in (None, "auto"):  # in a job it names the job's own cluster, of all on the machine
         address = os.environ.get("RAY_ADDRESS") or address
     if address == "auto":
-        from hfdist.launch.ray_nodes import head_here
-
         address = head_here() or address
     with contextlib.ExitStack() as stack:
         if address:
@@ -57,18 +50,6 @@ def connected(address: str | None) -> Iterator[None]:
         else:
             stack.enter_context(_private())
         yield
-
-
-def token_path() -> Path:
-    """The file that holds this user's token for Ray clusters."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-
-
-def use_token() -> None:
-    """Show this user's token to clusters, if there is one and nobody has said otherwise."""
-    if "RAY_AUTH_MODE" not in os.environ and token_path().is_file():
-        os.environ["RAY_AUTH_MODE"] = "token"
-        _read_authentication_again()
 
 
 def _attach(address: str) -> None:
@@ -105,14 +86,14 @@ def _private() -> Iterator[None]:
     import ray
 
     # Ray's ports listen on all interfaces: the token keeps others out.
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_private_token())}
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(private_token())}
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         # gloo takes the address of the host's name, which need not lead back here.
         environment["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     folder = tempfile.mkdtemp(prefix="hfdist-ray-")  # short: sockets have short names
     try:
         with _environment(environment):
-            _read_authentication_again()
+            read_authentication_again()
             ray.init(
                 "local",
                 include_dashboard=False,
@@ -124,38 +105,9 @@ def _private() -> Iterator[None]:
                 yield
             finally:
                 ray.shutdown()
-        _read_authentication_again()
+        read_authentication_again()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _read_authentication_again() -> None:
-    """Let Ray see that the variables have changed: it reads them when it is imported."""
-    try:
-        from ray import _raylet
-
-        raylet: Any = _raylet
-        raylet.Config.initialize("")
-        raylet.AuthenticationTokenLoader.instance().reset_cache()
-    except (ImportError, AttributeError):
-        logger.debug("this Ray cannot read its variables again")
-
-
-@functools.cache
-def _private_token() -> Path:
-    """A token for this process's private clusters; Ray reads it once a process."""
-    folder = Path(tempfile.mkdtemp(prefix="hfdist-token-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return write_token(folder / "token")
-
-
-def write_token(path: Path) -> Path:
-    """Make a token file that only this user can read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-    return path
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfdist.addresses import folder_of_runs, is_address
 from hfdist.errors import ConfigError
-from hfdist.launch.ray_cluster import use_token
 from hfdist.launch.ray_package import copy_files, files_of
+from hfdist.launch.ray_token import use_token
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

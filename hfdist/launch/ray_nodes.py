@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hfdist.errors import ConfigError, WorkerError
-from hfdist.launch.ray_cluster import token_path, write_token
+from hfdist.launch.ray_token import token_path, write_token
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 5.0
