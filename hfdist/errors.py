@@ -59,3 +59,8 @@ class WorkerError(UserError):
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM during a step. Not an error: the run stops as KILLED and can be resumed."""
+
+
+def first_line(error: object) -> str:
+    """What an error of a library says in its first line: those after it are for its developers."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

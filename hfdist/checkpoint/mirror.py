@@ -26,7 +26,7 @@ CODE = "code.tar.gz"
 UNDELIVERED = "undelivered.tar"
 """What a tracking server has not got of a run that is over, with the files that it is to get."""
 _SPOOL = "spool"
-_TOLD = (_SPOOL, "model", "plots", "config.yaml", "metrics.jsonl", "result.json")
+_TOLD = (_SPOOL, "model", "plots", "result.json", *JOB, *RECORD)
 
 
 def push(output: str, run_dir: Path, patterns: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hfdist.comm.torch_comm import TorchCommunicator
-from hfdist.errors import ConfigError, PeerError
+from hfdist.errors import ConfigError, PeerError, first_line
 
 _RENDEZVOUS_SECONDS = 120.0
 """Least time that ranks have to find each other: a cold start takes longer than a collective."""
@@ -96,7 +96,7 @@ def _init(init_method: str, rank: int, world_size: int, timeout_seconds: float) 
             timeout=timedelta(seconds=max(timeout_seconds, _RENDEZVOUS_SECONDS)),
         )
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             port = os.environ.get("MASTER_PORT", init_method)
             raise ConfigError(

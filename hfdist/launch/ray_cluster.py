@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from hfdist.errors import ConfigError
+from hfdist.errors import ConfigError, first_line
 from hfdist.launch.ray_nodes import head_here
 from hfdist.launch.ray_placement import Demand
 from hfdist.launch.ray_token import private_token, read_authentication_again, use_token
@@ -61,7 +61,7 @@ def _attach(address: str) -> None:
         _knock(address)
         ray.init(address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "uthentication" in str(error) or "nauthenticated" in str(error):
             raise ConfigError(
                 f"the Ray cluster at {address} does not accept this user: put its token into a file of "

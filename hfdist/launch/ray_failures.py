@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hfdist import errors
-from hfdist.errors import UserError, WorkerError
+from hfdist.errors import UserError, WorkerError, first_line
 from hfdist.launch.child import Failed
 from hfdist.launch.failures import WorkerTraceback
 from hfdist.launch.logs import path_of
@@ -42,7 +42,7 @@ def cause_of(
         return _of_worker(rank, said[rank][0])
     if type(error).__name__ in _LOST:
         return WorkerError(f"Ray Train's controller {_how(error)}")
-    return WorkerError(f"Ray Train gave up: {_first(error)}")
+    return WorkerError(f"Ray Train gave up: {first_line(error)}")
 
 
 def _of_worker(rank: int, failed: Failed) -> UserError:
@@ -69,7 +69,3 @@ def _how(exception: BaseException | None) -> str:
     if "its node has died" in text or "is unavailable" in text:
         return "does not answer any more: its node died, or cannot be reached"
     return "ended without a word: killed, or crashed"
-
-
-def _first(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfdist.addresses import home_of, is_address
 from hfdist.checkpoint import mirror
-from hfdist.errors import ConfigError, UserError, WorkerError
+from hfdist.errors import ConfigError, UserError, WorkerError, first_line
 from hfdist.launch.failures import record_cause
 from hfdist.launch.last_words import last_words
 from hfdist.launch.ray_cluster import (
@@ -189,7 +189,9 @@ class _Driver:
                     if setups == _SETUP_TRIES:
                         raise
                     what = "could not set the workers up" if setups else "gave up"
-                    logger.warning("Ray Train %s (%s): trying again", what, _first(_cause(error)))
+                    logger.warning(
+                        "Ray Train %s (%s): trying again", what, first_line(_cause(error))
+                    )
                     before = now
         except BaseException as error:
             self._error = error
@@ -295,7 +297,7 @@ class _Driver:
                     time.sleep(_POLL)
                     continue
                 raise WorkerError(
-                    f"the connection to the Ray cluster is lost ({_first(error)}): `hfdist resume "
+                    f"the connection to the Ray cluster is lost ({first_line(error)}): `hfdist resume "
                     f"{self._home}` goes on from the newest checkpoint once it is back"
                 ) from error
         for method, arguments in events:
@@ -411,7 +413,3 @@ def _per_worker(config: RunConfig, nodes: list[dict[str, float]]) -> dict[str, f
 
 def _cause(error: Exception) -> object:
     return getattr(error, "controller_failure", error)
-
-
-def _first(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -105,6 +105,16 @@ def another_machine() -> None:
     shutil.rmtree(scratch(OUTPUT))
 
 
+def kill_in_the_middle(run_id: str, job: Path, change: str) -> None:
+    """A run of 40 steps that is killed after some, and its machine lost."""
+    arguments = ["train", str(job), "--json", "--run-id", run_id, "steps=40", change]
+    with hfdist(*arguments, environment={"OMP_NUM_THREADS": "1"}, cwd=job.parent) as program:
+        program.wait_for(lambda p: len(p.events("step")) >= 4, 90)
+        program.signal(signal.SIGKILL)
+        program.end(30)
+    another_machine()
+
+
 def test_a_run_lies_in_the_bucket_and_goes_on_from_it(bucket: Any, job: Path) -> None:
     whole = api.train(job, run_id="whole")
     assert whole["run_dir"] == f"{OUTPUT}/whole"
@@ -123,13 +133,8 @@ def test_a_run_lies_in_the_bucket_and_goes_on_from_it(bucket: Any, job: Path) ->
         api.train(job, run_id="half")
 
 
-def test_a_killed_run_goes_on_elsewhere(bucket: Any, job: Path, tmp_path: Path) -> None:
-    arguments = ["train", str(job), "--json", "--run-id", "killed", "launch.workers=2", "steps=40"]
-    with hfdist(*arguments, environment={"OMP_NUM_THREADS": "1"}, cwd=tmp_path) as program:
-        program.wait_for(lambda p: len(p.events("step")) >= 4, 90)
-        program.signal(signal.SIGKILL)
-        program.end(30)
-    another_machine()
+def test_a_killed_run_goes_on_elsewhere(bucket: Any, job: Path) -> None:
+    kill_in_the_middle("killed", job, "launch.workers=2")
     resumed = api.resume(f"{OUTPUT}/killed", ["launch.workers=1"])
     assert resumed["status"] == "FINISHED"
     assert steps_of(bucket, "killed") == list(range(40))
@@ -209,16 +214,11 @@ def tracked(server: MlflowServer) -> Any:
 
 
 def test_a_record_reaches_a_server_that_comes_after_the_machine_has_gone(
-    bucket: Any, tracking: MlflowServer, job: Path, tmp_path: Path
+    bucket: Any, tracking: MlflowServer, job: Path
 ) -> None:
     """Killed on one machine, finished on a second, delivered from a third."""
-    changes = [f"tracking={{uri: '{tracking.uri}', system_metrics: false, finish_timeout: 0.5}}"]
-    arguments = ["train", str(job), "--json", "--run-id", "late", "steps=40", *changes]
-    with hfdist(*arguments, environment={"OMP_NUM_THREADS": "1"}, cwd=tmp_path) as program:
-        program.wait_for(lambda p: len(p.events("step")) >= 4, 90)
-        program.signal(signal.SIGKILL)
-        program.end(30)
-    another_machine()
+    change = f"tracking={{uri: '{tracking.uri}', system_metrics: false, finish_timeout: 0.5}}"
+    kill_in_the_middle("late", job, change)
     result = api.resume(f"{OUTPUT}/late", ["steps=12"])
     assert result["status"] == "FINISHED"
     assert "late/undelivered.tar" in names(bucket)
