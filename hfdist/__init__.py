@@ -9,25 +9,28 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hfdist.api import train
-    from hfdist.config import RunConfig, load_config
+    from hfdist.config.job import RunConfig, load_config
     from hfdist.hessian_free import HessianFree
     from hfdist.optim.options import HFOptions
     from hfdist.optim.report import StepReport
+    from hfdist.tasks.array_data import ArrayData
     from hfdist.tasks.task import Task
 
 # Where each public name lives. It is loaded when it is first used: the command line asks for the
 # version without paying for torch.
-_HOMES = {
+_MODULES = {
+    "ArrayData": "hfdist.tasks.array_data",
     "HFOptions": "hfdist.optim.options",
     "HessianFree": "hfdist.hessian_free",
-    "RunConfig": "hfdist.config",
+    "RunConfig": "hfdist.config.job",
     "StepReport": "hfdist.optim.report",
     "Task": "hfdist.tasks.task",
-    "load_config": "hfdist.config",
+    "load_config": "hfdist.config.job",
     "train": "hfdist.api",
 }
 
 __all__ = [
+    "ArrayData",
     "HFOptions",
     "HessianFree",
     "RunConfig",
@@ -40,9 +43,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'hfdist' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfdist.addresses import folder_of_runs, home_of, is_address
 from hfdist.checkpoint import mirror
-from hfdist.config import CONFIG_FILE, RunConfig, load_config
-from hfdist.display import DISPLAYS
+from hfdist.config.job import CONFIG_FILE, RunConfig, load_config
 from hfdist.errors import ConfigError, StorageError, UserError
 from hfdist.launch.start import start
-from hfdist.launch.torchrun import is_lead, is_restart, run_id_of_group
-from hfdist.record import write_atomically
-from hfdist.worker import local_folder
+from hfdist.launch.torchrun import is_rank_0, is_restart, run_id_of_group
+from hfdist.rundir.files import write_atomically
+from hfdist.rundir.locations import folder_of_runs, home_of, is_address
+from hfdist.training.display import DISPLAYS
+from hfdist.training.worker import local_folder
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -57,7 +57,7 @@ def train(
         home = home_of(config.output, run_dir)
         raise ConfigError(f"run {run_id} exists already: `hfdist resume {home}` goes on with it")
     mirror.check_writable(config.output)
-    if is_address(config.output) and is_lead() and not is_restart():
+    if is_address(config.output) and is_rank_0() and not is_restart():
         _clear(run_dir)
     with output_folder(run_dir.parent):
         job = _of(config, run_dir, config.output)

@@ -1,6 +1,10 @@
-"""Which device a rank computes on."""
+"""Which device a rank computes on, what it is called, how much of its memory was used."""
 
 from __future__ import annotations
+
+import platform
+import resource
+import sys
 
 import torch
 
@@ -33,6 +37,21 @@ def resolve(device: str, local_rank: int, local_world_size: int | None = None) -
         # Losses and weights are summed in float64, which Apple's mps (for one) does not have.
         raise ConfigError(f"device {device!r} is not supported: use auto, cpu or cuda")
     return _gpu(device, asked.index, local_rank, ranks)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory held so far, in bytes: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)  # Linux counts in KiB
+
+
+def device_name(device: torch.device) -> str:
+    """A name that a person recognises: "NVIDIA H100", "cpu (x86_64)"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
 
 
 def _gpu(device: str, index: int | None, local_rank: int, ranks: int) -> torch.device:

@@ -18,17 +18,17 @@ from torch.utils._pytree import tree_map
 
 from hfdist.comm import Communicator, current_communicator
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
-from hfdist.curvature.frozen import Frozen
+from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import Layout, Replicated, make_layout
 from hfdist.curvature.loss_weight import mean_weight
 from hfdist.curvature.microbatch import Microbatch, as_sum, from_closure, from_parts
+from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
+from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import DiagonalPreconditioner, empirical_fisher_diagonal
-from hfdist.curvature.problem import Overrides, Problem, Regularisation, Roles
+from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
-from hfdist.optim.problem import Operator
 from hfdist.optim.report import StepReport
 from hfdist.optim.step import HFState, hf_step
-from hfdist.params import ParameterVector
 from hfdist.seeds import mixed
 from hfdist.tasks.task import num_examples
 
@@ -243,7 +243,7 @@ class HessianFree(torch.optim.Optimizer):
                 product=mvp,
                 preconditioner=None if M_func is None else lambda _: _of_parts(M_func, layout),
             ),
-            frozen=Frozen(params.device, model),
+            frozen=FixedRandomness(params.device, model),
             engine=ProductEngine(
                 requested=options.product_engine,
                 memory_budget=options.memory_budget,
@@ -333,7 +333,7 @@ class HessianFree(torch.optim.Optimizer):
                 roles=Roles(gradient=role, curvature=role, loss=role),
                 curvature_opt=self.options.curvature_opt,
                 reduction="plain_sum" if reduction == "sum" else "mean",
-                frozen=Frozen(params.device, model),
+                frozen=FixedRandomness(params.device, model),
             )
             loss, g = problem.loss_and_gradient()
             results.append((torch.tensor(loss), g, problem.curvature()(v)))
@@ -423,7 +423,7 @@ class HessianFree(torch.optim.Optimizer):
 
     def _step_seed(self, comm: Communicator) -> int:
         first = self.param_groups[0]
-        return mixed(comm.from_lead(first["seed"]), first["step"])
+        return mixed(comm.broadcast_object(first["seed"]), first["step"])
 
     def _microbatches(
         self,

@@ -111,7 +111,7 @@ def nodes(
         resources: As `Nodes.add` takes them.
         settings: More variables of the nodes.
     """
-    from hfdist.launch.ray_token import read_authentication_again, write_token
+    from hfdist.launch.ray.token import read_authentication_again, write_token
 
     environment = {
         **FAST_DETECTION,
@@ -216,7 +216,7 @@ def own_cluster(home: Path, **environment: str) -> Iterator[OwnCluster]:
 
 def forget_cluster(address: str) -> None:
     """Remove what a cluster that `hfdist cluster` started has left."""
-    from hfdist.launch.ray_nodes import scratch
+    from hfdist.launch.ray.nodes import scratch
 
     shutil.rmtree(scratch(int(address.rpartition(":")[2])))
 

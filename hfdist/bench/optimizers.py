@@ -19,16 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from hfdist.comm import SerialCommunicator
-from hfdist.curvature.frozen import Frozen
+from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.microbatch import as_sum, from_task
+from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
+from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners.for_task import empirical_fisher
-from hfdist.curvature.problem import Overrides, Problem, Regularisation, Roles
-from hfdist.data import BatchLoader, MicrobatchPlan
-from hfdist.evaluation import evaluate
+from hfdist.data.loader import BatchLoader
+from hfdist.data.plan import MicrobatchPlan
 from hfdist.optim.options import HFOptions
 from hfdist.optim.step import HFState, hf_step
-from hfdist.params import ParameterVector
 from hfdist.tasks.task import Task, num_examples
+from hfdist.training.evaluation import evaluate
 
 GRADIENTS_PER_PRODUCT = 4 / 3
 """Matrix products of a Gauss-Newton product on kept activations, 4 a layer, in those of a gradient, 3."""
@@ -182,7 +183,7 @@ def _hf_updates(arena: Arena, model: nn.Module, options: HFOptions) -> Iterator[
             curvature_opt=options.curvature_opt,
             reduction=arena.task.loss_reduction,
             regularisation=Regularisation(weight_decay=arena.weight_decay),
-            frozen=Frozen(params.device, model),
+            frozen=FixedRandomness(params.device, model),
         )
         if options.preconditioner == "empirical_fisher":
             pairs = [(role[0], arena.batch)]

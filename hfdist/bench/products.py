@@ -27,10 +27,10 @@ from hfdist.curvature.engines import (
     TORCH_LINEARIZE,
     ProductEngine,
 )
-from hfdist.curvature.frozen import Frozen
+from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.microbatch import from_task
-from hfdist.curvature.problem import Problem, Roles
-from hfdist.params import ParameterVector
+from hfdist.curvature.objective import Problem, Roles
+from hfdist.curvature.params import ParameterVector
 
 GGN_ENGINES = (LINEARIZE, TORCH_LINEARIZE, DOUBLE_BACKWARD, RECOMPUTE)
 GGN_FLOOR, HESSIAN_FLOOR = 4 / 3, 2.0
@@ -65,7 +65,7 @@ def problem(workload: Workload, model: torch.nn.Module, batch: Any, **settings: 
         params=params,
         roles=Roles(gradient=role, curvature=role, loss=role),
         reduction=workload.task.loss_reduction,
-        frozen=Frozen(params.device, model),
+        frozen=FixedRandomness(params.device, model),
         **settings,
     )
 
@@ -100,7 +100,7 @@ def measure(
         return grad(loss_of(workload, workload.task.forward(model, batch), batch), tensors)
 
     # As PyTorchHessianFree calls them: the forward pass is shared by the step's products.
-    with Frozen(device, model).evaluation(0):
+    with FixedRandomness(device, model).evaluation(0):
         outputs = workload.task.forward(model, batch)
         loss = loss_of(workload, outputs, batch)
 

@@ -34,13 +34,13 @@ from hfdist.bench.scaling_model import (
 )
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.comm.environment import join
-from hfdist.curvature.frozen import Frozen
+from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import Replicated
 from hfdist.curvature.microbatch import Microbatch, from_parts
-from hfdist.curvature.problem import Problem, Roles
+from hfdist.curvature.objective import Problem, Roles
+from hfdist.curvature.params import ParameterVector
 from hfdist.optim.options import HFOptions
 from hfdist.optim.step import HFState, hf_step
-from hfdist.params import ParameterVector
 
 WIDTHS = (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784)
 """The CURVES autoencoder, 842,340 parameters."""
@@ -117,11 +117,11 @@ class _Delayed:
 
     def sum(self, tensor: Tensor) -> Tensor:
         time.sleep(self._delay)
-        return self._comm.sum(tensor)
+        return self._comm.all_reduce(tensor)
 
     @contextmanager
-    def overlapped_sum(self) -> Iterator[Callable[[Tensor], None]]:
-        with self._comm.overlapped_sum() as start:
+    def overlapped_all_reduce(self) -> Iterator[Callable[[Tensor], None]]:
+        with self._comm.overlapped_all_reduce() as start:
             yield start
         time.sleep(self._delay)
 
@@ -199,7 +199,7 @@ def _on_rank(
                 comm.barrier()
                 start = time.perf_counter()
                 for _ in range(5):
-                    comm.sum(buffer)
+                    comm.all_reduce(buffer)
                 if repetition:
                     sum_seconds[k].append((time.perf_counter() - start) / 5)
         comm.barrier()
@@ -243,7 +243,7 @@ class _StepRun:
                 lambda: model(pixels), lambda z: (loss(z, pixels), float(point.examples)), seed=0
             )
         ]
-        self._frozen = Frozen(self._params.device, model)
+        self._fixed = FixedRandomness(self._params.device, model)
         self._options = HFOptions(
             cg_max_iter=point.cg_iterations,
             cg_stop="residual",
@@ -262,7 +262,7 @@ class _StepRun:
             roles=roles,
             comm=self._comm,
             layout=self._layout,
-            frozen=self._frozen,
+            frozen=self._fixed,
         )
         report, _ = hf_step(problem, HFState(damping=1.0), self._options)
         elapsed = time.perf_counter() - start

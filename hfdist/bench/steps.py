@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_map
 
 from hfdist.bench.products import loss_of, medians, problem, synchronize
 from hfdist.bench.workloads import Workload, chosen, workloads
-from hfdist.curvature.frozen import Frozen
+from hfdist.curvature.fixed_randomness import FixedRandomness
+from hfdist.curvature.params import ParameterVector
 from hfdist.hessian_free import HessianFree
 from hfdist.optim.cg import CGResult, cg
 from hfdist.optim.options import HFOptions
-from hfdist.params import ParameterVector
 
 How = Literal["hfdist", "lean", "backpack"]
 """Our step, ours with a memory budget of zero and iterates in bfloat16, or the same step on BackPACK's
@@ -99,7 +99,7 @@ class _Runner:
         from backpack.hessianfree.ggnvp import ggn_vector_product
 
         params = ParameterVector(self.model.parameters())
-        with Frozen(self.device, self.model).evaluation(0):
+        with FixedRandomness(self.device, self.model).evaluation(0):
             loss, outputs = self._forward()
         return lambda v: params.flatten(
             ggn_vector_product(loss, outputs, self.model, params.views(v))
@@ -123,7 +123,7 @@ class _Runner:
         def product(v: Tensor) -> Tensor:
             total, views = params.zeros(), params.views(v)
             for x, part in data:
-                with Frozen(self.device, self.model).evaluation(0):
+                with FixedRandomness(self.device, self.model).evaluation(0):
                     outputs = self.model(x)
                     loss = loss_func(outputs, part)
                 total += params.flatten(ggn_vector_product(loss, outputs, self.model, views))

@@ -9,8 +9,8 @@ A checkpoint is a folder `NNNNNN-step-SSSSSSSS` (N counts the store's checkpoint
 Nothing in it is executed on load: the tensors are safetensors, the rest is JSON.
 """
 
-from hfdist.checkpoint.config import CheckpointConfig
 from hfdist.checkpoint.identity import check, parameters_sha256
 from hfdist.checkpoint.store import CheckpointStore
+from hfdist.config.checkpoint import CheckpointConfig
 
 __all__ = ["CheckpointConfig", "CheckpointStore", "check", "parameters_sha256"]

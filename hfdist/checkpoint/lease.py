@@ -9,9 +9,9 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from hfdist.addresses import is_address
 from hfdist.checkpoint.storage import open_storage
 from hfdist.errors import StorageError, SupersededError
+from hfdist.rundir.locations import is_address
 
 FILE = "lease"
 

@@ -12,10 +12,10 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from hfdist.addresses import is_address
 from hfdist.checkpoint.storage import Storage, open_storage
 from hfdist.errors import ConfigError, StorageError
-from hfdist.record import write_atomically
+from hfdist.rundir.files import write_atomically
+from hfdist.rundir.locations import is_address
 
 JOB, RECORD, RESULTS = ("config.yaml",), ("metrics.jsonl",), ("result.json", "plots/*")
 """Files of a run, by when they are written."""

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import safetensors.torch
 from torch import Tensor
 
-from hfdist.checkpoint.config import CheckpointConfig
 from hfdist.checkpoint.encoding import Encoder, decode, shares, to_host
 from hfdist.checkpoint.storage import Storage, open_storage
 from hfdist.comm import Communicator
+from hfdist.config.checkpoint import CheckpointConfig
 from hfdist.errors import CheckpointError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class CheckpointStore:
             StorageError: This save, or the one before, could not be written; older checkpoints are intact.
         """
         self.wait()
-        place = self._comm.from_lead(self._begin(step) if self._comm.is_lead else "")
+        place = self._comm.broadcast_object(self._begin(step) if self._comm.is_rank_0 else "")
         if place.startswith("!"):
             raise StorageError(place[1:])
         encoder = Encoder()
@@ -76,7 +76,7 @@ class CheckpointStore:
         mine = shares(encoder.tensors, self._comm.world_size)[self._comm.rank]
         snapshot = {name: to_host(encoder.tensors[name]) for name in mine}
         self._writing = self._pool.submit(
-            self._write, place, step, metric, document if self._comm.is_lead else None, snapshot
+            self._write, place, step, metric, document if self._comm.is_rank_0 else None, snapshot
         )
         if not self._config.asynchronous:
             self.wait()
@@ -92,7 +92,7 @@ class CheckpointStore:
             return
         error = writing.exception()
         message = None if error is None else self._explain(error)
-        for problem in self._comm.gather(message):
+        for problem in self._comm.all_gather_object(message):
             if problem is not None:
                 raise StorageError(problem) from error
 
@@ -204,7 +204,7 @@ class CheckpointStore:
             CheckpointError: There is none, or none that is whole.
         """
         self.wait()
-        chosen = self._comm.from_lead(self._choose(which) if self._comm.is_lead else "")
+        chosen = self._comm.broadcast_object(self._choose(which) if self._comm.is_rank_0 else "")
         if chosen.startswith("!"):
             raise CheckpointError(chosen[1:])
         manifest = self._manifest(chosen)

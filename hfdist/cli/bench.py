@@ -203,7 +203,7 @@ def optimizers(
     import json
 
     from hfdist.bench import optimizers as bench
-    from hfdist.config import load_config
+    from hfdist.config.job import load_config
     from hfdist.errors import ConfigError
     from hfdist.tasks.loading import load_task
 

@@ -31,8 +31,8 @@ def start_head(
 
     Whoever has the token (~/.ray/auth_token, made if there is none) may use the cluster.
     """
-    from hfdist.launch import ray_nodes
-    from hfdist.launch.ray_token import token_path
+    from hfdist.launch.ray import nodes as ray_nodes
+    from hfdist.launch.ray.token import token_path
 
     node = ray_nodes.start_head(
         host=host, port=port, dashboard_port=dashboard_port, size=_size(cpus, gpus, resource)
@@ -55,7 +55,7 @@ def join(
     resource: Resources = None,
 ) -> None:
     """Let this machine join a cluster, once more if it is in it already."""
-    from hfdist.launch import ray_nodes
+    from hfdist.launch.ray import nodes as ray_nodes
 
     node = ray_nodes.join(address, host=host, size=_size(cpus, gpus, resource))
     print(f"joined {node.address} (process {node.pid}, log {node.log})")
@@ -64,7 +64,7 @@ def join(
 @app.command()
 def stop() -> None:
     """Stop the nodes that were started here."""
-    from hfdist.launch import ray_nodes
+    from hfdist.launch.ray import nodes as ray_nodes
 
     for node in ray_nodes.stop_nodes():
         print(
@@ -74,7 +74,7 @@ def stop() -> None:
 
 def _size(cpus: float | None, gpus: float | None, resources: list[str] | None):  # type: ignore[no-untyped-def]
     from hfdist.errors import ConfigError
-    from hfdist.launch.ray_nodes import Size
+    from hfdist.launch.ray.nodes import Size
 
     parsed = {}
     for text in resources or []:

@@ -19,7 +19,7 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="The job.")]
 @app.command("list")
 def list_(address: Address = None, as_json: Json = False) -> None:
     """List the jobs, the newest first."""
-    from hfdist.launch import ray_jobs
+    from hfdist.launch.ray import jobs as ray_jobs
 
     jobs = ray_jobs.list_jobs(ray_jobs.dashboard_address(address))
     if as_json:
@@ -41,7 +41,7 @@ def list_(address: Address = None, as_json: Json = False) -> None:
 @app.command()
 def status(job: JobId, address: Address = None, as_json: Json = False) -> None:
     """Show a job: how it stands, or how it ended."""
-    from hfdist.launch import ray_jobs
+    from hfdist.launch.ray import jobs as ray_jobs
 
     _show(ray_jobs.status(job, ray_jobs.dashboard_address(address)), as_json)
 
@@ -55,7 +55,7 @@ def logs(
     ] = False,
 ) -> None:
     """Show what a job has printed."""
-    from hfdist.launch import ray_jobs
+    from hfdist.launch.ray import jobs as ray_jobs
 
     where = ray_jobs.dashboard_address(address)
     if follow:
@@ -72,7 +72,7 @@ def stop(
     as_json: Json = False,
 ) -> None:
     """Stop a job after a checkpoint; `hfdist resume ID --address ...` goes on with it."""
-    from hfdist.launch import ray_jobs
+    from hfdist.launch.ray import jobs as ray_jobs
 
     where = ray_jobs.dashboard_address(address)
     stopped = ray_jobs.stop(job, where)
@@ -85,7 +85,7 @@ def stop(
 @app.command()
 def delete(job: JobId, address: Address = None) -> None:
     """Forget a job that has ended; the run's folder stays."""
-    from hfdist.launch import ray_jobs
+    from hfdist.launch.ray import jobs as ray_jobs
 
     ray_jobs.delete(job, ray_jobs.dashboard_address(address))
     print(f"deleted {job}")
@@ -95,7 +95,7 @@ def follow_to_the_end(job: str, address: str) -> None:
     """Print what a job prints, and end as it does: with its exit code."""
     import asyncio
 
-    from hfdist.launch import ray_jobs
+    from hfdist.launch.ray import jobs as ray_jobs
 
     async def show() -> None:
         async for text in ray_jobs.follow(job, address):

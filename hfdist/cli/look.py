@@ -17,7 +17,7 @@ def config(
 
     Passwords and tokens are masked.
     """
-    from hfdist.config import load_config, to_yaml
+    from hfdist.config.job import load_config, to_yaml
 
     print(to_yaml(load_config(job, overrides or ())), end="")
 
@@ -30,7 +30,7 @@ def schema() -> None:
     """
     import json
 
-    from hfdist.config import schema as job_schema
+    from hfdist.config.job import schema as job_schema
 
     print(json.dumps(job_schema(), indent=2))
 

@@ -81,7 +81,7 @@ def evaluate(
     import json
 
     from hfdist.errors import ConfigError
-    from hfdist.worker import evaluate_run
+    from hfdist.training.worker import evaluate_run
 
     if checkpoint not in ("newest", "best") and not checkpoint.isdigit():
         raise ConfigError(

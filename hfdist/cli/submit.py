@@ -32,9 +32,9 @@ def submit(
     What .gitignore ignores stays behind. [bold]output[/] must be a folder that all nodes see.
     """
     from hfdist import api
-    from hfdist.config import load_config
+    from hfdist.config.job import load_config
     from hfdist.errors import ConfigError
-    from hfdist.launch import ray_jobs
+    from hfdist.launch.ray import jobs as ray_jobs
 
     config = load_config(job, [*(overrides or ()), "launch.backend=ray"])
     folder = (folder or job.parent).resolve()
@@ -58,8 +58,8 @@ def resume_job(
     run_id: str, overrides: list[str] | None, address: str, follow: bool, as_json: bool
 ) -> None:
     """Submit the continuation of a run."""
-    from hfdist.addresses import is_address
-    from hfdist.launch import ray_jobs
+    from hfdist.launch.ray import jobs as ray_jobs
+    from hfdist.rundir.locations import is_address
 
     address = ray_jobs.dashboard_address(address)
     path = Path(run_id)

@@ -22,9 +22,9 @@ def main() -> None:
 
 def _run(package: Path) -> dict[str, str]:
     from hfdist import api
-    from hfdist.addresses import is_address, split
     from hfdist.checkpoint import mirror
-    from hfdist.launch.ray_jobs import FOLDER, Submission
+    from hfdist.launch.ray.jobs import FOLDER, Submission
+    from hfdist.rundir.locations import is_address, split
 
     submission = Submission(**json.loads((package / FOLDER / "submission.json").read_text()))
     os.environ.update(submission.environment)

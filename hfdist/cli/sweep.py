@@ -36,10 +36,10 @@ def sweep(
     from pathlib import Path
 
     from hfdist import api
-    from hfdist.addresses import is_address
-    from hfdist.config import load_config
+    from hfdist.config.job import load_config
     from hfdist.errors import ConfigError
-    from hfdist.launch import ray_tune
+    from hfdist.launch.ray import tune as ray_tune
+    from hfdist.rundir.locations import is_address
 
     fixed, values = ray_tune.split_grid(grid)
     if not values:

@@ -21,15 +21,15 @@ class Communicator(Protocol):
     device: torch.device
 
     @property
-    def is_lead(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this rank's decisions bind the others (rank 0)."""
         ...
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; bitwise equal on all of them. Returns `tensor`."""
         ...
 
-    def overlapped_sum(self) -> AbstractContextManager[Callable[[Tensor], None]]:
+    def overlapped_all_reduce(self) -> AbstractContextManager[Callable[[Tensor], None]]:
         """A sum in buckets that runs beside the computation. The context gives `start(bucket)`; on
         leaving it every started bucket holds its sum over ranks. One sum in the counters.
 
@@ -38,11 +38,11 @@ class Communicator(Protocol):
         """
         ...
 
-    def from_lead(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """The lead's value (any small picklable object), on every rank."""
         ...
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value (a small picklable object), in rank order, on every rank."""
         ...
 
@@ -55,11 +55,11 @@ class Communicator(Protocol):
         """n = ceil(numel / W)."""
         ...
 
-    def sum_to_shard(self, vector: Tensor) -> Tensor:
+    def reduce_scatter(self, vector: Tensor) -> Tensor:
         """Reduce-scatter: this rank's shard [n] of the sum over ranks of `vector` [P], zero padded."""
         ...
 
-    def unshard(self, shard: Tensor, numel: int) -> Tensor:
+    def all_gather(self, shard: Tensor, numel: int) -> Tensor:
         """All-gather: the whole vector [numel] of the ranks' shards [n]."""
         ...
 
@@ -82,21 +82,21 @@ class SerialCommunicator:
 
     rank = 0
     world_size = 1
-    is_lead = True
+    is_rank_0 = True
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def overlapped_sum(self) -> AbstractContextManager[Callable[[Tensor], None]]:
+    def overlapped_all_reduce(self) -> AbstractContextManager[Callable[[Tensor], None]]:
         return nullcontext(lambda bucket: None)
 
-    def from_lead(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         return value
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         return [value]
 
     def barrier(self) -> None:
@@ -105,10 +105,10 @@ class SerialCommunicator:
     def shard_size(self, numel: int) -> int:
         return numel
 
-    def sum_to_shard(self, vector: Tensor) -> Tensor:
+    def reduce_scatter(self, vector: Tensor) -> Tensor:
         return vector
 
-    def unshard(self, shard: Tensor, numel: int) -> Tensor:
+    def all_gather(self, shard: Tensor, numel: int) -> Tensor:
         return shard
 
     def take_counters(self) -> dict[str, float]:

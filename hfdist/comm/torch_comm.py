@@ -19,10 +19,10 @@ from hfdist.errors import PeerError
 T = TypeVar("T")
 
 # The older names are deprecated since torch 2.14, the newer ones are not in every supported version.
-_reduce_scatter: Callable[..., Any] = (
+_torch_reduce_scatter: Callable[..., Any] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 )
-_all_gather: Callable[..., Any] = (
+_torch_all_gather: Callable[..., Any] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
 
@@ -82,10 +82,10 @@ class TorchCommunicator:
         return made
 
     @property
-    def is_lead(self) -> bool:
+    def is_rank_0(self) -> bool:
         return self.rank == 0
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         self._counters.add_sum(tensor.numel())
         if tensor.numel() == 0:
             return tensor
@@ -99,7 +99,7 @@ class TorchCommunicator:
         return tensor
 
     @contextmanager
-    def overlapped_sum(self) -> Iterator[Callable[[Tensor], None]]:
+    def overlapped_all_reduce(self) -> Iterator[Callable[[Tensor], None]]:
         pending: list[tuple[dist.Work, Tensor]] = []
         seconds = 0.0
 
@@ -125,8 +125,8 @@ class TorchCommunicator:
         self._counters.add_sum(sum(bucket.numel() for _, bucket in pending))
         self._counters.add("sum", sum(bucket.nbytes for _, bucket in pending), seconds)
 
-    def from_lead(self, value: T) -> T:
-        message = _frame(value) if self.is_lead else torch.empty(8 + _INLINE, dtype=torch.uint8)
+    def broadcast_object(self, value: T) -> T:
+        message = _frame(value) if self.is_rank_0 else torch.empty(8 + _INLINE, dtype=torch.uint8)
         lead = dist.get_global_rank(self._objects, 0)
         with self._counted("object", 0) as count:
             head = message[: 8 + _INLINE].clone()
@@ -134,15 +134,15 @@ class TorchCommunicator:
             count(head.nbytes)
             size = _framed_size(head)
             if size > _INLINE:
-                if not self.is_lead:
+                if not self.is_rank_0:
                     message = torch.empty(8 + size, dtype=torch.uint8)
                 dist.broadcast(message, src=lead, group=self._objects)
                 count(message.nbytes)
-            elif not self.is_lead:
+            elif not self.is_rank_0:
                 message = head
-        return value if self.is_lead else _unframe(message)
+        return value if self.is_rank_0 else _unframe(message)
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         message = _frame(value)
         with self._counted("object", 0) as count:
             rows = self._gather_bytes(message[: 8 + _INLINE])
@@ -157,7 +157,7 @@ class TorchCommunicator:
 
     def _gather_bytes(self, message: Tensor) -> Tensor:
         rows = torch.empty(self.world_size, len(message), dtype=torch.uint8)  # [W, bytes]
-        _all_gather(rows.view(-1), message.contiguous(), group=self._objects)
+        _torch_all_gather(rows.view(-1), message.contiguous(), group=self._objects)
         return rows
 
     def barrier(self) -> None:
@@ -167,7 +167,7 @@ class TorchCommunicator:
     def shard_size(self, numel: int) -> int:
         return -(-numel // self.world_size)
 
-    def sum_to_shard(self, vector: Tensor) -> Tensor:
+    def reduce_scatter(self, vector: Tensor) -> Tensor:
         n = self.shard_size(vector.numel())
         shard = vector.new_empty(n)
         if n == 0:
@@ -177,17 +177,17 @@ class TorchCommunicator:
             whole = (
                 torch.nn.functional.pad(vector, (0, padding)) if padding else vector.contiguous()
             )
-            _reduce_scatter(shard, whole, group=self._vectors)
+            _torch_reduce_scatter(shard, whole, group=self._vectors)
         return shard
 
-    def unshard(self, shard: Tensor, numel: int) -> Tensor:
+    def all_gather(self, shard: Tensor, numel: int) -> Tensor:
         n = self.shard_size(numel)
         if shard.shape != (n,):
             raise ValueError(f"shard has shape {tuple(shard.shape)}: it must be ({n},)")
         whole = shard.new_empty(n * self.world_size)
         if n:
             with self._counted("all_gather", whole.nbytes):
-                _all_gather(whole, shard.contiguous(), group=self._vectors)
+                _torch_all_gather(whole, shard.contiguous(), group=self._vectors)
         return whole[:numel]
 
     def take_counters(self) -> dict[str, float]:

@@ -10,7 +10,7 @@ class Watch(TorchDispatchMode):
 
     By default torch wraps the handlers of a mode so that compiled code does not compile them; that imports
     the compiler, which takes two seconds, into every process. No compiled code runs under our modes (see
-    `Frozen.evaluation`).
+    `FixedRandomness.evaluation`).
     """
 
     @classmethod

@@ -30,8 +30,8 @@ from hfdist.curvature.linearize import (
 from hfdist.curvature.loss_hessian import ByDoubleBackward, LossHessian
 from hfdist.curvature.memory import MemoryCounter, memory_left
 from hfdist.curvature.microbatch import Evaluation, Microbatch
+from hfdist.curvature.params import ParameterVector
 from hfdist.optim.options import HFOptions
-from hfdist.params import ParameterVector
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class ProductEngine:
             seconds: Of one product and its part of the preparations, by engine, on this rank; empty
                 if it has no microbatch.
         """
-        times = [t for t in comm.gather(seconds) if t]
+        times = [t for t in comm.all_gather_object(seconds) if t]
         names = [name for name in times[0] if all(name in t for t in times)] if times else []
         self.chosen = min(names, key=lambda name: sum(t[name] for t in times), default=LINEARIZE)
         logger.info("product engine: %s (seconds a product: %s)", self.chosen, seconds)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hfdist.comm import Communicator
+from hfdist.curvature.params import ParameterVector
 from hfdist.optim.options import HFOptions
-from hfdist.params import ParameterVector
 
 
 class Product(Protocol):
@@ -75,7 +75,7 @@ class Replicated:
         return part
 
     def sum_to_part(self, local: Tensor) -> Tensor:
-        return self._comm.sum(local)
+        return self._comm.all_reduce(local)
 
     def total(self, scalars: Tensor) -> Tensor:
         return scalars
@@ -107,7 +107,7 @@ class Replicated:
             for (start, stop), t in zip(self._params.spans, self._params.tensors)
         ]
         rounded: list[tuple[Tensor, Tensor]] = []
-        with self._comm.overlapped_sum() as start:
+        with self._comm.overlapped_all_reduce() as start:
 
             def start_rounded(bucket: Tensor) -> None:
                 rounded.append((bucket, bucket.to(self._dtype)))
@@ -145,18 +145,18 @@ class Sharded:
         return torch.nn.functional.pad(mine, (0, n - mine.numel())) if mine.numel() < n else mine
 
     def whole(self, part: Tensor) -> Tensor:
-        return self._comm.unshard(part, self._numel)
+        return self._comm.all_gather(part, self._numel)
 
     def sum_to_part(self, local: Tensor) -> Tensor:
-        return self._comm.sum_to_shard(local)
+        return self._comm.reduce_scatter(local)
 
     def sum_product_to_part(self, local: Tensor, exact: bool = False) -> Tensor:
         """`sum_to_part`, rounded on the wire unless `exact`."""
         wire = local if exact or self._dtype is None else local.to(self._dtype)
-        return self._comm.sum_to_shard(wire).to(local.dtype)
+        return self._comm.reduce_scatter(wire).to(local.dtype)
 
     def total(self, scalars: Tensor) -> Tensor:
-        return self._comm.sum(scalars)
+        return self._comm.all_reduce(scalars)
 
 
 def make_layout(

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hfdist.config import RunConfig
+    from hfdist.config.job import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +81,9 @@ def _work(job: Assignment, connection: Connection) -> dict[str, Any]:
 
     from hfdist.comm.environment import join
     from hfdist.devices import resolve
-    from hfdist.display import make_display
     from hfdist.launch.logs import logging_to_file
-    from hfdist.worker import Job, run
+    from hfdist.training.display import make_display
+    from hfdist.training.worker import Job, run
 
     torch.set_num_threads(job.threads)
     device = resolve(job.config.device, job.rank, job.world_size)

@@ -12,7 +12,7 @@ from hfdist import errors
 from hfdist.errors import UserError, WorkerError
 from hfdist.launch.child import Failed, Finished
 from hfdist.launch.logs import path_of
-from hfdist.record import write_json
+from hfdist.rundir.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from hfdist.checkpoint import mirror
 from hfdist.errors import StorageError, UserError
 
 if TYPE_CHECKING:
-    from hfdist.config import RunConfig
+    from hfdist.config.job import RunConfig
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from hfdist.launch.failures import Ended, record_cause, root_cause
 from hfdist.launch.logs import path_of
 
 if TYPE_CHECKING:
-    from hfdist.config import RunConfig
+    from hfdist.config.job import RunConfig
 
 logger = logging.getLogger(__name__)
 

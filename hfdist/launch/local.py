@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hfdist.launch.logs import logging_to_file
 
 if TYPE_CHECKING:
-    from hfdist.config import RunConfig
+    from hfdist.config.job import RunConfig
 
 
 def run(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict[str, Any]:
@@ -26,9 +26,9 @@ def run_alone(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -
 
     from hfdist.comm import SerialCommunicator
     from hfdist.devices import resolve
-    from hfdist.display import make_display
-    from hfdist.worker import Job
-    from hfdist.worker import run as run_worker
+    from hfdist.training.display import make_display
+    from hfdist.training.worker import Job
+    from hfdist.training.worker import run as run_worker
 
     if config.launch.threads_per_worker is not None:
         torch.set_num_threads(config.launch.threads_per_worker)

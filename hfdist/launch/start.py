@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hfdist.launch.folder import run_folder
 
 if TYPE_CHECKING:
-    from hfdist.config import RunConfig
+    from hfdist.config.job import RunConfig
 
 
 def start(
@@ -23,7 +23,7 @@ def start(
         config: The job.
         run_dir: The run's folder. Under torchrun the lead's binds all.
         resume: Go on from the newest checkpoint in it, if there is one.
-        display: Name of the lead's display, see `hfdist.display.make_display`.
+        display: Name of the lead's display, see `hfdist.training.display.make_display`.
 
     Returns:
         The content of result.json.
@@ -39,7 +39,7 @@ def start(
 
         return torchrun.run(config, run_dir=run_dir, resume=resume, display=display)
     if config.launch.backend == "ray":
-        from hfdist.launch import ray_train
+        from hfdist.launch.ray import train as ray_train
 
         with run_folder(config, run_dir):
             return ray_train.run(config, run_dir=run_dir, resume=resume, display=display)

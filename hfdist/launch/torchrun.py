@@ -12,7 +12,7 @@ from hfdist.launch.logs import logging_to_file
 
 if TYPE_CHECKING:
     from hfdist.comm import Communicator
-    from hfdist.config import RunConfig
+    from hfdist.config.job import RunConfig
 
 
 def run(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def run(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict
         join_environment(config.launch.timeout_seconds)
         comm = GroupCommunicator(device, config.launch.timeout_seconds)
         try:
-            run_dir, resume = comm.from_lead((run_dir, resume or is_restart()))
-            if not comm.is_lead:
+            run_dir, resume = comm.broadcast_object((run_dir, resume or is_restart()))
+            if not comm.is_rank_0:
                 with logging_to_file(run_dir, comm.rank):
                     return _work(config, run_dir, resume, comm, "quiet")
             with run_folder(config, run_dir), logging_to_file(run_dir, comm.rank):
@@ -53,9 +53,9 @@ def run(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict
 def _work(
     config: RunConfig, run_dir: Path, resume: bool, comm: Communicator, display: str
 ) -> dict[str, Any]:
-    from hfdist.display import make_display
-    from hfdist.worker import Job
-    from hfdist.worker import run as run_worker
+    from hfdist.training.display import make_display
+    from hfdist.training.worker import Job
+    from hfdist.training.worker import run as run_worker
 
     job = Job(config=config, run_dir=run_dir, resume=resume)
     return run_worker(job, comm, make_display(display))
@@ -66,7 +66,7 @@ def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def is_lead(environ: Mapping[str, str] = os.environ) -> bool:
+def is_rank_0(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the first of its group, or of none."""
     return int(environ.get("RANK", "0")) == 0
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
-from hfdist.optim.problem import Operator
 from hfdist.optim.report import Stop
 from hfdist.optim.space import WHOLE, Space
 

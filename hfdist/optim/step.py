@@ -14,8 +14,8 @@ from hfdist.optim.backtracking import Choice, backtrack
 from hfdist.optim.cg import CGResult, cg
 from hfdist.optim.damping import levenberg_marquardt, raised, reduction_ratio
 from hfdist.optim.line_search import LineSearchResult, line_search
+from hfdist.optim.objective import Problem
 from hfdist.optim.options import HFOptions
-from hfdist.optim.problem import Problem
 from hfdist.optim.report import StepReport, Stop
 from hfdist.optim.space import Space
 

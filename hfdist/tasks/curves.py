@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hfdist.data import ArrayData
 from hfdist.errors import TaskError
+from hfdist.tasks.array_data import ArrayData
 from hfdist.tasks.autoencoders import PixelAutoencoder, autoencoder, initialise_sparsely
 
 SIDE = 28

@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from hfdist.data import ArrayData
 from hfdist.errors import TaskError
+from hfdist.tasks.array_data import ArrayData
 from hfdist.tasks.autoencoders import PixelAutoencoder, autoencoder, initialise_sparsely
 from hfdist.tasks.task import Batch, Outputs, Task
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hfdist.data import ArrayData
 from hfdist.errors import TaskError
+from hfdist.tasks.array_data import ArrayData
 from hfdist.tasks.task import Batch, Outputs, Task
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hfdist.tracking.tracker import CompositeTracker, NullTracker, RunInfo, Status, Tracker
 
 if TYPE_CHECKING:
-    from hfdist.tracking.config import TrackingConfig
+    from hfdist.config.tracking import TrackingConfig
 
 __all__ = [
     "CompositeTracker",

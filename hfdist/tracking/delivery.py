@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfdist.tracking.client import connect, is_final, one_line
-from hfdist.tracking.opening import OpenRun, open_run, remove_twins
+from hfdist.tracking.find_or_create import OpenRun, open_run, remove_twins
 from hfdist.tracking.spool import Event, Spool
 from hfdist.tracking.tracker import Status
 

@@ -10,10 +10,10 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfdist.tracking.config import store_uri
+from hfdist.config.tracking import store_uri
 
 if TYPE_CHECKING:
-    from hfdist.tracking.config import TrackingConfig
+    from hfdist.config.tracking import TrackingConfig
 
 _PATIENCE = 3.0  # seconds: a link is worth no more
 

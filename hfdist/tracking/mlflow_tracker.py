@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hfdist.config.tracking import TrackingConfig, artifact_root, store_uri
 from hfdist.errors import StorageError
 from hfdist.tracking.client import is_server, prepare, public
-from hfdist.tracking.config import TrackingConfig, artifact_root, store_uri
-from hfdist.tracking.courier import Courier
 from hfdist.tracking.provenance import provenance
+from hfdist.tracking.sender import Courier
 from hfdist.tracking.spool import Spool
 from hfdist.tracking.system_metrics import SystemSampler
 from hfdist.tracking.tracker import RunInfo, Status

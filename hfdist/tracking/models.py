@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hfdist.tracking.client import is_server
-from hfdist.tracking.opening import OpenRun
+from hfdist.tracking.find_or_create import OpenRun
 from hfdist.tracking.own_code import own_code
 from hfdist.tracking.spool import Event, Spool
 

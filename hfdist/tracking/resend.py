@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from hfdist.config.tracking import TrackingConfig, store_uri
 from hfdist.errors import ConfigError, StorageError
 from hfdist.tracking.client import connect, is_server, one_line, public
-from hfdist.tracking.config import TrackingConfig, store_uri
-from hfdist.tracking.courier import BATCH
 from hfdist.tracking.delivery import Delivery
-from hfdist.tracking.opening import runs_of
+from hfdist.tracking.find_or_create import runs_of
+from hfdist.tracking.sender import BATCH
 from hfdist.tracking.spool import Spool
 from hfdist.tracking.tracker import Status
 

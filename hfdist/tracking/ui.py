@@ -7,9 +7,9 @@ import socket
 import sys
 from pathlib import Path
 
-from hfdist.addresses import folder_of_runs, is_address
+from hfdist.config.tracking import TrackingConfig, store_uri
 from hfdist.errors import ConfigError
-from hfdist.tracking.config import TrackingConfig, store_uri
+from hfdist.rundir.locations import folder_of_runs, is_address
 
 
 def serve(output: Path | str, *, host: str, port: int) -> None:

@@ -9,9 +9,9 @@ import torch
 from ranks import on_ranks
 from torch import Tensor
 
-from hfdist.agreement import check_replicas
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.errors import ReplicaError
+from hfdist.training.consistency import check_replicas
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(120)]
 
@@ -30,28 +30,30 @@ def conformance(comm: Communicator) -> dict[str, Any]:
     expected = torch.stack([vector(k) for k in range(W)]).sum(0)
 
     mine = vector(r)
-    assert comm.sum(mine) is mine
+    assert comm.all_reduce(mine) is mine
     torch.testing.assert_close(mine, expected)
 
     whole = vector(r)
-    with comm.overlapped_sum() as start:
+    with comm.overlapped_all_reduce() as start:
         start(whole[60:])
         start(whole[:60])
     torch.testing.assert_close(whole, expected)
 
     scalars = torch.tensor([1.0, float(r)], dtype=torch.float64)
-    assert comm.sum(scalars).tolist() == [W, W * (W - 1) / 2]
+    assert comm.all_reduce(scalars).tolist() == [W, W * (W - 1) / 2]
 
-    assert comm.is_lead == (r == 0)
-    assert comm.from_lead({"rank": r, "text": "x" * 5000}) == {"rank": 0, "text": "x" * 5000}
-    assert comm.gather((r, "y" * (r * 3000))) == [(k, "y" * (k * 3000)) for k in range(W)]
+    assert comm.is_rank_0 == (r == 0)
+    assert comm.broadcast_object({"rank": r, "text": "x" * 5000}) == {"rank": 0, "text": "x" * 5000}
+    assert comm.all_gather_object((r, "y" * (r * 3000))) == [
+        (k, "y" * (k * 3000)) for k in range(W)
+    ]
     comm.barrier()
 
     n = comm.shard_size(P)
     assert n == -(-P // W)
-    shard = comm.sum_to_shard(vector(r))
+    shard = comm.reduce_scatter(vector(r))
     assert shard.shape == (n,)
-    torch.testing.assert_close(comm.unshard(shard, P), expected)
+    torch.testing.assert_close(comm.all_gather(shard, P), expected)
     padded = torch.nn.functional.pad(expected, (0, n * W - P))
     torch.testing.assert_close(shard, padded[r * n : (r + 1) * n])
 
@@ -73,12 +75,12 @@ def test_ranks(world_size: int) -> None:
 
 def count(comm: Communicator) -> dict[str, float]:
     comm.take_counters()
-    comm.sum(torch.zeros(1000))
-    comm.sum(torch.zeros(2, dtype=torch.float64))
-    with comm.overlapped_sum() as start:
+    comm.all_reduce(torch.zeros(1000))
+    comm.all_reduce(torch.zeros(2, dtype=torch.float64))
+    with comm.overlapped_all_reduce() as start:
         for bucket in torch.zeros(300).split(100):
             start(bucket)
-    comm.from_lead(1)
+    comm.broadcast_object(1)
     return comm.take_counters()
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hfdist.checkpoint import CheckpointStore
 from hfdist.comm import Communicator, SerialCommunicator
-from hfdist.config import RunConfig, from_dict
-from hfdist.display import QuietDisplay
-from hfdist.worker import Job, run
+from hfdist.config.job import RunConfig, from_dict
+from hfdist.training.display import QuietDisplay
+from hfdist.training.worker import Job, run
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(240)]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfdist.data import ArrayData
+from hfdist.tasks.array_data import ArrayData
 from hfdist.tasks.task import Task
 
 

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from hfdist.config.tracking import TrackingConfig
 from hfdist.tracking import RunInfo, Status, make_tracker
-from hfdist.tracking.config import TrackingConfig
 
 
 def main(output: Path, run_id: str, uri: str, first: int, last: int, status: str) -> None:

@@ -17,8 +17,8 @@ from proxy import Proxy
 from server import MlflowServer
 from torch import nn
 
+from hfdist.config.tracking import TrackingConfig
 from hfdist.tracking import RunInfo, Status, Tracker, make_tracker, sync
-from hfdist.tracking.config import TrackingConfig
 
 pytestmark = [pytest.mark.timeout(120)]
 

@@ -26,9 +26,9 @@ from ray_nodes import OwnCluster, free_port, hfdist, own_cluster
 from server import MlflowServer
 
 from hfdist import api
-from hfdist.addresses import scratch
 from hfdist.errors import ConfigError, StorageError
-from hfdist.worker import evaluate_run
+from hfdist.rundir.locations import scratch
+from hfdist.training.worker import evaluate_run
 
 pytestmark = pytest.mark.timeout(240)
 

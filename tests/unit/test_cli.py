@@ -30,7 +30,7 @@ import time
 import torch
 from torch import nn
 from hfdist import Task
-from hfdist.data import ArrayData
+from hfdist.tasks.array_data import ArrayData
 
 class Own(Task):
     def __init__(self, seconds=0.0):

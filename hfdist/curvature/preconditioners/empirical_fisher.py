@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import backpack_squares
-from hfdist.curvature.preconditioners.untouched import UntouchedModel, untouched
-from hfdist.params import ParameterVector
+from hfdist.curvature.preconditioners.stateless import UntouchedModel, untouched
 from hfdist.tasks.task import Batch, Outputs, Weighted, num_examples
 
 _log = logging.getLogger(__name__)

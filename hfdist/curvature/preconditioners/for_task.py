@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from hfdist.curvature.microbatch import Microbatch
+from hfdist.curvature.objective import Problem
 from hfdist.curvature.preconditioners.diagonal import DiagonalPreconditioner
 from hfdist.curvature.preconditioners.empirical_fisher import sum_of_squared_gradients
-from hfdist.curvature.problem import Problem
+from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
-from hfdist.optim.problem import Operator
 from hfdist.tasks.task import Batch, Task
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hfdist.curvature.engines import ProductEngine
-from hfdist.curvature.frozen import Frozen
+from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.linearize import Recorder, Unsupported
 from hfdist.curvature.microbatch import from_closure, from_task
-from hfdist.curvature.problem import Problem, Roles
+from hfdist.curvature.objective import Problem, Roles
+from hfdist.curvature.params import ParameterVector
 from hfdist.hessian_free import HessianFree
-from hfdist.params import ParameterVector
 
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 DOUBLE_BACKWARD_ONLY: set[str] = set()
@@ -49,7 +49,7 @@ def problem_of(
     return Problem(
         params=ParameterVector(trainable(model)),
         roles=Roles(gradient=role, curvature=role, loss=role),
-        frozen=Frozen(torch.device("cpu"), model),
+        frozen=FixedRandomness(torch.device("cpu"), model),
         engine=engine,
         **settings,
     )
@@ -96,7 +96,9 @@ def test_torch_linearize_needs_parameters_in_modules() -> None:
     outside = ParameterVector(problem.params.tensors)
     with (
         pytest.raises(Unsupported, match="not every parameter"),
-        Frozen(torch.device("cpu"), case.model()).exchanged(outside.tensors, outside.tensors),
+        FixedRandomness(torch.device("cpu"), case.model()).exchanged(
+            outside.tensors, outside.tensors
+        ),
     ):
         pass
 
@@ -177,7 +179,7 @@ def test_preparations_count_among_what_auto_compares(monkeypatch: pytest.MonkeyP
 def test_every_case_is_linearized(case: Case) -> None:
     model = case.model()
     recorder = Recorder(trainable(model))
-    with Frozen(torch.device("cpu"), model).evaluation(0), recorder:
+    with FixedRandomness(torch.device("cpu"), model).evaluation(0), recorder:
         z = case.split(case.task().forward(model, case.data()))
     if case.name in DOUBLE_BACKWARD_ONLY:
         with pytest.raises(Unsupported):
@@ -215,7 +217,7 @@ def test_a_budget_keeps_as_many_graphs_as_fit() -> None:
 def test_loss_hessians_in_closed_form(case: Case) -> None:
     model, batch = case.model(), case.data()
     microbatch = from_task(case.task(), model, batch, seed=0)
-    with Frozen(torch.device("cpu"), model).evaluation(0):
+    with FixedRandomness(torch.device("cpu"), model).evaluation(0):
         e = microbatch.evaluate(True, None)
     H = e.closed_form()
     if case.name in CLOSED_FORM:
@@ -524,7 +526,7 @@ def test_products_under_autocast(case: Case, engine: str) -> None:
         return Problem(
             params=ParameterVector(trainable(model)),
             roles=Roles(gradient=role, curvature=role, loss=role),
-            frozen=Frozen(torch.device("cpu"), model),
+            frozen=FixedRandomness(torch.device("cpu"), model),
             engine=ProductEngine(requested=engine),
             **settings,
         )

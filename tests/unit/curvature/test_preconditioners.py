@@ -12,8 +12,10 @@ import torch
 from cases import CASES, Case, named, num_rows, rows
 from torch import Tensor, nn
 
-from hfdist.curvature.frozen import Frozen
+from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.microbatch import from_task
+from hfdist.curvature.objective import Problem, Regularisation, Roles
+from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import (
     DiagonalPreconditioner,
     backpack_squares,
@@ -22,9 +24,7 @@ from hfdist.curvature.preconditioners import (
 )
 from hfdist.curvature.preconditioners import empirical_fisher as empirical_fisher_module
 from hfdist.curvature.preconditioners.for_task import empirical_fisher
-from hfdist.curvature.problem import Problem, Regularisation, Roles
 from hfdist.optim.options import HFOptions
-from hfdist.params import ParameterVector
 
 SINGLE = [c for c in CASES if not c.coupled and not c.random]
 """Cases whose examples have gradients of their own, the same in any company."""
@@ -188,7 +188,7 @@ def test_the_preconditioner_of_a_step(name: str, sizes: tuple[int, ...]) -> None
         roles=Roles(gradient=role, curvature=role, loss=role),
         reduction="mean",
         regularisation=Regularisation(weight_decay=0.1),
-        frozen=Frozen(torch.device("cpu"), model),
+        frozen=FixedRandomness(torch.device("cpu"), model),
     )
     problem.loss_and_gradient()
     M = empirical_fisher(problem, task, model, parts, options)(0.5)

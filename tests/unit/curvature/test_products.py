@@ -11,10 +11,10 @@ import torch
 from cases import CASES, Case, num_rows, rows
 from torch import Tensor, nn
 
-from hfdist.curvature.frozen import Frozen
+from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.microbatch import Microbatch, from_closure, from_task
-from hfdist.curvature.problem import Problem, Regularisation, Roles
-from hfdist.params import ParameterVector
+from hfdist.curvature.objective import Problem, Regularisation, Roles
+from hfdist.curvature.params import ParameterVector
 
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 L2 = 0.3
@@ -33,7 +33,7 @@ def problem_of(
         params=ParameterVector(trainable(model)),
         roles=Roles(gradient=role, curvature=role, loss=role),
         reduction="mean",
-        frozen=Frozen(torch.device("cpu"), model),
+        frozen=FixedRandomness(torch.device("cpu"), model),
         **settings,
     )
 

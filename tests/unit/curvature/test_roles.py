@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hfdist.curvature.microbatch import Microbatch, from_parts
-from hfdist.curvature.problem import Overrides, Problem, Regularisation, Roles
-from hfdist.params import ParameterVector
+from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
+from hfdist.curvature.params import ParameterVector
 
 
 @pytest.fixture

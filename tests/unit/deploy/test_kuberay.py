@@ -30,7 +30,7 @@ import pytest
 import yaml
 
 import hfdist
-from hfdist.config import load_config
+from hfdist.config.job import load_config
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = ROOT / "deploy" / "kuberay"

@@ -28,7 +28,7 @@ import time
 import torch
 from torch import nn
 from hfdist import Task
-from hfdist.data import ArrayData
+from hfdist.tasks.array_data import ArrayData
 
 class Slow(Task):
     def model(self):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import hfdist
-from hfdist.config import load_config
-from hfdist.data import BatchLoader, MicrobatchPlan
+from hfdist.config.job import load_config
+from hfdist.data.loader import BatchLoader
+from hfdist.data.plan import MicrobatchPlan
 from hfdist.errors import TaskError
 from hfdist.tasks.curves import draw_curves
 from hfdist.tasks.digits import DigitsAutoencoder

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from mlflow import MlflowClient
 
+from hfdist.config.tracking import TrackingConfig
 from hfdist.errors import UserError
 from hfdist.tracking import RunInfo, Status, make_tracker, sync
-from hfdist.tracking.config import TrackingConfig
 from hfdist.tracking.spool import Spool
 
 

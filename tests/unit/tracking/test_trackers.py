@@ -11,8 +11,8 @@ import torch
 from mlflow import MlflowClient
 from torch import nn
 
+from hfdist.config.tracking import TrackingConfig
 from hfdist.tracking import CompositeTracker, NullTracker, RunInfo, Status, Tracker, make_tracker
-from hfdist.tracking.config import TrackingConfig
 
 KINDS = ["null", "composite", "mlflow"]
 
@@ -101,7 +101,7 @@ def test_mlflow_is_loaded_by_the_first_run_only(tmp_path):
     code = (
         "import sys, pathlib\n"
         "from hfdist.tracking import make_tracker\n"
-        "from hfdist.tracking.config import TrackingConfig\n"
+        "from hfdist.config.tracking import TrackingConfig\n"
         "from hfdist.tracking.plots import draw_plots\n"
         "make_tracker(TrackingConfig(), pathlib.Path('.'))\n"
         "print([m for m in ('mlflow', 'matplotlib', 'psutil') if m in sys.modules])\n"

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
+from hfdist.config.tracking import TrackingConfig, store_uri
 from hfdist.errors import ConfigError
-from hfdist.tracking.config import TrackingConfig, store_uri
 from hfdist.tracking.ui import command, serve
 
 

@@ -1,0 +1,1 @@
+"""The job: YAML, overrides, validation, messages, redaction."""

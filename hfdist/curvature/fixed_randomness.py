@@ -1,0 +1,188 @@
+"""Hold everything still that a forward pass moves: random numbers, batch-norm statistics, kernels.
+
+A step compares losses and products at the same objective, so every evaluation of it must see the
+same dropout masks, and none may leave a trace in the model's buffers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from hfdist.curvature.linearize import Unsupported
+
+_Key = tuple[nn.Module, str]
+
+
+class FixedRandomness:
+    """Evaluations that leave no trace.
+
+    Args:
+        device: Where the model runs.
+        model: The model, if it is known; otherwise the modules that run are found while they run.
+
+    Buffers of modules in training mode (batch-norm statistics, counters) are put back after every
+    evaluation. What the recorded evaluations moved them to is averaged by weight and applied once,
+    by `moved_buffers` and `apply`.
+    """
+
+    def __init__(self, device: torch.device, model: nn.Module | None = None) -> None:
+        self._device = device
+        self._discover = model is None
+        self._start: dict[_Key, Tensor] = {}  # value at the step's start
+        self._sum: dict[_Key, Tensor] = {}  # weighted sum of the recorded values, float64
+        self._weight = 0.0
+        self._has_rnn = False
+        self._wrappers: dict[DistributedDataParallel, tuple[bool, bool]] = {}  # their own settings
+        if model is not None:
+            self._remember(model)
+
+    @contextmanager
+    def evaluation(self, seed: int) -> Iterator[None]:
+        """Run a forward pass inside; call `record` there to keep what it moves the buffers to.
+
+        Args:
+            seed: Seed of the random numbers drawn inside; the global generators are untouched.
+        """
+        with ExitStack() as stack:
+            on_gpu = self._device.type == "cuda"
+            stack.enter_context(torch.random.fork_rng([self._device] if on_gpu else []))
+            # Of this device alone: torch.manual_seed queues a call for every GPU that is not in use, with
+            # the stack of its caller.
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                index = self._device.index
+                gpu = torch.cuda.current_device() if index is None else index
+                torch.cuda.default_generators[gpu].manual_seed(seed)
+            if "torch._dynamo" in sys.modules:
+                # A compiled model has no second derivatives: everything sees it as it was written.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # Only this attention kernel has the second derivatives that products need, and losses
+            # must come from the same one.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self._discover:
+                hook = register_module_forward_pre_hook(lambda module, _: self._remember(module))
+                stack.callback(hook.remove)
+            for wrapper in self._wrappers:
+                self._silence(wrapper)
+            if on_gpu and self._has_rnn:
+                # cuDNN's recurrent kernels have no second derivatives.
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if torch.is_autocast_enabled("cpu") and self._has_rnn:
+                # oneDNN's recurrent kernels in bfloat16 exist on some processors only.
+                # (torch.backends.mkldnn.flags also sets TF32, and warns of it.)
+                stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+                torch._C._set_mkldnn_enabled(False)
+            try:
+                yield
+            finally:
+                self._restore()
+                for wrapper, settings in self._wrappers.items():
+                    wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = (
+                        settings
+                    )
+
+    def _remember(self, module: nn.Module) -> None:
+        if (module, "") in self._start:
+            return
+        for m in module.modules():
+            self._start[(m, "")] = torch.empty(0)  # marks the module as seen
+            self._has_rnn |= isinstance(m, nn.RNNBase)
+            if isinstance(m, DistributedDataParallel):
+                self._wrappers[m] = (m.require_backward_grad_sync, m.require_forward_param_sync)
+                self._silence(m)
+            if m.training:
+                for name, buffer in m._buffers.items():
+                    if buffer is not None:
+                        self._start.setdefault((m, name), buffer.detach().clone())
+
+    @staticmethod
+    def _silence(wrapper: DistributedDataParallel) -> None:
+        """Sums over ranks are ours: the wrapper would wait for a backward() that never comes, and send
+        buffers around in every trial evaluation."""
+        wrapper.require_backward_grad_sync = False
+        wrapper.require_forward_param_sync = False
+
+    def record(self, weight: float) -> None:
+        """Remember the buffers as they are now, with a weight (the pass's number of examples)."""
+        self._weight += weight
+        for module, name in self._moving():
+            value = module._buffers[name].detach().double() * weight  # type: ignore[union-attr]
+            key = (module, name)
+            self._sum[key] = self._sum[key] + value if key in self._sum else value
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for module, name in self._moving():
+            # .data: no event for autograd, which may have saved the buffer for a backward pass.
+            module._buffers[name].data.copy_(self._start[(module, name)])  # type: ignore[union-attr]
+
+    @contextmanager
+    def exchanged(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the modules seen so far have other tensors in the place of their parameters.
+
+        Raises:
+            Unsupported: There are parameters outside of modules, or modules for which it is not enough.
+        """
+        if self._has_rnn or self._moving():
+            raise Unsupported("recurrent layers, and buffers that move, need the model itself")
+        modules = [module for module, name in self._start if not name]
+        place = {id(t): k for k, t in enumerate(tensors)}
+        found = [
+            (module, name, place[id(t)])
+            for module in modules
+            for name, t in module._parameters.items()
+            if id(t) in place
+        ]
+        if {k for *_, k in found} != set(range(len(tensors))):
+            raise Unsupported("not every parameter belongs to a module")
+        try:
+            for module, name, k in found:
+                module._parameters[name] = others[k]  # type: ignore[assignment]
+            yield
+        finally:
+            for module, name, k in found:
+                module._parameters[name] = tensors[k]  # type: ignore[assignment]
+
+    def _moving(self) -> list[_Key]:
+        return [key for key in self._start if key[1]]
+
+    def moved_buffers(self) -> Tensor | None:
+        """[B + 1] float64: weighted sums of the recorded buffers, and the weight; None without any.
+
+        Summed over ranks, it is what `apply` takes: the running statistics of a step are the
+        example-weighted mean of what each microbatch would have made of them.
+        """
+        keys = self._moving()
+        if not keys:
+            return None
+        parts = [
+            self._sum[key].reshape(-1)
+            if key in self._sum
+            else torch.zeros_like(self._start[key], dtype=torch.float64).reshape(-1)
+            for key in keys
+        ]
+        weight = torch.tensor([self._weight], dtype=torch.float64, device=parts[0].device)
+        return torch.cat([*parts, weight])
+
+    @torch.no_grad()
+    def apply(self, moved: Tensor) -> None:
+        """Set the buffers to the mean that `moved` [B + 1] holds."""
+        values, weight = moved[:-1], moved[-1]
+        if not float(weight) > 0:
+            return
+        keys = self._moving()
+        pieces = (values / weight).split([self._start[key].numel() for key in keys])
+        for (module, name), piece in zip(keys, pieces):
+            buffer = module._buffers[name]
+            value = piece.view(buffer.shape)  # type: ignore[union-attr]
+            if not buffer.is_floating_point():  # type: ignore[union-attr]
+                value = value.round()  # a counter: the mean of equal integers
+            buffer.data.copy_(value)  # type: ignore[union-attr]

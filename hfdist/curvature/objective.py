@@ -1,0 +1,456 @@
+"""One step's objective on real data: sums over microbatches and ranks, divided by a global weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from hfdist.comm import Communicator, SerialCommunicator
+from hfdist.curvature.engines import ProductBuilder, ProductEngine
+from hfdist.curvature.fixed_randomness import FixedRandomness
+from hfdist.curvature.layout import Product, Replicated, Sharded
+from hfdist.curvature.linearize import Recorder
+from hfdist.curvature.microbatch import Evaluation, Microbatch
+from hfdist.curvature.params import ParameterVector
+from hfdist.errors import DataError
+from hfdist.optim.objective import Operator
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """This rank's microbatches by what they are used for [2, sec. 12]. The same list object in two
+    roles means the same examples, whose forward pass is then shared."""
+
+    gradient: Sequence[Microbatch]
+    curvature: Sequence[Microbatch]
+    loss: Sequence[Microbatch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """Parts of the objective that the caller computes."""
+
+    gradient: Tensor | None = None
+    """Gradient [P] in place of the derivative of the loss."""
+    product: Operator | None = None
+    """Undamped curvature product in place of autograd's, of whole vectors [P]."""
+    preconditioner: Callable[[float], Operator | None] | None = None
+    """damping -> product with an approximate inverse, of this rank's parts."""
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """What was done, in microbatch passes on this rank."""
+
+    forward_with_graph: int = 0
+    forward: int = 0
+    products: int = 0
+
+
+@dataclass(kw_only=True)
+class Regularisation:
+    """L2 term and damping metric; scalars, or diagonals [P] where parameter groups differ."""
+
+    weight_decay: float | Tensor = 0.0
+    damping_scale: Tensor | None = None
+
+    def part(self, part_of: Callable[[Tensor], Tensor]) -> Regularisation:
+        """The same for this rank's parts of vectors."""
+
+        def of(value: T) -> T:
+            return part_of(value) if isinstance(value, Tensor) else value  # type: ignore[return-value]
+
+        return Regularisation(
+            weight_decay=of(self.weight_decay), damping_scale=of(self.damping_scale)
+        )
+
+    def __bool__(self) -> bool:
+        """Whether there is an L2 term."""
+        return isinstance(self.weight_decay, Tensor) or self.weight_decay != 0.0
+
+    def loss(self, theta: Tensor) -> float:
+        """sum_i weight_decay_i theta_i^2 / 2."""
+        if isinstance(self.weight_decay, Tensor):
+            return 0.5 * float(torch.dot(self.weight_decay * theta, theta).double())
+        if self.weight_decay == 0.0:
+            return 0.0
+        return 0.5 * self.weight_decay * float(torch.dot(theta, theta).double())
+
+    def shift(self, damping: float) -> float | Tensor:
+        """weight_decay + damping * damping_scale: what both add to the diagonal of the curvature."""
+        scale = 1.0 if self.damping_scale is None else self.damping_scale
+        return self.weight_decay + damping * scale
+
+
+@dataclass(kw_only=True)
+class Problem:
+    """The `hfdist.optim.objective.Problem` of a model on batches.
+
+    Values: with reduction "mean", (sum over all ranks and microbatches of the losses) / (sum of the
+    weights), exact for uneven shards; with "sum", that times the weight of the gradient role, so that
+    roles of different size see the same objective; with "plain_sum", the sum alone.
+
+    Raises (from its methods):
+        DataError: The weights of a role add up to nothing.
+    """
+
+    params: ParameterVector
+    roles: Roles
+    comm: Communicator = field(default_factory=SerialCommunicator)
+    curvature_opt: Literal["ggn", "hessian"] = "ggn"
+    reduction: Literal["mean", "sum", "plain_sum"] = "mean"
+    regularisation: Regularisation = field(default_factory=Regularisation)
+    overrides: Overrides = field(default_factory=Overrides)
+    frozen: FixedRandomness | None = None
+    layout: Replicated | Sharded | None = None
+    """How solver vectors lie over ranks; None: whole on each."""
+    engine: ProductEngine = field(default_factory=ProductEngine)
+    """How products are computed; shared by the steps of a run."""
+    autocast: torch.dtype | None = None
+    """Forward passes of products run under `torch.autocast` to this dtype."""
+    abandon: Callable[[], bool] | None = None
+    """Whether this rank asks to abandon the step; summed over ranks with every product."""
+
+    def __post_init__(self) -> None:
+        self.work = _Work()
+        self._layout = self.layout or Replicated(self.params, self.comm)
+        self._part_of_decay = self.regularisation.part(self._layout.part)
+        self.signal: Tensor | None = None
+        self._fixed = self.frozen or FixedRandomness(self.params.device)
+        self._trial: Tensor | None = None
+        self._reference_weight: float | None = None
+        self._gradient_loss: float | None = None
+        self._start_loss: float | None = None
+        self._products: list[Product] | None = None
+        self._product_weight = 0.0
+        self._product_buffer: Tensor | None = (
+            None  # [P + 1]: where products are computed; the signal
+        )
+
+    @property
+    def gradient_scale(self) -> float:
+        """Factor on sums over the gradient role's examples, once `loss_and_gradient` was called."""
+        if self._reference_weight is None:
+            raise RuntimeError("the weight of the gradient role is not known yet")
+        return self._scale(self._reference_weight)
+
+    def sum_to_part(self, local: Tensor) -> Tensor:
+        """This rank's part of the sum over ranks of vectors [P]."""
+        return self._layout.sum_to_part(local)
+
+    def evaluation(self, microbatch: Microbatch) -> AbstractContextManager[None]:
+        """A forward pass of the microbatch inside sees the step's random numbers, and leaves no trace."""
+        return self._fixed.evaluation(microbatch.seed)
+
+    # -- gradient --------------------------------------------------------------------------------
+
+    def loss_and_gradient(self) -> tuple[float, Tensor]:
+        """Loss and gradient [P]; one forward pass a microbatch, shared with the curvature's where the
+        examples are the same."""
+        own_gradient = self.overrides.gradient
+        share = (
+            self.overrides.product is None
+            and self.autocast is None
+            and self.roles.curvature is self.roles.gradient
+        )
+        g = self.params.zeros()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.params.device)  # loss, weight
+        builder = self._builder(self.roles.gradient, record=True) if share else None
+        for microbatch in self.roles.gradient:
+            gradient: Sequence[Tensor | None] = []
+            if builder is not None:
+                evaluation, gradient = builder.add(microbatch)
+            elif own_gradient is None:
+                evaluation = self._evaluate(microbatch, graph=True, record=True)
+                gradient = grad(evaluation.loss_sum, self.params.tensors, allow_unused=True)
+            else:
+                evaluation = self._evaluate(microbatch, graph=False, record=True)
+            if own_gradient is None:
+                self.params.add(g, gradient)
+            sums += _as_sums(evaluation, sums)
+        self.comm.all_reduce(sums)
+        loss_sum, weight = sums.tolist()
+        _check_weight(weight, "gradient")
+        self._reference_weight = weight
+        scale = self._scale(weight)
+        if own_gradient is None:
+            g = self._layout.sum_to_part(g).mul_(scale)
+            if self.regularisation:
+                theta = self._layout.part(self.params.read())
+                _add_scaled(g, self._part_of_decay.weight_decay, theta)
+        else:
+            g = self._layout.part(own_gradient.detach().to(self.params.dtype)).clone()
+        if builder is not None:
+            self._products, self._product_weight = builder.products, weight
+        self._gradient_loss = loss_sum * scale + self._start_penalty()
+        if self.roles.loss is self.roles.gradient:
+            self._start_loss = self._gradient_loss
+        return self._gradient_loss, g
+
+    def _builder(self, role: Sequence[Microbatch], record: bool) -> ProductBuilder:
+        recorded: set[int] = set() if record else {id(m) for m in role}
+
+        def evaluate(microbatch: Microbatch, recorder: Recorder | None) -> Evaluation:
+            # What a pass moves the buffers to counts once, however often it is repeated.
+            first = id(microbatch) not in recorded
+            recorded.add(id(microbatch))
+            return self._evaluate(
+                microbatch,
+                graph=True,
+                split=True,
+                record=first,
+                recorder=recorder,
+                autocast=self.autocast,
+            )
+
+        def outputs_at(microbatch: Microbatch, theta: Sequence[Tensor]) -> list[Tensor]:
+            with self._fixed.exchanged(self.params.tensors, theta):
+                return self._evaluate(
+                    microbatch, graph=True, split=True, autocast=self.autocast
+                ).outputs
+
+        return ProductBuilder(
+            self.engine, self.params, self.comm, self.curvature_opt, evaluate, outputs_at, len(role)
+        )
+
+    # -- curvature -------------------------------------------------------------------------------
+
+    def curvature(self, damping: float = 0.0, exact: bool = False) -> Operator:
+        """v [n] -> (B + damping * D) v [n]: one vector reduction a product, in full precision if `exact`;
+        D is the damping metric."""
+        if self.overrides.product is not None:
+            return self._own_product(self.overrides.product, damping)
+        if self._products is None:
+            self._build_products()
+        layout = self._layout
+        # L2 and damping add the same kind of term: one diagonal, one pass over the vectors.
+        shift = self._part_of_decay.shift(damping)
+        if isinstance(layout, Sharded):
+            return self._sharded_product(layout, shift, exact)
+        return self._replicated_product(layout, shift, exact)
+
+    def _replicated_product(
+        self, layout: Replicated, shift: float | Tensor, exact: bool
+    ) -> Operator:
+        products, factor = self._products or [], self._scale(self._product_weight)
+        # The last one's results are reduced while it goes on, if they can be told from others.
+        overlaps = bool(products) and getattr(products[-1], "overlaps", True)
+        first, last = (products[:-1], products[-1]) if overlaps else (products, None)
+        if self._product_buffer is None:
+            self._product_buffer = torch.zeros(
+                self.params.numel + 1, dtype=self.params.dtype, device=self.params.device
+            )
+        buffer = self._product_buffer
+        out, self.signal = buffer[:-1], buffer[-1]
+
+        def alone(v: Tensor) -> Tensor:
+            # One product on one rank: a single pass puts it into place, shifted.
+            results = products[0](self.params.views(v), factor)
+            self._write_abort_flag()
+            self.work.products += 1
+            return self.params.flatten_shifted(results, v, shift, out)
+
+        if len(products) == 1 and self.comm.world_size == 1:
+            return alone
+
+        def B(v: Tensor) -> Tensor:
+            views = self.params.views(v)
+            buffer.zero_()
+            for product in first:
+                self.params.add(out, product(views, factor))
+            self._write_abort_flag()
+            layout.add_and_sum(last, views, factor, buffer, exact)
+            self.work.products += len(products)
+            return _add_scaled(out, shift, v)
+
+        return B
+
+    def _sharded_product(self, layout: Sharded, shift: float | Tensor, exact: bool) -> Operator:
+        products, factor = self._products or [], self._scale(self._product_weight)
+        local = self.params.zeros()
+        self.signal = torch.zeros((), dtype=torch.float64, device=self.params.device)
+
+        def B(v: Tensor) -> Tensor:
+            views = self.params.views(layout.whole(v))
+            local.zero_()
+            for product in products:
+                self.params.add(local, product(views, factor))
+            self.work.products += len(products)
+            self._write_abort_flag()  # summed with the solver's scalars
+            return _add_scaled(layout.sum_product_to_part(local, exact), shift, v)
+
+        return B
+
+    def _write_abort_flag(self) -> None:
+        if self.signal is not None:
+            self.signal.fill_(float(self.abandon is not None and self.abandon()))
+
+    @property
+    def numel(self) -> int:
+        return self.params.numel
+
+    @property
+    def product_engine(self) -> str:
+        if self.overrides.product is not None:
+            return "own"
+        if self.curvature_opt == "hessian" and self.engine.name != "recompute":
+            return "double_backward"
+        return self.engine.reported
+
+    @property
+    def is_sharded(self) -> bool:
+        return isinstance(self._layout, Sharded)
+
+    def total(self, scalars: Tensor) -> Tensor:
+        return self._layout.total(scalars)
+
+    def _own_product(self, product: Operator, damping: float) -> Operator:
+        out = torch.zeros_like(self._layout.part(self.params.zeros()))
+        shift = Regularisation(damping_scale=self.damping_scale).shift(damping)
+
+        def B(v: Tensor) -> Tensor:
+            out.copy_(self._layout.part(product(self._layout.whole(v))))
+            return _add_scaled(out, shift, v)
+
+        return B
+
+    def _build_products(self) -> None:
+        weight = torch.zeros(1, dtype=torch.float64, device=self.params.device)
+        builder = self._builder(self.roles.curvature, record=False)
+        for microbatch in self.roles.curvature:
+            weight += builder.add(microbatch)[0].weight
+        self.comm.all_reduce(weight)
+        self._products, self._product_weight = builder.products, float(weight)
+        _check_weight(self._product_weight, "curvature")
+
+    def release(self) -> None:
+        self._products = self._product_buffer = self.signal = None
+
+    def preconditioner(self, damping: float) -> Operator | None:
+        make = self.overrides.preconditioner
+        return None if make is None else make(damping)
+
+    @property
+    def damping_scale(self) -> Tensor | None:
+        return self._part_of_decay.damping_scale
+
+    # -- losses ----------------------------------------------------------------------------------
+
+    def start_loss(self) -> float:
+        if self._start_loss is None:
+            self._start_loss = self._values([self._loss_sums()], [self._start_penalty()])[0]
+        return self._start_loss
+
+    def losses(self, steps: Iterable[tuple[float, Tensor]]) -> list[float]:
+        """All candidates of one call share one scalar reduction."""
+        if self._trial is None:  # not before CG's vectors are gone
+            self._trial = self.params.zeros()
+        sums: list[Tensor] = []
+        penalties: list[float] = []
+        last: tuple[Tensor, Tensor] | None = None
+        for alpha, delta in steps:
+            if last is None or last[0] is not delta:
+                last = delta, self._layout.whole(delta)
+            theta = self.params.moved(alpha, last[1], self._trial)
+            penalties.append(self.regularisation.loss(theta))
+            with self.params.at(theta):
+                sums.append(self._loss_sums())
+        return self._values(sums, penalties)
+
+    def _loss_sums(self) -> Tensor:
+        """[2] float64: this rank's sum of losses and weights, where the parameters are now."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.params.device)
+        for microbatch in self.roles.loss:
+            sums += _as_sums(self._evaluate(microbatch, graph=False), sums)
+        return sums
+
+    def _values(self, sums: Sequence[Tensor], penalties: Sequence[float]) -> list[float]:
+        rows = self.comm.all_reduce(torch.stack(list(sums))).tolist()
+        for _, weight in rows:
+            _check_weight(weight, "line_search")
+        return [
+            loss_sum * self._scale(weight) + penalty
+            for (loss_sum, weight), penalty in zip(rows, penalties)
+        ]
+
+    def _start_penalty(self) -> float:
+        return self.regularisation.loss(self.params.read()) if self.regularisation else 0.0
+
+    # -- the rest --------------------------------------------------------------------------------
+
+    def move(self, alpha: float, delta: Tensor) -> None:
+        """Move the parameters, and the batch-norm statistics to where this step's gradient saw them."""
+        if self._trial is None:
+            self._trial = self.params.zeros()
+        theta = self.params.moved(alpha, self._layout.whole(delta), self._trial)
+        self.params.write(theta)
+        moved = self._fixed.moved_buffers()
+        if moved is not None:
+            self._fixed.apply(self.comm.all_reduce(moved))
+
+    def agree(self, decision: T) -> T:
+        return self.comm.broadcast_object(decision)
+
+    def _scale(self, weight: float) -> float:
+        """Factor on a sum of losses (or of their derivatives) over examples of the given weight."""
+        if self.reduction == "plain_sum":
+            return 1.0
+        if self.reduction == "sum":
+            reference = weight if self._reference_weight is None else self._reference_weight
+            return reference / weight
+        return 1.0 / weight
+
+    def _evaluate(
+        self,
+        microbatch: Microbatch,
+        *,
+        graph: bool,
+        split: bool = False,
+        record: bool = False,
+        recorder: Recorder | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> Evaluation:
+        # Only the Gauss-Newton product looks at loss and outputs apart.
+        split = split and self.curvature_opt == "ggn"
+        self.work.forward_with_graph += graph
+        self.work.forward += not graph
+        with (
+            torch.set_grad_enabled(graph),
+            nullcontext()
+            if autocast is None
+            else torch.autocast(self.params.device.type, dtype=autocast),
+            self._fixed.evaluation(microbatch.seed),
+        ):
+            evaluation = microbatch.evaluate(split, recorder)
+            if record:
+                self._fixed.record(float(evaluation.weight))
+            return evaluation
+
+
+def _add_scaled(out: Tensor, factor: float | Tensor, v: Tensor) -> Tensor:
+    """out += factor * v; factor is a scalar or a diagonal."""
+    if isinstance(factor, Tensor):
+        return out.addcmul_(factor, v)
+    return out if factor == 0.0 else out.add_(v, alpha=factor)
+
+
+def _as_sums(e: Evaluation, like: Tensor) -> Tensor:
+    """[2] float64: sum of the losses, weight."""
+    weight = e.weight if isinstance(e.weight, Tensor) else torch.tensor(e.weight)
+    return torch.stack((e.loss_sum.detach().to(like), weight.reshape(()).to(like)))
+
+
+def _check_weight(weight: float, role: str) -> None:
+    if weight == 0:
+        raise DataError(
+            f"the weights of the {role} batch add up to 0 (all targets masked?): "
+            f"make batches.{role} larger, or mask fewer targets"
+        )

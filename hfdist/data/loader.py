@@ -1,0 +1,105 @@
+"""Batches on the device; the next step's in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset
+
+from hfdist.data.plan import MicrobatchPlan
+from hfdist.errors import DataError, UserError
+from hfdist.tasks.task import Batch, Task
+
+
+class BatchLoader:
+    """Makes batches on the device; the next step's in the background.
+
+    Args:
+        task: Its `collate` makes batches of examples.
+        dataset: Map-style; None for a deterministic function, whose batches are None.
+        device: Where batches go; from pinned memory and without waiting, where it is a GPU.
+        dtype: Type of floating-point leaves.
+    """
+
+    def __init__(
+        self, task: Task, dataset: Dataset | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._task, self._dataset, self._device, self._dtype = task, dataset, device, dtype
+        self._pool: ThreadPoolExecutor | None = None
+        self._coming: dict[tuple[int, bytes], Future[Batch]] = {}
+        whole = type(task).collate is Task.collate and hasattr(dataset, "batch")
+        self._whole_batches = whole
+
+    def load(self, plan: MicrobatchPlan) -> Batch:
+        """The batch of a plan.
+
+        Raises:
+            DataError: The data set fails on an example, or the task cannot make a batch.
+        """
+        coming = self._coming.pop(_key(plan), None)
+        return self._make(plan) if coming is None else coming.result()
+
+    def prefetch(self, plans: Sequence[MicrobatchPlan]) -> None:
+        """Begin to make these batches; what is not loaded until the next call is dropped."""
+        if self._dataset is None:
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="hfdist-data")
+        for future in self._coming.values():
+            future.cancel()
+        self._coming = {_key(plan): self._pool.submit(self._make, plan) for plan in plans}
+
+    def close(self) -> None:
+        """End the background thread."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+        self._coming = {}
+
+    def _make(self, plan: MicrobatchPlan) -> Batch:
+        if self._dataset is None:
+            return None
+        on_gpu = self._device.type == "cuda"
+
+        def to_device(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            dtype = self._dtype if leaf.is_floating_point() else leaf.dtype
+            if on_gpu and leaf.device.type == "cpu":
+                return leaf.to(dtype).pin_memory().to(self._device, non_blocking=True)
+            return leaf.to(self._device, dtype)
+
+        return tree_map(to_device, self._on_host(plan.indices))
+
+    def _on_host(self, indices: Tensor) -> Batch:
+        data: Any = self._dataset
+        if self._whole_batches:
+            return data.batch(indices)
+        examples = []
+        for index in indices.tolist():
+            try:
+                examples.append(data[index])
+            except UserError:
+                raise
+            except Exception as error:
+                raise DataError(
+                    f"{type(data).__name__}[{index}] fails: {type(error).__name__}: {error}"
+                ) from error
+        try:
+            return self._task.collate(examples)
+        except UserError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{type(self._task).__name__}.collate cannot make a batch of {len(examples)} examples: "
+                f"{type(error).__name__}: {error}. Override collate() to pad or to stack them"
+            ) from error
+
+
+def _key(plan: MicrobatchPlan) -> tuple[int, bytes]:
+    return plan.number, plan.indices.numpy().tobytes()

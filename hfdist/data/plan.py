@@ -1,0 +1,223 @@
+"""Which examples a step sees, and who evaluates them: a pure function of (seed, step, rank, world size).
+
+The examples of a step and their cut into microbatches are global; ranks take whole microbatches. So a
+resumed run sees what the undisturbed one sees, and the number of ranks may change in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from hfdist.data.config import BatchesConfig
+from hfdist.errors import DataError
+from hfdist.seeds import mixed
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MicrobatchPlan:
+    """Examples of one forward pass."""
+
+    number: int
+    """Place on the step's grid; seeds its random numbers."""
+    indices: Tensor
+    """Places in the data set, int64 [n]."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RolePlan:
+    """This rank's part of a role."""
+
+    microbatches: tuple[MicrobatchPlan, ...]
+    num_examples: int
+    """Over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepPlan:
+    """This rank's work of a step; the same object in two roles means the same examples."""
+
+    gradient: RolePlan
+    curvature: RolePlan
+    line_search: RolePlan
+
+
+Costs = Sequence[float] | Tensor | None
+
+
+def plan_step(
+    config: BatchesConfig,
+    *,
+    num_examples: int | None,
+    seed: int,
+    step: int,
+    rank: int,
+    world_size: int,
+    costs: Costs = None,
+) -> StepPlan:
+    """Draw a step's examples and take this rank's share.
+
+    Every pass over the data has an order of its own; a step takes the next examples of it, and a pass
+    that is too short for the step is left for the next one.
+
+    Args:
+        config: Sizes of the roles.
+        num_examples: Length of the data; None for a deterministic function, which rank 0 evaluates.
+        seed, step, rank, world_size: What the plan is a function of.
+        costs: Relative work of every example; ranks are then balanced by work instead of number.
+
+    Raises:
+        DataError: A role is larger than the data.
+    """
+    if num_examples is None:
+        nothing = MicrobatchPlan(number=0, indices=torch.empty(0, dtype=torch.int64))
+        role = RolePlan(microbatches=(nothing,) if rank == 0 else (), num_examples=1)
+        return StepPlan(gradient=role, curvature=role, line_search=role)
+    sizes = _Sizes.of(config, num_examples, step)
+    taken, start = _place(config, num_examples, step)
+    order = _order(num_examples, seed, taken)
+    examples = order[start : start + sizes.drawn]
+
+    def share(indices: Tensor) -> RolePlan:
+        return _share(indices, config.microbatch, rank, world_size, costs)
+
+    gradient = share(examples[: sizes.gradient])
+    curvature = gradient
+    if sizes.curvature != sizes.gradient:
+        curvature = share(examples[: sizes.curvature])
+    line_search = gradient
+    if sizes.line_search is not None:
+        line_search = share(examples[len(examples) - sizes.line_search :])
+    return StepPlan(gradient=gradient, curvature=curvature, line_search=line_search)
+
+
+def data_passes(config: BatchesConfig, num_examples: int | None, step: int) -> float:
+    """Gradient examples of the steps before `step`, in passes over the data; steps for a function."""
+    if num_examples is None:
+        return float(step)
+    if config.growth == 1.0:
+        return step * _Sizes.of(config, num_examples, 0).gradient / num_examples
+    return sum(_Sizes.of(config, num_examples, s).gradient for s in range(step)) / num_examples
+
+
+# -- which examples ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    gradient: int
+    curvature: int
+    line_search: int | None  # None: the gradient's examples
+    drawn: int
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def of(config: BatchesConfig, num_examples: int, step: int) -> _Sizes:
+        def size(key: str, value: int | None) -> int:
+            if value is None:
+                return num_examples
+            if value > num_examples:
+                raise DataError(
+                    f"batches.{key} is {value} but the training data has {num_examples} examples: "
+                    f"lower it, or set it to null"
+                )
+            # A power too large for a float is more than all data, too.
+            factor = math.inf if step * math.log(config.growth) > 700 else config.growth**step
+            return min(
+                num_examples, math.ceil(value * factor) if factor < math.inf else num_examples
+            )
+
+        gradient = size("gradient", config.gradient)
+        if config.curvature is None:
+            curvature = gradient
+        elif isinstance(config.curvature, float):
+            curvature = max(1, round(config.curvature * gradient))
+        else:
+            curvature = size("curvature", config.curvature)
+        line_search = None
+        drawn = max(gradient, curvature)
+        if config.line_search is not None:
+            line_search = size("line_search", config.line_search)
+            drawn = min(num_examples, drawn + line_search)
+        return _Sizes(gradient, curvature, line_search, drawn)
+
+
+def _place(config: BatchesConfig, num_examples: int, step: int) -> tuple[int, int]:
+    """(pass over the data, place in it) of a step's first example."""
+    if config.growth == 1.0:
+        drawn = _Sizes.of(config, num_examples, 0).drawn
+        per_pass = num_examples // drawn
+        return step // per_pass, step % per_pass * drawn
+    return _growing_place(config, num_examples, step)
+
+
+@cache
+def _growing_place(config: BatchesConfig, num_examples: int, step: int) -> tuple[int, int]:
+    done, start = 0, 0
+    for s in range(step + 1):
+        drawn = _Sizes.of(config, num_examples, s).drawn
+        if start + drawn > num_examples:
+            done, start = done + 1, 0
+        if s < step:
+            start += drawn
+    return done, start
+
+
+@lru_cache(maxsize=4)
+def _order(num_examples: int, seed: int, taken: int) -> Tensor:
+    """Order of the examples in a pass over the data, int64 [N]."""
+    generator = torch.Generator().manual_seed(mixed(seed, "order", taken))
+    return torch.randperm(num_examples, generator=generator)
+
+
+# -- who evaluates them ------------------------------------------------------------------------------
+
+
+def _share(
+    indices: Tensor, microbatch: int | None, rank: int, world_size: int, costs: Costs
+) -> RolePlan:
+    n = len(indices)
+    work = None if costs is None else torch.as_tensor(costs, dtype=torch.float64)[indices]
+    if microbatch is None:
+        if work is None:
+            pieces = list(torch.tensor_split(indices, world_size))
+        else:
+            pieces = [indices[places] for places in _balanced(work, world_size)]
+        mine = [(rank, pieces[rank])]
+    else:
+        if work is not None:  # examples of like cost together: less padding, evener microbatches
+            by_cost = torch.argsort(work, descending=True, stable=True)
+            indices, work = indices[by_cost], work[by_cost]
+        pieces = list(indices.split(microbatch))
+        if work is None:
+            numbers = list(range(rank, len(pieces), world_size))
+        else:
+            totals = torch.stack([piece.sum() for piece in work.split(microbatch)])
+            numbers = _balanced(totals, world_size)[rank].tolist()
+        mine = [(number, pieces[number]) for number in numbers]
+    return RolePlan(
+        microbatches=tuple(
+            MicrobatchPlan(number=number, indices=piece) for number, piece in mine if len(piece)
+        ),
+        num_examples=n,
+    )
+
+
+def _balanced(work: Tensor, world_size: int) -> list[Tensor]:
+    """Places for each rank, of nearly equal work: the longest first, to the least loaded rank
+    (Graham 1969); places are ascending."""
+    import heapq
+
+    heap = [(0.0, rank) for rank in range(world_size)]
+    places: list[list[int]] = [[] for _ in range(world_size)]
+    values = work.tolist()
+    for place in torch.argsort(work, descending=True, stable=True).tolist():
+        load, rank = heapq.heappop(heap)
+        places[rank].append(place)
+        heapq.heappush(heap, (load + values[place], rank))
+    return [torch.tensor(sorted(p), dtype=torch.int64) for p in places]

@@ -1,0 +1,1 @@
+"""Ray: clusters, jobs, workers, Tune. The only home of `ray`."""

@@ -1,0 +1,168 @@
+"""A connection to a Ray cluster: the job's, or a private one of this machine that ends with the run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from hfdist.errors import ConfigError, first_line
+from hfdist.launch.ray.nodes import head_here
+from hfdist.launch.ray.placement import Demand
+from hfdist.launch.ray.token import private_token, read_authentication_again, use_token
+
+_OBJECT_STORE = 128 * 1024 * 1024  # bytes; nothing but the job and its events passes through it
+
+QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Be connected to Ray inside the block; a connection that the program had before stays as it is.
+
+    Args:
+        address: HOST:PORT or ray://HOST:PORT; "auto": RAY_ADDRESS, a cluster that `hfdist cluster` has
+            started here, or Ray's latest; by default RAY_ADDRESS, else a private cluster.
+
+    Raises:
+        ConfigError: There is no cluster at the address, or it does not accept this user's token.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray.is_initialized():
+        yield
+        return
+    if address in (None, "auto"):  # in a job it names the job's own cluster, of all on the machine
+        address = os.environ.get("RAY_ADDRESS") or address
+    if address == "auto":
+        address = head_here() or address
+    with contextlib.ExitStack() as stack:
+        if address:
+            _attach(address)
+            stack.callback(ray.shutdown)
+        else:
+            stack.enter_context(_private())
+        yield
+
+
+def _attach(address: str) -> None:
+    import ray
+
+    use_token()
+
+    try:
+        _knock(address)
+        ray.init(address, **QUIET)
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        reason = first_line(error)
+        if "uthentication" in str(error) or "nauthenticated" in str(error):
+            raise ConfigError(
+                f"the Ray cluster at {address} does not accept this user: put its token into a file of "
+                "mode 0600, name it in RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token"
+            ) from error
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: start one with `hfdist cluster start-head`, or leave "
+            f"launch.address and RAY_ADDRESS out for one of this machine's own ({reason})"
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """See whether anything listens there: Ray itself asks for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+
+
+@contextmanager
+def _private() -> Iterator[None]:
+    """A cluster of this machine's own: no dashboard, and nobody else has its token."""
+    import ray
+
+    # Ray's ports listen on all interfaces: the token keeps others out.
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(private_token())}
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        # gloo takes the address of the host's name, which need not lead back here.
+        environment["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    folder = tempfile.mkdtemp(prefix="hfdist-ray-")  # short: sockets have short names
+    try:
+        with _environment(environment):
+            read_authentication_again()
+            ray.init(
+                "local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                _temp_dir=folder,
+                **QUIET,
+            )
+            try:
+                yield
+            finally:
+                ray.shutdown()
+        read_authentication_again()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each node that is alive has in all."""
+    import ray
+
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def scales_itself() -> bool:
+    """Whether an autoscaler may add nodes."""
+    try:
+        from ray._private.state import state
+
+        return bool(state.get_max_resources_from_cluster_config())
+    except Exception:  # private to Ray: an answer of "no" costs only patience
+        return False
+
+
+@contextmanager
+def room_asked_for(demand: Demand) -> Iterator[None]:
+    """Let workers wait for their room inside the block: what waits makes an autoscaler add nodes."""
+    import ray
+
+    bundle = {name: amount for name, amount in demand.per_worker.items() if amount > 0}
+    if not bundle:
+        yield
+        return
+    group = ray.util.placement_group([bundle] * demand.num_workers, strategy=demand.placement)
+    try:
+        yield
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def resources_in_use(names: Iterable[str]) -> str | None:
+    """What is left of resources while workers wait for them: "1 of 8 GPU free"; None if none wait."""
+    import ray
+
+    groups = ray.util.placement_group_table().values()
+    if not any(group["state"] == "PENDING" for group in groups):
+        return None
+    free, there = ray.available_resources(), ray.cluster_resources()
+    return ", ".join(f"{free.get(n, 0.0):g} of {there.get(n, 0.0):g} {n} free" for n in names)

@@ -1,0 +1,344 @@
+"""Runs as jobs of a Ray cluster: submitted from anywhere, watched, stopped, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfdist.errors import ConfigError
+from hfdist.launch.ray.package import copy_files, files_of
+from hfdist.launch.ray.token import use_token
+from hfdist.rundir.locations import folder_of_runs, is_address
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+    from hfdist.config.job import RunConfig
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+FOLDER = ".hfdist"
+"""Folder of the package that holds what hfdist itself needs."""
+MAX_SIZE = 100_000_000
+"""Bytes that a job may carry, unless told otherwise."""
+# A stop lets the step in progress end and a checkpoint be written.
+_STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+"""Loggers that report every upload."""
+_AGENT_WAIT = 120.0  # seconds that a new head's agent may take to come up
+_CREDENTIALS = ("MLFLOW_TRACKING_", "AWS_", "MLFLOW_S3_")
+_DESCRIBED = ("task", "steps", "experiment")
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What the job's driver finds in its package. A file, because command lines, variables and metadata
+    of a job are shown to everybody who may look at the cluster."""
+
+    run_id: str
+    run_dir: str
+    job: str | None = None
+    """The job file in the package; None to go on with the run."""
+    overrides: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """Where a submitted run can be looked at."""
+
+    job_id: str
+    run_id: str
+    run_dir: str
+    dashboard: str
+    mlflow: str | None
+    bytes: int
+
+
+def dashboard_address(address: str | None) -> str:
+    """The address of a cluster's dashboard: given, Ray's own variable, or this machine's."""
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    return address if "://" in address else f"http://{address}"
+
+
+@contextmanager
+def jobs_of(address: str) -> Iterator[JobSubmissionClient]:
+    """A client of the cluster's jobs; its errors are told as the user's mistakes.
+
+    Raises:
+        ConfigError: The cluster does not answer, does not accept the user, or does not know the job.
+    """
+    use_token()
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield JobSubmissionClient(address)
+    except (RuntimeError, ConnectionError, ValueError, AuthenticationError) as error:
+        text = str(error)
+        if found := re.search(r"Job (\S+) does not exist", text):
+            raise ConfigError(
+                f"the cluster at {address} has no job {found[1]}: see `hfdist jobs list`"
+            ) from error
+        reason = (text.strip().splitlines() or [type(error).__name__])[-1]
+        if isinstance(error, AuthenticationError) or re.search(r"uthenticat|code 40[13]", text):
+            raise ConfigError(
+                f"the cluster at {address} does not accept this user: put its token into "
+                "~/.ray/auth_token with mode 0600, or name its file in RAY_AUTH_TOKEN_PATH"
+            ) from error
+        if isinstance(error, ConnectionError) or "Failed to connect" in text:
+            raise ConfigError(
+                f"no Ray dashboard answers at {address}: name the head's with --address "
+                "http://HEAD:8265, or start one with `hfdist cluster start-head`"
+            ) from error
+        raise ConfigError(f"the cluster at {address} says: {reason}") from error
+
+
+def submit(
+    job: Path,
+    overrides: Sequence[str],
+    *,
+    address: str,
+    run_id: str,
+    config: RunConfig,
+    folder: Path,
+    max_size: int = MAX_SIZE,
+) -> Submitted:
+    """Submit a run.
+
+    Args:
+        job: The job file, in `folder`.
+        overrides: Changes of it.
+        address: The cluster's dashboard.
+        run_id: Name of the run, and of the job.
+        config: The job as it resolves here.
+        folder: The user's folder: what .gitignore does not ignore travels with the job.
+        max_size: Bytes that may.
+
+    Raises:
+        ConfigError: The folder is too large, or the cluster refuses.
+    """
+    runs = folder_of_runs(config.output)
+    output = config.output.rstrip("/") if is_address(config.output) else str(runs)
+    submission = Submission(
+        run_id=run_id,
+        run_dir=f"{output}/{run_id}",
+        job=str(job.resolve().relative_to(folder.resolve())),
+        overrides=[*overrides, f"output={output}"],
+        environment=_credentials(),
+    )
+    metadata = {
+        "task": config.task.rpartition("/")[2],
+        "steps": str(config.steps),
+        "experiment": config.tracking.experiment,
+    }
+    with tempfile.TemporaryDirectory(prefix="hfdist-job-") as package:
+        size = copy_files(folder, files_of(folder, [runs]), Path(package), max_size)
+        return _send(
+            submission,
+            run_id,
+            Path(package),
+            address,
+            metadata,
+            _link(config, runs, run_id),
+            size,
+        )
+
+
+def resume(
+    run_id: str, overrides: Sequence[str] = (), *, address: str, run_dir: str | None = None
+) -> Submitted:
+    """Submit the continuation of a run that has stopped or failed, as ID-2, ID-3, ...
+
+    Args:
+        run_id: The run, or any of its jobs.
+        overrides: Changes, such as more `steps`.
+        address: The cluster's dashboard.
+        run_dir: The run's folder, if the cluster does not know the run (it is a new one).
+
+    Raises:
+        ConfigError: The cluster does not know the run, or it is still going on.
+    """
+    with jobs_of(address) as client:
+        known = [details for details in client.list_jobs() if _is_of(details, run_id)]
+    active = [details for details in known if details.status not in _ENDED]
+    if active:
+        raise ConfigError(
+            f"run {run_id} goes on as job {active[0].submission_id}: `hfdist jobs stop "
+            f"{active[0].submission_id}` stops it"
+        )
+    metadata: dict[str, str] = {}
+    for details in known:
+        metadata |= details.metadata or {}
+    run_id = metadata.pop("run_id", run_id)
+    run_dir = run_dir or metadata.get("run_dir")
+    if run_dir is None:
+        raise ConfigError(f"the cluster at {address} knows no run {run_id}: see `hfdist jobs list`")
+    numbers = [int(m[1]) for d in known if (m := re.search(r"-r(\d+)$", d.submission_id or ""))]
+    submission = Submission(
+        run_id=run_id, run_dir=run_dir, overrides=list(overrides), environment=_credentials()
+    )
+    described = {key: metadata[key] for key in _DESCRIBED if key in metadata}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in ("steps", "task"):
+            described[key] = value
+    with tempfile.TemporaryDirectory(prefix="hfdist-job-") as package:
+        return _send(
+            submission,
+            f"{run_id}-r{max(numbers, default=1) + 1}",
+            Path(package),
+            address,
+            described,
+            metadata.get("mlflow"),
+            0,
+        )
+
+
+def _send(
+    submission: Submission,
+    job_id: str,
+    package: Path,
+    address: str,
+    metadata: Mapping[str, str],
+    mlflow: str | None,
+    size: int,
+) -> Submitted:
+    file = package / FOLDER / "submission.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(vars(submission)))
+    file.chmod(0o600)
+    words = [submission.job] if submission.job else ["--resume", submission.run_id]
+    with jobs_of(address) as client:
+        if any(details.submission_id == job_id for details in client.list_jobs()):
+            raise ConfigError(
+                f"the cluster has a job {job_id} already: choose another --run-id, or go on with it by "
+                f"`hfdist resume {job_id} --address {address}`"
+            )
+        _submitted(
+            client,
+            entrypoint=shlex.join(["python", "-m", "hfdist.cli.submitted", *words]),
+            submission_id=job_id,
+            runtime_env={"working_dir": str(package), "env_vars": dict(_STOP)},
+            metadata={
+                **metadata,
+                "run_id": submission.run_id,
+                "run_dir": submission.run_dir,
+                **({"mlflow": mlflow} if mlflow else {}),
+            },
+        )
+    return Submitted(
+        job_id=job_id,
+        run_id=submission.run_id,
+        run_dir=submission.run_dir,
+        dashboard=f"{address.rstrip('/')}/#/jobs/{job_id}",
+        mlflow=mlflow,
+        bytes=size,
+    )
+
+
+def _submitted(client: JobSubmissionClient, **job: Any) -> None:
+    """Submit, waiting for the agent of a head that has only just started."""
+    deadline = time.monotonic() + _AGENT_WAIT
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
+
+
+# -- looking and stopping ------------------------------------------------------------------------------
+
+
+def describe(details: JobDetails) -> dict[str, Any]:
+    """A job in plain values."""
+    metadata = details.metadata or {}
+    return {
+        "id": details.submission_id,
+        "status": str(details.status.value),
+        "run_id": metadata.get("run_id"),
+        "task": metadata.get("task"),
+        "steps": metadata.get("steps"),
+        "experiment": metadata.get("experiment"),
+        "started": details.start_time,
+        "ended": details.end_time or None,
+        "exit_code": details.driver_exit_code,
+        "message": details.message,
+        "run_dir": metadata.get("run_dir"),
+        "mlflow": metadata.get("mlflow"),
+    }
+
+
+def list_jobs(address: str) -> list[dict[str, Any]]:
+    """All submitted jobs of a cluster, the newest first."""
+    with jobs_of(address) as client:
+        found = [describe(details) for details in client.list_jobs() if details.submission_id]
+    return sorted(found, key=lambda job: -(job["started"] or 0))
+
+
+def status(job_id: str, address: str) -> dict[str, Any]:
+    """One job."""
+    with jobs_of(address) as client:
+        return describe(client.get_job_info(job_id))
+
+
+def logs(job_id: str, address: str) -> str:
+    """What the driver has printed so far."""
+    with jobs_of(address) as client:
+        return client.get_job_logs(job_id)
+
+
+async def follow(job_id: str, address: str) -> AsyncIterator[str]:
+    """What the driver prints, as it does."""
+    with jobs_of(address) as client:
+        async for text in client.tail_job_logs(job_id):
+            yield text
+
+
+def stop(job_id: str, address: str) -> dict[str, Any]:
+    """Ask a job to stop: its workers end the step, write a checkpoint, and the run is KILLED."""
+    with jobs_of(address) as client:
+        client.stop_job(job_id)
+    return status(job_id, address)
+
+
+def delete(job_id: str, address: str) -> None:
+    """Forget a job that has ended; the run's folder stays."""
+    with jobs_of(address) as client:
+        client.delete_job(job_id)
+
+
+# -- helpers -------------------------------------------------------------------------------------------
+
+
+def _is_of(details: JobDetails, run_id: str) -> bool:
+    return run_id in (details.submission_id, (details.metadata or {}).get("run_id"))
+
+
+def _credentials() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key.startswith(_CREDENTIALS)}
+
+
+def _link(config: RunConfig, output: Path, run_id: str) -> str | None:
+    from hfdist.tracking.links import run_link
+
+    return run_link(config.tracking, output, run_id)

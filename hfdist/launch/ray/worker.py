@@ -1,0 +1,250 @@
+"""What runs on a cluster: the function of each worker, and the controller's answer to a failure."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import RayError
+from ray.train import UserCallback, get_context
+from ray.train.torch import TorchConfig
+
+from hfdist.checkpoint import mirror
+from hfdist.checkpoint.storage import open_storage
+from hfdist.errors import ConfigError, StorageError, SupersededError, UserError
+from hfdist.launch.child import Failed
+from hfdist.launch.logs import logging_to_file, path_of
+from hfdist.launch.ray.relay import RelayDisplay, RelayHandler
+from hfdist.rundir.locations import home_of, is_address
+from hfdist.rundir.stop import STOP_FILE
+
+if TYPE_CHECKING:
+    import torch
+
+    from hfdist.comm import Communicator
+    from hfdist.config.job import RunConfig
+    from hfdist.training.display import Display
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What every worker is told."""
+
+    config: RunConfig
+    run_dir: Path
+    resume: bool
+    threads: int
+    gpus_per_worker: float
+    relay: Any
+    """Handle of the `Relay` actor."""
+    folder: Path
+    """The driver's working folder: paths in the job may be relative to it."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the driver that workers need. Passed as data: a runtime environment is shown to
+    everybody who may look at the cluster."""
+
+
+class DoNotRetry(Exception):
+    """Ends a run in the controller: another try would repeat the mistake."""
+
+
+class FailureWatch(UserCallback):
+    """Tells the driver of failures, and ends the run for those that are the user's mistake.
+
+    Args:
+        relay: Handle of the `Relay` actor.
+    """
+
+    def __init__(self, relay: Any) -> None:
+        self._relay = relay
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        import ray
+
+        failures: dict[int, tuple[Failed, float]] = ray.get(self._relay.failures.remote())
+        ray.get(self._relay.down.remote(sorted(worker_exceptions)))
+        for failed, _ in failures.values():
+            if is_mistake(failed):
+                raise DoNotRetry(failed.message)
+
+
+_Backend: Any = TorchConfig().backend_cls
+
+
+class _GroupBackend(_Backend):
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        try:
+            super().on_shutdown(worker_group, backend_config)
+        except RayError as error:
+            logger.debug("the process group did not end in good order: %s", error)
+
+
+class GroupConfig(TorchConfig):
+    """The workers' process group, as Ray Train sets it up.
+
+    When Ray Train takes a group apart it expects workers that have crashed, and not any that were ended
+    because their node ran out of memory: those would end the whole run, and its resources would stay
+    taken.
+    """
+
+    @property
+    def backend_cls(self) -> Any:
+        return _GroupBackend
+
+
+def is_mistake(failed: Failed) -> bool:
+    """Whether the error is one of job, task or data, which another try would repeat."""
+    from hfdist import errors
+
+    kind = getattr(errors, failed.error_class, None)
+    return failed.is_user_error and getattr(kind, "exit_code", 1) == 2
+
+
+def work(loop_config: dict[str, Any]) -> dict[str, Any]:
+    """One worker, in the process group that Ray Train has set up.
+
+    Returns:
+        The content of result.json.
+    """
+    import ray
+
+    job: Assignment = loop_config["assignment"]
+    rank = get_context().get_world_rank()
+    try:
+        with _surroundings(job, rank):
+            return _work(job, rank)
+    except BaseException as error:
+        failed = Failed(
+            error_class=type(error).__name__,
+            message=str(error),
+            traceback="".join(traceback.format_exception(error)),
+            is_user_error=isinstance(error, UserError),
+            is_interrupt=isinstance(error, KeyboardInterrupt),
+        )
+        if not isinstance(error, SupersededError):  # no failure of the present group
+            ray.get(job.relay.fail.remote(rank, failed))  # before the controller hears of it
+        # Text only: not every exception survives the way to the driver.
+        raise RuntimeError(f"rank {rank}: {failed.error_class}: {failed.message}") from None
+
+
+def _work(job: Assignment, rank: int) -> dict[str, Any]:
+    import torch
+
+    from hfdist.launch.ray.metrics import RayMetricsTracker
+    from hfdist.training.display import QuietDisplay
+    from hfdist.training.worker import Job, run
+
+    torch.set_num_threads(job.threads)
+    comm = _join(job)
+    logger.info(
+        "rank %d of %d on %s: process %d, device %s, %d threads",
+        *(rank, comm.world_size, platform.node(), os.getpid(), comm.device, job.threads),
+    )
+    display: Display = QuietDisplay()
+    resume = job.resume
+    if rank == 0:
+        import ray
+
+        room = ray.util.get_current_placement_group()
+        groups = ray.get(job.relay.begin.remote(room))
+        display = RelayDisplay(job.relay)
+        # A group after the first goes on where the one before it was, if that left anything.
+        checkpoints = open_storage(f"{home_of(job.config.output, job.run_dir)}/checkpoints")
+        resume = resume or (groups > 1 and bool(checkpoints.folders()))
+    return run(
+        Job(
+            config=job.config,
+            run_dir=job.run_dir,
+            resume=comm.broadcast_object(resume),
+            extra_tracker=RayMetricsTracker() if rank == 0 else None,
+            retried=True,
+        ),
+        comm,
+        display,
+    )
+
+
+def _join(job: Assignment) -> Communicator:
+    """The communicator of the workers; the default group is Ray Train's."""
+    from hfdist.comm import SerialCommunicator, TorchCommunicator
+    from hfdist.comm.environment import is_initialized
+
+    device = _device(job)
+    if get_context().get_world_size() == 1 or not is_initialized():
+        return SerialCommunicator(device)
+    return TorchCommunicator(
+        device,
+        timeout_seconds=job.config.launch.timeout_seconds,
+        shares_device=0.0 < job.gpus_per_worker < 1.0,
+    )
+
+
+def _device(job: Assignment) -> torch.device:
+    import torch
+    from ray.train.torch import get_device
+
+    if not job.gpus_per_worker:
+        return torch.device("cpu")
+    device = get_device()
+    if device.type != "cuda":
+        raise ConfigError(
+            "Ray gave this worker a GPU that torch does not see: install a torch that supports it, or "
+            "set device=cpu"
+        )
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _surroundings(job: Assignment, rank: int) -> Iterator[None]:
+    """The driver's folder and variables, and a log file."""
+    os.environ.update(job.environment)
+    log = path_of(job.run_dir, rank).relative_to(job.run_dir).as_posix()
+    if is_address(job.config.output):  # nodes need share no folder
+        mirror.pull(job.config.output, job.run_dir, also=[log])
+        (job.run_dir / STOP_FILE).unlink(missing_ok=True)  # it was for the run's last life
+        threading.Thread(target=_listen, args=(job,), name="hfdist-stop", daemon=True).start()
+    elif not (job.run_dir / "config.yaml").is_file():
+        raise StorageError(
+            f"node {get_context().get_node_rank()} (rank {rank}) does not see {job.run_dir}: set `output` "
+            "to a folder that all nodes share, or to an address like s3://BUCKET/PREFIX"
+        )
+    if job.folder.is_dir():
+        os.chdir(job.folder)
+    if str(job.folder) not in sys.path:  # tasks are found from the driver's folder
+        sys.path.insert(0, str(job.folder))
+    handler = RelayHandler(job.relay, rank)
+    logging.getLogger("hfdist").addHandler(handler)
+    try:
+        with logging_to_file(job.run_dir, rank, to_stderr=False):
+            yield
+    finally:
+        logging.getLogger("hfdist").removeHandler(handler)
+        with contextlib.suppress(StorageError):  # an error on the way is more important
+            mirror.push(job.config.output, job.run_dir, [log])
+
+
+def _listen(job: Assignment) -> None:
+    """Take the driver's wish to stop to this node's own folder, where the worker looks for it."""
+    import ray
+
+    with contextlib.suppress(
+        ray.exceptions.RayError
+    ):  # the driver is gone, and so will be this worker
+        while True:
+            time.sleep(1.0)
+            if ray.get(job.relay.is_stopping.remote()):
+                (job.run_dir / STOP_FILE).touch()

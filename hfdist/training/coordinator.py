@@ -1,0 +1,305 @@
+"""What the lead does around the steps: resume, record, checkpoint, stop. It binds every rank."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfdist.checkpoint import CheckpointStore, check, mirror, parameters_sha256
+from hfdist.checkpoint.lease import Lease
+from hfdist.comm import Communicator
+from hfdist.config.job import RunConfig
+from hfdist.curvature.layout import Layout
+from hfdist.curvature.params import ParameterVector
+from hfdist.errors import StorageError
+from hfdist.optim.report import StepReport
+from hfdist.optim.step import HFState
+from hfdist.rundir.files import StepLog, write_json
+from hfdist.rundir.locations import home_of, is_address
+from hfdist.rundir.stop import STOP_FILE, StopRequest
+from hfdist.tracking import RunInfo, Status, Tracker
+from hfdist.tracking.plots import draw_plots
+from hfdist.training.consistency import check_replicas
+from hfdist.training.display import Display
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands: what a checkpoint holds besides the model."""
+
+    state: HFState
+    cg_iterations: int = 0
+    wall_seconds: float = 0.0
+    """Training time of all the run's lives so far."""
+    final_loss: float | None = None
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """Last evaluation: {"loss": .., metric: ..}."""
+    tracked_as: str | None = None
+
+
+class Coordinator:
+    """One a rank; only the lead's touches disk, tracker and display, and its decisions bind.
+
+    Args:
+        config, run_dir: The job and its folder.
+        model: Its parameters and buffers are what checkpoints hold.
+        layout: How the solver's vectors lie over the ranks; checkpoints hold whole ones, so that a run
+            can go on at another world size.
+        comm: The ranks.
+        tracker, display: The lead's; others pass ones that do nothing.
+        stop: This process's signals.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        model: nn.Module,
+        layout: Layout,
+        comm: Communicator,
+        tracker: Tracker,
+        display: Display,
+        stop: StopRequest,
+    ) -> None:
+        self._config, self._run_dir, self._model, self._comm = config, run_dir, model, comm
+        self._layout = layout
+        self._tracker, self._display, self._stop = tracker, display, stop
+        self._home = home_of(config.output, run_dir)
+        self._store = CheckpointStore(f"{self._home}/checkpoints", config.checkpoint, comm)
+        output = config.output if is_address(config.output) else run_dir.parent
+        self._lease = Lease(output, run_dir.name)
+        self._log = StepLog(run_dir / "metrics.jsonl")
+        self._records: list[dict[str, Any]] = []
+        self._saved_at: int | None = None
+        self._clock = time.perf_counter()
+
+    # -- start -----------------------------------------------------------------------------------
+
+    def start(self, resume: bool, info: Mapping[str, Any]) -> Progress:
+        """Load the newest good checkpoint if asked to and there is one; open the record."""
+        progress = Progress(state=HFState(damping=self._config.optim.damping))
+        if resume and self._store.steps():
+            progress = self._restore()
+        elif resume:
+            logger.warning("no checkpoint in %s: starting from step 0", self._home)
+        if self._comm.is_rank_0:
+            self._lease.take()
+            (self._run_dir / STOP_FILE).unlink(missing_ok=True)  # it was for the run's last life
+            if resume:
+                mirror.pull_undelivered(self._config.output, self._run_dir)
+                mirror.forget_undelivered(self._config.output, self._run_dir)
+            self._records = self._log.start(progress.state.step)
+            self._tracker.start(
+                RunInfo(
+                    run_id=self._run_dir.name,
+                    name=self._config.name,
+                    run_dir=self._run_dir,
+                    params=self._config.flatten(),
+                    tags=info.get("tags", {}),
+                    dataset=info.get("dataset", {}),
+                    tracked_as=progress.tracked_as,
+                    record=self._records,
+                    home=self._home,
+                )
+            )
+            self._tracker.log_artifact(self._run_dir / "config.yaml")
+            self._display.start(
+                self._run_dir.name, progress.state.step, self._config.steps, dict(info)
+            )
+        self._clock = time.perf_counter() - progress.wall_seconds
+        return progress
+
+    def _restore(self) -> Progress:
+        step, saved = self._store.load()
+        tensors = model_tensors(self._model)
+        check(saved["model"], tensors)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.data.copy_(saved["model"][name])
+        run, hf = saved["run"], saved["optimizer"]
+        x0 = hf.get("x0")
+        self._saved_at = step
+        set_rng_state(saved["rng"])
+        return Progress(
+            state=HFState(
+                damping=hf["damping"],
+                x0=None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
+                step=hf["step"],
+                product_engine=hf.get("product_engine"),
+            ),
+            cg_iterations=run["cg_iterations"],
+            wall_seconds=run["wall_seconds"],
+            final_loss=run["final_loss"],
+            evaluation=dict(run["evaluation"]),
+            tracked_as=run["tracked_as"],
+        )
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def commit(
+        self,
+        report: StepReport,
+        progress: Progress,
+        params: ParameterVector,
+        extra: dict[str, float],
+    ) -> bool:
+        """Record a finished step; save a checkpoint when one is due.
+
+        Returns:
+            Whether the run is to stop now, the same on every rank.
+        """
+        progress.wall_seconds = time.perf_counter() - self._clock
+        stopping = check_replicas(self._comm, params.tensors, flag=self._stop.requested)
+        done = report.step + 1
+        if self._comm.is_rank_0:
+            if self._lease.is_cheap:
+                self._lease.check()
+            values = report.metrics() | extra | {"wall_seconds": progress.wall_seconds}
+            values |= {f"eval/{name}": value for name, value in progress.evaluation.items()}
+            self._tracker.log_metrics(values, report.step)
+            record = {
+                "step": report.step,
+                "time": time.time(),
+                **values,
+                "stop": str(report.stop),
+                "quadratic": list(report.quadratic),
+            }
+            self._log.append(record)
+            self._records.append(record)
+            self._display.step(report.step, report, extra | progress.evaluation)
+        if done % self._config.checkpoint.every == 0 and done < self._config.steps:
+            self.save(progress)
+        return stopping
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint of the present state, unless it is written already."""
+        step = progress.state.step
+        if step == self._saved_at:
+            return
+        seconds = time.perf_counter() - self._clock
+        # Clocks and trackers differ between ranks; what is saved is the lead's.
+        progress.wall_seconds, progress.tracked_as = self._comm.broadcast_object(
+            (seconds, self._tracker.tracked_as or progress.tracked_as)
+        )
+        if self._comm.is_rank_0:  # before the checkpoint: it is never without its record
+            self._lease.check()
+            mirror.push(self._config.output, self._run_dir, mirror.RECORD)
+        x0 = progress.state.x0
+        monitored = progress.evaluation.get("loss", progress.final_loss)
+        self._store.save(
+            step,
+            {
+                "model": model_tensors(self._model),
+                "optimizer": {
+                    "damping": progress.state.damping,
+                    "product_engine": progress.state.product_engine,
+                    "step": step,
+                    "x0": None if x0 is None else self._layout.whole(x0),
+                },
+                "run": {
+                    "cg_iterations": progress.cg_iterations,
+                    "wall_seconds": progress.wall_seconds,
+                    "final_loss": progress.final_loss,
+                    "evaluation": dict(progress.evaluation),
+                    "tracked_as": progress.tracked_as,
+                },
+                "rng": get_rng_state(),
+                "config": self._config.to_dict(),
+            },
+            monitored,
+        )
+        self._saved_at = step
+
+    # -- end -------------------------------------------------------------------------------------
+
+    def finish(
+        self,
+        status: Status,
+        progress: Progress,
+        example_inputs: Any = None,
+        error: str | None = None,
+    ) -> dict[str, Any]:
+        """Close the run: last checkpoint, plots, model, result.json.
+
+        Returns:
+            The content of result.json.
+        """
+        if status is not Status.FAILED:
+            self.save(progress)
+            self._store.wait()
+        result: dict[str, Any] = {
+            "run_id": self._run_dir.name,
+            "status": str(status),
+            "steps": progress.state.step,
+            "final_loss": progress.final_loss,
+            "parameters_sha256": parameters_sha256(dict(self._model.named_parameters())),
+            "cg_iterations": progress.cg_iterations,
+            "wall_seconds": progress.wall_seconds,
+            "world_size": self._comm.world_size,
+            "run_dir": self._home,
+            **{f"eval_{name}": value for name, value in progress.evaluation.items()},
+        }
+        if error is not None:
+            result["error"] = error
+        if not self._comm.is_rank_0:
+            return result
+        self._lease.check()
+        for path in draw_plots(self._records, self._run_dir / "plots") if self._records else []:
+            self._tracker.log_artifact(path, "plots")
+        if self._log.path.exists():
+            self._tracker.log_artifact(self._log.path)
+        if status is Status.FINISHED and self._config.tracking.log_model:
+            self._tracker.log_model(self._model, example_inputs, progress.state.step)
+        self._tracker.flush()  # short runs end before their tracker has answered
+        result["mlflow_run_id"] = self._tracker.tracked_as or progress.tracked_as
+        result["tracking_url"] = self._tracker.url
+        write_json(self._run_dir / "result.json", result)
+        mirror.push(self._config.output, self._run_dir, (*mirror.RECORD, *mirror.RESULTS))
+        self._tracker.log_artifact(self._run_dir / "result.json")
+        if not self._tracker.finish(status):
+            self._leave_undelivered()
+        self._display.finish(result)
+        return result
+
+    def _leave_undelivered(self) -> None:
+        try:
+            mirror.push_undelivered(self._config.output, self._run_dir)
+        except StorageError as error:  # the run itself is whole
+            logger.warning("what is not delivered stays in %s: %s", self._run_dir, error)
+
+    def fail(self, progress: Progress, error: BaseException) -> None:
+        """Record a failure; never hides the error by one of its own."""
+        try:
+            self.finish(Status.FAILED, progress, error=f"{type(error).__name__}: {error}")
+        except Exception as second:
+            logger.warning("the failure is not recorded in %s: %s", self._run_dir, second)
+            logger.debug("where it was not recorded", exc_info=True)
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, each tensor once: what a checkpoint keeps of a model."""
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def get_rng_state() -> dict[str, Any]:
+    """torch's global generators, as tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Set what `get_rng_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,407 @@
+"""One rank's life: build, resume, step, commit."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from hfdist import __version__
+from hfdist.checkpoint import CheckpointStore, check, mirror
+from hfdist.comm import Communicator, SerialCommunicator
+from hfdist.config.job import RunConfig
+from hfdist.curvature.engines import ProductEngine, autocast_dtype
+from hfdist.curvature.fixed_randomness import FixedRandomness
+from hfdist.curvature.layout import make_layout
+from hfdist.curvature.microbatch import Microbatch, from_task
+from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
+from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.preconditioners.for_task import empirical_fisher
+from hfdist.data.loader import BatchLoader
+from hfdist.data.plan import MicrobatchPlan, RolePlan, StepPlan, data_passes, plan_step
+from hfdist.devices import device_name, peak_memory, resolve
+from hfdist.errors import CheckpointError, ConfigError, DataError, Interrupted, TaskError, UserError
+from hfdist.optim.report import StepReport
+from hfdist.optim.step import hf_step
+from hfdist.rundir.locations import home_of, is_address, normal, split
+from hfdist.rundir.stop import STOP_FILE, StopRequest, stop_on_signals
+from hfdist.seeds import mixed
+from hfdist.tasks.loading import load_task
+from hfdist.tasks.task import Batch, Task
+from hfdist.tracking import CompositeTracker, NullTracker, Status, Tracker, make_tracker
+from hfdist.training.consistency import check_agreement
+from hfdist.training.coordinator import Coordinator, Progress, model_tensors
+from hfdist.training.display import Display
+from hfdist.training.evaluation import evaluate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run to start or to go on with."""
+
+    config: RunConfig
+    run_dir: Path
+    resume: bool = False
+    extra_tracker: Tracker | None = None
+    """A tracker of the launcher's own, told the same as the configured one."""
+    retried: bool = False
+    """The launcher tries again after failures that another try may mend, and records the last itself."""
+
+
+def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
+    """Train on this rank until the last step, a stop request or an error.
+
+    Args:
+        job: The run.
+        comm: The ranks; each calls this function.
+        display: The lead's; what the others show is their launcher's choice.
+
+    Returns:
+        The content of result.json; its `status` is FINISHED, or KILLED after Ctrl-C or SIGTERM.
+
+    Raises:
+        UserError: Bad input, or a peer that is gone; recorded as FAILED before it is raised.
+    """
+    with stop_on_signals(job.run_dir / STOP_FILE) as stop:
+        check_agreement(comm, job.config)
+        return Worker(job, comm, display, stop).run()
+
+
+class Worker:
+    """Task, model and data of one rank, and the loop over steps."""
+
+    def __init__(self, job: Job, comm: Communicator, display: Display, stop: StopRequest) -> None:
+        self.config, self.comm, self._display, self._stop = job.config, comm, display, stop
+        self._resume, self._retried = job.resume, job.retried
+        self.task, self.model = build(job.config, comm.device)
+        self.params = ParameterVector(p for p in self.model.parameters() if p.requires_grad)
+        self._layout = make_layout(self.params, comm, job.config.optim)
+        self.data = self.task.train_data()
+        self.num_examples = _length(self.data)
+        dtype = getattr(torch, job.config.dtype)
+        self._loader = BatchLoader(self.task, self.data, comm.device, dtype)
+        self.eval_data = self.task.eval_data()
+        self._eval_loader = BatchLoader(self.task, self.eval_data, comm.device, dtype)
+        self._costs = self.task.example_costs()
+        # What is wrong with the job shows here, before anything is written.
+        if self.num_examples is not None and self.num_examples < comm.world_size:
+            raise DataError(
+                f"{comm.world_size} workers but {self.num_examples} training examples: lower "
+                f"launch.workers to at most {self.num_examples}"
+            )
+        self._plan(0)
+        self._try_task()
+        tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
+        self._coordinator = Coordinator(
+            job.config, job.run_dir, self.model, self._layout, comm, tracker, display, stop
+        )
+        self._example: Any = None
+
+    def run(self) -> dict[str, Any]:
+        """The loop; see `run`."""
+        self._warn_about_batch_norm()
+        progress = self._coordinator.start(self._resume, self._info())
+        optim = self.config.optim
+        self._engine = ProductEngine(
+            requested=optim.product_engine,
+            memory_budget=optim.memory_budget,
+            chosen=progress.state.product_engine,
+            products_per_step=optim.cg_max_iter or 50,
+        )
+        self.model.train()
+        try:
+            status = self._loop(progress)
+            return self._coordinator.finish(status, progress, self._example)
+        except BaseException as error:
+            # Of a rank cut off from the others, the run may go on elsewhere: it must not write then.
+            if not self._retried or getattr(error, "exit_code", 1) == 2:
+                self._coordinator.fail(progress, error)
+            raise
+        finally:
+            self._loader.close()
+            self._eval_loader.close()
+
+    def _loop(self, progress: Progress) -> Status:
+        """Step until the last step, or until somebody asks to stop."""
+        try:
+            while progress.state.step < self.config.steps:
+                report = self._step(progress)
+                if self._coordinator.commit(report, progress, self.params, self._extra(report)):
+                    return Status.KILLED
+        except Interrupted:
+            # The step in progress is abandoned: parameters and state are those before it.
+            return Status.KILLED
+        return Status.FINISHED
+
+    def _try_task(self) -> None:
+        """Run model and loss on a few examples, so that a broken task is told from a broken run."""
+        name = type(self.task).__name__
+        n = min(4, self.num_examples or 0)
+        try:
+            batch = None
+            if self.num_examples is not None:
+                batch = self._loader.load(MicrobatchPlan(number=0, indices=torch.arange(n)))
+            with (
+                FixedRandomness(self.comm.device, self.model).evaluation(seed=0),
+                torch.enable_grad(),
+            ):
+                from_task(self.task, self.model, batch, seed=0).evaluate(False, None)
+        except UserError:
+            raise
+        except Exception as error:
+            raise TaskError(
+                f"{name} fails on its first {n} examples: {type(error).__name__}: {error}. "
+                "Look at its model(), forward() and loss() (--debug shows where)"
+            ) from error
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def _step(self, progress: Progress) -> StepReport:
+        step = progress.state.step
+        plan = self._plan(step)
+        problem = self._problem(plan, step)
+        if step + 1 < self.config.steps:
+            self._loader.prefetch(_microbatch_plans(self._plan(step + 1)))
+        options = self.config.optim
+
+        def on_cg_iteration(i: int, ranks_asking_to_stop: float) -> None:
+            self._display.cg_iteration(step, i, options.cg_max_iter or self.params.numel)
+            if ranks_asking_to_stop > 0:
+                raise Interrupted
+
+        report, state = hf_step(problem, progress.state, options, on_cg_iteration=on_cg_iteration)
+        report = dataclasses.replace(report, communication=self.comm.take_counters())
+        progress.state = state
+        progress.cg_iterations += report.cg_iterations
+        progress.final_loss = report.final_loss
+        every, done = self.config.evaluate.every, step + 1
+        if self.eval_data is not None and (
+            done == self.config.steps or (every and done % every == 0)
+        ):
+            progress.evaluation = self.evaluate()
+        return report
+
+    def _plan(self, step: int) -> StepPlan:
+        return plan_step(
+            self.config.batches,
+            num_examples=self.num_examples,
+            seed=self.config.seed,
+            step=step,
+            rank=self.comm.rank,
+            world_size=self.comm.world_size,
+            costs=self._costs,
+        )
+
+    def _load(self, role: RolePlan) -> list[tuple[MicrobatchPlan, Batch]]:
+        return [(place, self._loader.load(place)) for place in role.microbatches]
+
+    def _problem(self, plan: StepPlan, step: int) -> Problem:
+        seed = mixed(self.config.seed, "forward", step)
+
+        def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
+            return [
+                from_task(self.task, self.model, batch, mixed(seed, place.number))
+                for place, batch in batches
+            ]
+
+        loaded = self._load(plan.gradient)
+        if self._example is None and self.comm.is_rank_0 and loaded:
+            self._example = _first_example(self.task.example_inputs(loaded[0][1]))
+        gradient = role(loaded)
+        same_curvature = plan.curvature is plan.gradient
+        curvature = gradient if same_curvature else role(self._load(plan.curvature))
+        same_loss = plan.line_search is plan.gradient
+        loss = gradient if same_loss else role(self._load(plan.line_search))
+        options = self.config.optim
+        problem = Problem(
+            params=self.params,
+            roles=Roles(gradient=gradient, curvature=curvature, loss=loss),
+            comm=self.comm,
+            curvature_opt=options.curvature_opt,
+            reduction=self.task.loss_reduction,
+            regularisation=Regularisation(weight_decay=options.weight_decay),
+            frozen=FixedRandomness(self.comm.device, self.model),
+            layout=self._layout,
+            engine=self._engine,
+            autocast=autocast_dtype(options),
+            abandon=lambda: self._stop.requested,
+        )
+        if options.preconditioner == "empirical_fisher":
+            pairs = [(microbatch, batch) for microbatch, (_, batch) in zip(gradient, loaded)]
+            make = empirical_fisher(problem, self.task, self.model, pairs, options)
+            problem.overrides = Overrides(preconditioner=make)
+        return problem
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and metrics on the evaluation data."""
+        n = _length(self.eval_data)
+        if not n:
+            return {}
+        return evaluate(
+            self.task, self.model, self._eval_loader, n, self.comm, self.config.evaluate.batch
+        )
+
+    # -- what is recorded ------------------------------------------------------------------------
+
+    def _extra(self, report: StepReport) -> dict[str, float]:
+        passes = data_passes(self.config.batches, self.num_examples, report.step + 1)
+        before = data_passes(self.config.batches, self.num_examples, report.step)
+        examples = (passes - before) * (self.num_examples or 1)
+        return {
+            "data_passes": passes,
+            "examples_per_second": examples / max(report.seconds["total"], 1e-9),
+            "peak_memory_bytes": peak_memory(self.comm.device),
+        }
+
+    def _info(self) -> dict[str, Any]:
+        name = type(self.task).__name__
+        return {
+            "task": name,
+            "num_parameters": self.params.numel,
+            "world_size": self.comm.world_size,
+            "tags": {
+                "task": name,
+                "device": device_name(self.comm.device),
+                "world_size": str(self.comm.world_size),
+                "num_parameters": str(self.params.numel),
+                "hfdist": __version__,
+            },
+            "dataset": {
+                "name": name,
+                "num_examples": self.num_examples or 0,
+                "num_eval_examples": _length(self.eval_data) or 0,
+            },
+        }
+
+    def _warn_about_batch_norm(self) -> None:
+        several = self.comm.world_size > 1 or self.config.batches.microbatch is not None
+        has_batch_norm = any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
+        )
+        if several and has_batch_norm and self.comm.is_rank_0:
+            logger.warning(
+                "batch norm: every microbatch of every rank is normalised by its own statistics, in "
+                "losses, gradients and products alike; the running statistics become the "
+                "example-weighted mean of what each microbatch of the gradient makes of them"
+            )
+
+
+def build(config: RunConfig, device: torch.device) -> tuple[Task, nn.Module]:
+    """The task and its model, initialised from the job's seed, on the device.
+
+    Raises:
+        TaskError: The task cannot be found or built, or its model cannot be trained.
+    """
+    torch.manual_seed(config.seed)
+    task = load_task(config.task, config.task_args)
+    name = type(task).__name__
+    model = task.model()
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"{name}.model() must return a torch.nn.Module, not {type(model).__name__}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TaskError(f"{name}.model() has no trainable parameter: unfreeze at least one")
+    return task, model.to(device=device, dtype=getattr(torch, config.dtype))
+
+
+def local_folder(home: Path | str) -> tuple[Path, str]:
+    """A run's folder on this machine, with job and record in it, and its `output`.
+
+    Args:
+        home: The run's folder, or ADDRESS/RUN_ID.
+
+    Raises:
+        UserError: An address at which there is no such run.
+    """
+    try:
+        home = normal(str(home))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not is_address(home):
+        run_dir = Path(home).expanduser().resolve()
+        return run_dir, str(run_dir.parent)
+    output, run_dir = split(home)
+    mirror.pull(output, run_dir)
+    return run_dir, output
+
+
+def evaluate_run(
+    home: Path | str, checkpoint: int | Literal["best"] | None = None
+) -> dict[str, Any]:
+    """Loss and metrics of a run's checkpoint on its task's evaluation data, in this process.
+
+    Args:
+        home: The run's folder, or ADDRESS/RUN_ID.
+        checkpoint: Step of the checkpoint, "best", or None for the newest.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it is of another model.
+        DataError: The task has no evaluation data.
+    """
+    run_dir, output = local_folder(home)
+    config = RunConfig.from_run(run_dir)
+    comm = SerialCommunicator(resolve(config.device, local_rank=0))
+    task, model = build(config, comm.device)
+    data = task.eval_data()
+    n = _length(data)
+    if not n:
+        raise DataError(f"{type(task).__name__} has no evaluation data: define eval_data()")
+    place = f"{home_of(output, run_dir)}/checkpoints"
+    store = CheckpointStore(place, config.checkpoint, comm)
+    if not store.steps():
+        raise CheckpointError(f"no checkpoint in {place}")
+    step, saved = store.load(checkpoint)
+    tensors = model_tensors(model)
+    check(saved["model"], tensors)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.data.copy_(saved["model"][name])
+    loader = BatchLoader(task, data, comm.device, getattr(torch, config.dtype))
+    try:
+        values = evaluate(task, model, loader, n, comm, config.evaluate.batch)
+    finally:
+        loader.close()
+    return {"run_id": run_dir.name, "step": step, "num_examples": n, **values}
+
+
+def _tracker(job: Job) -> Tracker:
+    configured = make_tracker(job.config.tracking, job.run_dir.parent)
+    if job.extra_tracker is None:
+        return configured
+    return CompositeTracker([configured, job.extra_tracker])
+
+
+def _length(data: Dataset | None) -> int | None:
+    """Number of examples; None for a deterministic function, which has no data."""
+    if data is None:
+        return None
+    if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
+        raise DataError(
+            f"{type(data).__name__} is no map-style data set: give it __len__ and __getitem__"
+        )
+    if len(data) == 0:
+        raise DataError(f"{type(data).__name__} is empty: there is nothing to train on")
+    return len(data)
+
+
+def _microbatch_plans(plan: StepPlan) -> list[MicrobatchPlan]:
+    """What a step loads, in its order, each role once."""
+    roles = [plan.gradient]
+    roles += [role for role in (plan.curvature, plan.line_search) if role is not plan.gradient]
+    return [place for role in roles for place in role.microbatches]
+
+
+def _first_example(inputs: Any) -> Any:
+    """A batch of one, on the host: the example that the recorded model's signature is made of."""
+    return torch.utils._pytree.tree_map(
+        lambda leaf: leaf[:1].detach().cpu() if isinstance(leaf, Tensor) and leaf.ndim else leaf,
+        inputs,
+    )
