@@ -218,10 +218,14 @@ def to_yaml(config: RunConfig) -> str:
 
 def schema() -> dict[str, Any]:
     """JSON schema of a job file, for editors."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **RunConfig.model_json_schema(),
-    }
+    described = RunConfig.model_json_schema()
+    # pydantic reads the docstrings of a class's own fields only: those of HFOptions are its groups'.
+    fields = described["$defs"][HFOptions.__name__]["properties"]
+    for group in HFOptions.__mro__[:-1]:
+        for key, field in TypeAdapter(group).json_schema()["properties"].items():
+            if "description" in field:
+                fields[key]["description"] = field["description"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}
 
 
 @cache
