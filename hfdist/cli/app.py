@@ -15,12 +15,16 @@ import typer
 
 from hfdist.cli import bench, cluster, jobs, look, project, run, submit, sweep
 
+EXIT_CODES = """Exit codes: 0 done; 1 the run failed, or trained nothing; 2 a mistake in the command, the job, the
+task or the data; 130 stopped by Ctrl-C or SIGTERM, after a checkpoint."""
+
 app = typer.Typer(
     name="hfdist",
     help="Train PyTorch models with Hessian-free optimization, on one process or many.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    epilog=EXIT_CODES.replace("\n", " "),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -98,18 +102,30 @@ def main() -> None:
 
 @contextlib.contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """A user's mistake is one message and its exit code; Ctrl-C is 130; a traceback is for --debug."""
+    """Every error is one message and its exit code; Ctrl-C is 130; a traceback is for --debug."""
     try:
         yield
     except Exception as error:
-        from hfdist.errors import UserError
+        from hfdist.addresses import without_user_information
+        from hfdist.errors import UserError, first_line
 
-        if not isinstance(error, UserError):
-            raise
         if os.environ.get("HFDIST_DEBUG"):
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+            print(without_user_information(traceback.format_exc()), file=sys.stderr)
+        if isinstance(error, UserError):
+            message, code = str(error), error.exit_code
+        elif isinstance(error, OSError) and error.strerror:
+            about = [str(name) for name in (error.filename, error.filename2) if name is not None]
+            message, code = ": ".join([*map(_short, about), error.strerror]), 2
+        else:
+            kind, said = type(error).__name__, without_user_information(first_line(error))
+            message = f"unexpected {kind}: {said} (a fault of hfdist: --debug shows where)"
+            code = 1
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-40:]}"

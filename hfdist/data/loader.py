@@ -88,14 +88,14 @@ class BatchLoader:
         data: Any = self._dataset
         name, kind = f"{type(self._task).__name__}.{self._source}()", type(data).__name__
         if self._whole_batches:
-            with user_code(f"{kind}.batch of {name}", type(data).batch, DataError):
+            with user_code(f"{kind}.batch() of {name}", type(data).batch, DataError):
                 return data.batch(indices)
         examples = []
         for index in indices.tolist():
             with user_code(f"{kind}[{index}] of {name}", type(data).__getitem__, DataError):
                 examples.append(data[index])
         with user_code(
-            f"{type(self._task).__name__}.collate() of {len(examples)} examples",
+            f"{type(self._task).__name__}.collate() of a batch of {len(examples)} examples",
             type(self._task).collate,
             DataError,
             "Override collate() to pad or to stack them",

@@ -6,8 +6,9 @@ The names of PyTorchHessianFree's constructor arguments are kept, so that its us
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -154,6 +155,18 @@ class HFOptions:
     """Exponent of the diagonal preconditioner."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            wanted = {"f": Real, "i": Integral}.get(
+                str(field.type)[0]
+            )  # float, int, or one or None
+            if wanted is None or value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, wanted):
+                kind = "a number" if wanted is Real else "a whole number"
+                raise ValueError(f"{field.name} is {value!r}: it must be {kind}")
+            if not math.isfinite(value) and (field.name, value) != ("damping_max", math.inf):
+                raise ValueError(f"{field.name} is {value}: it must be finite")
         for key, low, high, what in (
             ("damping", 0.0, math.inf, "at least 0"),
             ("damping_min", 0.0, math.inf, "at least 0"),
@@ -194,6 +207,18 @@ class HFOptions:
                 f"damping_max is {self.damping_max}: it must not be below damping_min "
                 f"({self.damping_min})"
             )
+        if self.damping and not self.damping_min <= self.damping <= self.damping_max:
+            raise ValueError(
+                f"damping is {self.damping}: it must be 0, or between damping_min ({self.damping_min}) and "
+                f"damping_max ({self.damping_max})"
+            )
+        if not self.reduction_ratio_low <= self.reduction_ratio_high:
+            raise ValueError(
+                f"reduction_ratio_low is {self.reduction_ratio_low}: it must not be above "
+                f"reduction_ratio_high ({self.reduction_ratio_high})"
+            )
+        if self.lr == 0.0:
+            raise ValueError("lr is 0: no step would move; it must be above 0")
         if self.cg_decay_x0_max is not None and not self.cg_decay_x0 <= self.cg_decay_x0_max <= 1.0:
             raise ValueError(
                 f"cg_decay_x0_max is {self.cg_decay_x0_max}: it must lie between cg_decay_x0 "

@@ -17,9 +17,11 @@ def normal(output: str) -> str:
 
     Raises:
         ValueError: An address that names nothing.
+        RuntimeError: A user's folder, ~NAME, of a user that there is not.
     """
     scheme, mark, place = output.partition("://")
     if not mark:
+        Path(output).expanduser()  # ~NOBODY/runs
         return output
     if not place.strip("/"):
         raise ValueError(f"{output}: name a bucket, like {scheme}://BUCKET/PREFIX")

@@ -23,7 +23,9 @@ METHODS = (
 """What a task may define, and any part of hfdist calls. `collate` is called by the loader alone."""
 
 _PACKAGE = Path(__file__).parents[1]
-_CALLERS = {str(Path(__file__).with_name(name)) for name in ("user_code.py", "loading.py", "task.py")}
+_CALLERS = {
+    str(Path(__file__).with_name(name)) for name in ("user_code.py", "loading.py", "task.py")
+}
 _LIBRARIES = tuple(
     f"{Path(folder).resolve()}/"
     for folder in (
@@ -44,7 +46,7 @@ def user_code(
     """Tell whatever the block raises as the user's error.
 
     Args:
-        what: Task and method, as "Digits.loss()".
+        what: Task and method, as "Digits.loss()"; or what is called, as "Pairs[7] of Digits.train_data()".
         owner: Function, class or module whose line is named where the error passed none of the user's.
         kind: Class of the error that is raised.
         fix: What to do about it.
@@ -58,9 +60,10 @@ def user_code(
     except (UserError, Interrupted, KeyboardInterrupt):
         raise
     except SystemExit as error:
+        at = where(error, owner)
         raise kind(
-            f"{what} ends the program by sys.exit({error.code!r}){where(error, owner)}: raise an exception "
-            "that says what is wrong instead"
+            f"{what} ends the program by sys.exit({error.code!r}){f' ({at})' if at else ''}: raise an "
+            "exception that says what is wrong instead"
         ) from error
     except passes:
         raise
@@ -74,11 +77,13 @@ def told(what: str, error: BaseException, owner: Any = None, fix: str = "") -> s
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         fix = "Lower batches.microbatch, which bounds the memory of a forward pass"
     said = name if text == name else f"{name}: {text}"
-    return f"{what} fails{where(error, owner)}: {said}" + (f". {fix}" if fix else "")
+    what, _, of = what.partition(" of ")
+    at = ", ".join(part for part in (of, where(error, owner)) if part)
+    return f"{what} fails: {said}" + (f" ({at})" if at else "") + (f". {fix}" if fix else "")
 
 
 def where(error: BaseException, owner: Any = None) -> str:
-    r"""\" at FILE:LINE\" of the user's own line nearest to the error; "" where none is known."""
+    """FILE:LINE of the user's own line nearest to the error; "" where none is known."""
     home = _file_of(owner)
     lines = [
         (frame.tb_frame.f_code.co_filename, frame.tb_lineno)
@@ -90,7 +95,7 @@ def where(error: BaseException, owner: Any = None) -> str:
     code = getattr(owner, "__code__", None)
     if not lines and isinstance(code, CodeType) and _is_users(code.co_filename, home):
         lines = [(code.co_filename, code.co_firstlineno)]
-    return f" at {lines[-1][0]}:{lines[-1][1]}" if lines else ""
+    return f"{lines[-1][0]}:{lines[-1][1]}" if lines else ""
 
 
 def guarded(task: Task) -> Task:

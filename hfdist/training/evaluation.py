@@ -43,7 +43,9 @@ def evaluate(
             n = num_examples(batch)
             values = {"loss": as_sum(task.loss(outputs, batch), n, "mean", loss_name)}
             for name, value in _metrics(task, outputs, batch).items():
-                values[name] = as_sum(value, n, "mean", f"{type(task).__name__}.metrics()[{name!r}]")
+                values[name] = as_sum(
+                    value, n, "mean", f"{type(task).__name__}.metrics()[{name!r}]"
+                )
             if task.loss_reduction == "sum" and values["loss"][1] == n:
                 # A plain sum of losses: its mean over the examples.
                 values["loss"] = (values["loss"][0] / n, n)

@@ -175,7 +175,9 @@ class Worker:
         batch = None
         if self.num_examples is not None:
             batch = self._loader.load(MicrobatchPlan(number=0, indices=torch.arange(n)))
-        seen = f"its first {n} examples" if n else "the batch None, as its train_data() returns None"
+        seen = (
+            f"its first {n} examples" if n else "the batch None, as its train_data() returns None"
+        )
         with (
             user_code(f"{name} on {seen}", type(self.task).forward),
             FixedRandomness(self.comm.device, self.model).evaluation(seed=0),
@@ -396,9 +398,7 @@ def evaluate_run(
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.data.copy_(saved["model"][name])
-    loader = BatchLoader(
-        task, data, comm.device, getattr(torch, config.dtype), source="eval_data"
-    )
+    loader = BatchLoader(task, data, comm.device, getattr(torch, config.dtype), source="eval_data")
     try:
         values = evaluate(task, model, loader, n, comm, config.evaluate.batch)
     finally:
