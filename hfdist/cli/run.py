@@ -34,7 +34,7 @@ def train(
     from hfdist import api
 
     result = api.train(job, overrides or (), display=_display(quiet, as_json, plain), run_id=run_id)
-    _exit(result)
+    exit_as(result)
 
 
 def resume(
@@ -67,7 +67,7 @@ def resume(
         return
     from hfdist import api
 
-    _exit(api.resume(run_dir, overrides or (), display=_display(quiet, as_json, plain)))
+    exit_as(api.resume(run_dir, overrides or (), display=_display(quiet, as_json, plain)))
 
 
 def evaluate(
@@ -104,6 +104,10 @@ def _display(quiet: bool, as_json: bool, plain: bool) -> str:
     return "quiet" if quiet else "json" if as_json else "plain" if plain else "auto"
 
 
-def _exit(result: dict[str, Any]) -> None:
+def exit_as(result: dict[str, Any]) -> None:
+    """End as the run did."""
+    if result["status"] == "FAILED":
+        print(f"error: {result.get('error', 'the run failed')}", file=sys.stderr, flush=True)
+        sys.exit(1)
     if result["status"] == "KILLED":
         sys.exit(130)

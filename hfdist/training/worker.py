@@ -73,7 +73,8 @@ def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
         display: The lead's; what the others show is their launcher's choice.
 
     Returns:
-        The content of result.json; its `status` is FINISHED, or KILLED after Ctrl-C or SIGTERM.
+        The content of result.json; its `status` is FINISHED, KILLED after Ctrl-C or SIGTERM, or FAILED,
+        with an `error`, if all steps were done and the model is no better for it.
 
     Raises:
         UserError: Bad input, or a peer that is gone; recorded as FAILED before it is raised.
@@ -131,7 +132,10 @@ class Worker:
         self.model.train()
         try:
             status = self._loop(progress)
-            return self._coordinator.finish(status, progress, self._example)
+            problem = self._coordinator.what_came_of_it(status, progress)
+            if problem is None:
+                return self._coordinator.finish(status, progress, self._example)
+            return self._coordinator.finish(Status.FAILED, progress, error=problem, save=True)
         except BaseException as error:
             failure = self._told(error)
             # Of a rank cut off from the others, the run may go on elsewhere: it must not write then.
@@ -394,7 +398,7 @@ def evaluate_run(
         raise CheckpointError(f"no checkpoint in {place}")
     step, saved = store.load(checkpoint)
     tensors = model_tensors(model)
-    check(saved["model"], tensors)
+    check(saved.get("model"), tensors)
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.data.copy_(saved["model"][name])
