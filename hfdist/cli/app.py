@@ -9,14 +9,35 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from hfdist.cli import bench, cluster, jobs, look, project, run, submit, sweep
 
-EXIT_CODES = """Exit codes: 0 done; 1 the run failed, or trained nothing; 2 a mistake in the command, the job, the
-task or the data; 130 stopped by Ctrl-C or SIGTERM, after a checkpoint."""
+
+class _FlagsWithoutType:
+    """Help that shows no type (`<bool>`) beside options that take no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Command(_FlagsWithoutType, TyperCommand):
+    pass
+
+
+class _Group(_FlagsWithoutType, TyperGroup):
+    pass
+
+
+EXIT_CODES = """Exit codes: 0 done; 1 the run failed, or trained nothing; 2 a mistake in the command, the
+job, the task or the data; 130 stopped by Ctrl-C or SIGTERM, after a checkpoint."""
 
 app = typer.Typer(
     name="hfdist",
@@ -24,6 +45,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    cls=_Group,
     epilog=EXIT_CODES.replace("\n", " "),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -44,26 +66,28 @@ def _help(verb: Callable[..., None]) -> str:
 
 for panel, verbs in _VERBS.items():
     for verb in verbs:
-        app.command(rich_help_panel=panel, help=_help(verb))(verb)
-app.add_typer(bench.app, name="bench", rich_help_panel="Look")
-for name, family in {"jobs": jobs.app, "cluster": cluster.app}.items():
-    app.add_typer(family, name=name, rich_help_panel="Cluster")
+        app.command(rich_help_panel=panel, help=_help(verb), cls=_Command)(verb)
+for name, family, panel in (
+    ("bench", bench.app, "Look"),
+    ("jobs", jobs.app, "Cluster"),
+    ("cluster", cluster.app, "Cluster"),
+):
+    for registered in family.registered_commands:
+        registered.cls = _Command
+    app.add_typer(family, name=name, rich_help_panel=panel, cls=_Group)
 
 
 @app.callback()
 def _options(
     debug: Annotated[
         bool,
-        typer.Option(
-            "--debug", help="Show tracebacks and debug messages.", envvar="HFDIST_DEBUG", metavar=""
-        ),
+        typer.Option("--debug", help="Show tracebacks and debug messages.", envvar="HFDIST_DEBUG"),
     ] = False,
     version: Annotated[
         bool,
         typer.Option(
             "--version",
             help="Print versions and exit.",
-            metavar="",
             is_eager=True,
             callback=look.print_version,
         ),
@@ -120,7 +144,7 @@ def errors_as_messages() -> Iterator[None]:
             kind, said = type(error).__name__, without_user_information(first_line(error))
             message = f"unexpected {kind}: {said} (a fault of hfdist: --debug shows where)"
             code = 1
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {message or type(error).__name__}", file=sys.stderr, flush=True)
         sys.exit(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -23,10 +23,10 @@ from pydantic import (
 )
 from yaml import YAMLError
 
+from hfdist.addresses import has_user_information, is_all_reference
 from hfdist.config.checkpoint import CheckpointConfig
 from hfdist.config.evaluate import EvaluateConfig
 from hfdist.config.launch import LaunchConfig
-from hfdist.addresses import has_user_information, is_all_reference
 from hfdist.config.limits import MAX_DEPTH, check_references, check_size, what_is_wrong
 from hfdist.config.messages import explain
 from hfdist.config.redaction import MASK, flatten, is_secret, masked, masked_override
@@ -311,7 +311,8 @@ def _resolve(values: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except (OmegaConfBaseException, *_OF_VALUES) as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        full_key = getattr(error, "full_key", None)
+        key = f"{full_key}: " if full_key else ""
         raise ConfigError(f"{path}: {key}{first_line(error)}") from error
     return {str(key): value for key, value in resolved.items()}  # type: ignore[union-attr]
 

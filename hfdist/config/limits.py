@@ -35,8 +35,11 @@ def check_size(text: str, where: str) -> None:
             f"{where} has {len(text)} characters: a job has at most {MAX_CHARACTERS}. Let the task read "
             "large values from a file of its own"
         )
-    depth, values, open_at = 0, 0, []  # open_at: anchor and count where each open collection began
-    sizes: dict[str, int] = {}
+    depth = values = 0
+    open_at: list[
+        tuple[str | None, int]
+    ] = []  # anchor, and count, where each open collection began
+    sizes: dict[str | None, int] = {}
     try:
         for event in yaml.parse(text, Loader=_Loader):
             if isinstance(event, yaml.AliasEvent):

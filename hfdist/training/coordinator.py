@@ -317,7 +317,9 @@ def _no_success(records: Sequence[Mapping[str, Any]], final_loss: float | None) 
             f"the loss is {final_loss} after {len(records)} steps: look for a division by zero, log(0) or an "
             "overflow in the task's model and loss, or for NaN in its data"
         )
-    at_rest = any(record.get("stop") in (Stop.ZERO_GRADIENT, Stop.EXACT_START) for record in records)
+    at_rest = any(
+        record.get("stop") in (Stop.ZERO_GRADIENT, Stop.EXACT_START) for record in records
+    )
     if not records or at_rest or any(record.get("accepted", True) for record in records):
         return None
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -372,20 +373,23 @@ def local_folder(home: Path | str) -> tuple[Path, str]:
 
 
 def evaluate_run(
-    home: Path | str, checkpoint: int | Literal["best"] | None = None
+    home: Path | str,
+    checkpoint: int | Literal["best"] | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Loss and metrics of a run's checkpoint on its task's evaluation data, in this process.
 
     Args:
         home: The run's folder, or ADDRESS/RUN_ID.
         checkpoint: Step of the checkpoint, "best", or None for the newest.
+        overrides: Changes of the run's job: its secrets, say, which are not written down.
 
     Raises:
         CheckpointError: There is no such checkpoint, or it is of another model.
         DataError: The task has no evaluation data.
     """
     run_dir, output = local_folder(home)
-    config = RunConfig.from_run(run_dir)
+    config = RunConfig.from_run(run_dir, overrides)
     comm = SerialCommunicator(resolve(config.device, local_rank=0))
     task, model = build(config, comm.device)
     data = task.eval_data()
