@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from hfdist.cli.app import errors_as_messages
+from hfdist.cli.run import exit_as
 from hfdist.errors import StorageError, UserError
 
 
@@ -16,8 +17,7 @@ def main() -> None:
     """Run, or go on with, what the package's submission names."""
     with errors_as_messages():
         result = _run(Path.cwd())
-    if result["status"] == "KILLED":
-        sys.exit(130)
+    exit_as(result)
 
 
 def _run(package: Path) -> dict[str, str]:

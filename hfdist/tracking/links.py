@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfdist.config.tracking import store_uri
+from hfdist.tracking.client import public
 
 if TYPE_CHECKING:
     from hfdist.config.tracking import TrackingConfig
@@ -24,7 +25,7 @@ def run_link(config: TrackingConfig, output: Path, run_id: str) -> str | None:
     Returns:
         None where there is no server: a store in a file, or no tracking.
     """
-    uri = store_uri(config, output).rstrip("/")
+    uri = public(store_uri(config, output)).rstrip("/")
     if not config.enabled or not uri.startswith(("http:", "https:")):
         return None
     name = urllib.parse.quote(config.experiment)

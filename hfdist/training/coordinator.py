@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from hfdist.comm import Communicator
 from hfdist.config.job import RunConfig
 from hfdist.curvature.layout import Layout
 from hfdist.curvature.params import ParameterVector
-from hfdist.errors import StorageError
-from hfdist.optim.report import StepReport
+from hfdist.errors import CheckpointError, ConfigError, StorageError, first_line
+from hfdist.optim.report import StepReport, Stop
 from hfdist.optim.step import HFState
 from hfdist.rundir.files import StepLog, write_json
 from hfdist.rundir.locations import home_of, is_address
@@ -89,6 +90,12 @@ class Coordinator:
         progress = Progress(state=HFState(damping=self._config.optim.damping))
         if resume and self._store.steps():
             progress = self._restore()
+            done, asked = progress.state.step, self._config.steps
+            if asked < done:
+                raise ConfigError(
+                    f"steps is {asked}, but the run has done {done}: more steps, like steps={done + 10}, go "
+                    "on with it; `hfdist train` starts another"
+                )
         elif resume:
             logger.warning("no checkpoint in %s: starting from step 0", self._home)
         if self._comm.is_rank_0:
@@ -121,26 +128,32 @@ class Coordinator:
     def _restore(self) -> Progress:
         step, saved = self._store.load()
         tensors = model_tensors(self._model)
-        check(saved["model"], tensors)
+        check(saved.get("model"), tensors)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.data.copy_(saved["model"][name])
-        run, hf = saved["run"], saved["optimizer"]
-        x0 = hf.get("x0")
         self._saved_at = step
-        set_rng_state(saved["rng"])
-        return Progress(
-            state=HFState(
-                damping=hf["damping"],
-                x0=None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
-                step=hf["step"],
-            ),
-            cg_iterations=run["cg_iterations"],
-            wall_seconds=run["wall_seconds"],
-            final_loss=run["final_loss"],
-            evaluation=dict(run["evaluation"]),
-            tracked_as=run["tracked_as"],
-        )
+        try:
+            run, hf = saved["run"], saved["optimizer"]
+            x0 = hf.get("x0")
+            set_rng_state(saved["rng"])
+            return Progress(
+                state=HFState(
+                    damping=hf["damping"],
+                    x0=None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
+                    step=hf["step"],
+                ),
+                cg_iterations=run["cg_iterations"],
+                wall_seconds=run["wall_seconds"],
+                final_loss=run["final_loss"],
+                evaluation=dict(run["evaluation"]),
+                tracked_as=run["tracked_as"],
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self._home}/checkpoints does not hold what a run needs "
+                f"({type(error).__name__}: {first_line(error)}): start a new run"
+            ) from error
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -219,32 +232,40 @@ class Coordinator:
 
     # -- end -------------------------------------------------------------------------------------
 
+    def what_came_of_it(self, status: Status, progress: Progress) -> str | None:
+        """What a person should look at who takes this run for a success; None if nothing. Collective."""
+        problem = None
+        if self._comm.is_rank_0 and status is Status.FINISHED:
+            problem = _no_success(self._records, progress.final_loss)
+        return self._comm.broadcast_object(problem)
+
     def finish(
         self,
         status: Status,
         progress: Progress,
         example_inputs: Any = None,
         error: str | None = None,
+        save: bool | None = None,
     ) -> dict[str, Any]:
-        """Close the run: last checkpoint, plots, model, result.json.
+        """Close the run: last checkpoint (by default, unless it has failed), plots, model, result.json.
 
         Returns:
             The content of result.json.
         """
-        if status is not Status.FAILED:
+        if status is not Status.FAILED if save is None else save:
             self.save(progress)
             self._store.wait()
         result: dict[str, Any] = {
             "run_id": self._run_dir.name,
             "status": str(status),
             "steps": progress.state.step,
-            "final_loss": progress.final_loss,
+            "final_loss": _finite(progress.final_loss),
             "parameters_sha256": parameters_sha256(dict(self._model.named_parameters())),
             "cg_iterations": progress.cg_iterations,
             "wall_seconds": progress.wall_seconds,
             "world_size": self._comm.world_size,
             "run_dir": self._home,
-            **{f"eval_{name}": value for name, value in progress.evaluation.items()},
+            **{f"eval_{name}": _finite(value) for name, value in progress.evaluation.items()},
         }
         if error is not None:
             result["error"] = error
@@ -281,6 +302,29 @@ class Coordinator:
         except Exception as second:
             logger.warning("the failure is not recorded in %s: %s", self._run_dir, second)
             logger.debug("where it was not recorded", exc_info=True)
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _no_success(records: Sequence[Mapping[str, Any]], final_loss: float | None) -> str | None:
+    if final_loss is not None and not math.isfinite(final_loss):
+        return (
+            f"the loss is {final_loss} after {len(records)} steps: look for a division by zero, log(0) or an "
+            "overflow in the task's model and loss, or for NaN in its data"
+        )
+    at_rest = any(
+        record.get("stop") in (Stop.ZERO_GRADIENT, Stop.EXACT_START) for record in records
+    )
+    if not records or at_rest or any(record.get("accepted", True) for record in records):
+        return None
+    return (
+        f"none of {len(records)} steps was accepted (the last ended by {records[-1].get('stop')}): the "
+        "parameters are as they were. Look at the losses and ratios in metrics.jsonl, and try another "
+        "optim.damping, or more examples in batches.line_search"
+    )
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

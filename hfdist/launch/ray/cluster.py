@@ -15,7 +15,12 @@ from typing import Any
 from hfdist.errors import ConfigError, first_line
 from hfdist.launch.ray.nodes import head_here
 from hfdist.launch.ray.placement import Demand
-from hfdist.launch.ray.token import private_token, read_authentication_again, use_token
+from hfdist.launch.ray.token import (
+    private_token,
+    read_authentication_again,
+    token_path,
+    use_token,
+)
 
 _OBJECT_STORE = 128 * 1024 * 1024  # bytes; nothing but the job and its events passes through it
 
@@ -59,6 +64,8 @@ def _attach(address: str) -> None:
 
     try:
         _knock(address)
+        if _refuses_token(address):
+            raise RuntimeError("Unauthenticated")
         ray.init(address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         reason = first_line(error)
@@ -78,6 +85,38 @@ def _knock(address: str) -> None:
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+
+
+def _refuses_token(address: str) -> bool:
+    """Whether a head answers that this user's token is wrong or missing. Ray itself asks again and again, and
+    then says only that nothing answered."""
+    where = address.rpartition("://")[2]
+    if "://" in address or not where.rpartition(":")[2].isdigit():
+        return False
+    try:
+        import grpc
+        from ray.core.generated import gcs_service_pb2 as messages
+        from ray.core.generated import gcs_service_pb2_grpc as services
+    except ImportError:  # private to Ray
+        return False
+    metadata = []
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        token = os.environ.get("RAY_AUTH_TOKEN") or ""
+        with contextlib.suppress(OSError):
+            token = token or token_path().read_text().strip()
+        metadata = [("authorization", f"Bearer {token}")]
+    with grpc.insecure_channel(where) as channel:
+        try:
+            services.NodeInfoGcsServiceStub(channel).GetClusterId(
+                messages.GetClusterIdRequest(),  # type: ignore[attr-defined]
+                metadata=metadata,
+                timeout=10.0,
+            )
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.UNAUTHENTICATED
+        except (AttributeError, ValueError):
+            return False
+    return False
 
 
 @contextmanager
