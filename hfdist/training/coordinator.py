@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ class Coordinator:
                     home=self._home,
                 )
             )
-            self._tracker.log_artifact(self._run_dir / "config.yaml")
+            self._log_artifact(self._run_dir / "config.yaml")
             self._display.start(
                 self._run_dir.name, progress.state.step, self._config.steps, dict(info)
             )
@@ -225,10 +226,12 @@ class Coordinator:
         self,
         status: Status,
         progress: Progress,
-        example_inputs: Any = None,
+        example_inputs: Callable[[], Any] = lambda: None,
         error: str | None = None,
     ) -> dict[str, Any]:
         """Close the run: last checkpoint, plots, model, result.json.
+
+        Plots, model and other files are extras: where one cannot be made, a warning says so.
 
         Returns:
             The content of result.json.
@@ -253,22 +256,28 @@ class Coordinator:
         if not self._comm.is_rank_0:
             return result
         self._lease.check()
-        for path in draw_plots(self._records, self._run_dir / "plots") if self._records else []:
-            self._tracker.log_artifact(path, "plots")
+        with _never_failing("the plots are not drawn"):
+            for path in draw_plots(self._records, self._run_dir / "plots"):
+                self._tracker.log_artifact(path, "plots")
         if self._log.path.exists():
-            self._tracker.log_artifact(self._log.path)
+            self._log_artifact(self._log.path)
         if status is Status.FINISHED and self._config.tracking.log_model:
-            self._tracker.log_model(self._model, example_inputs, progress.state.step)
+            with _never_failing("the model is not recorded"):
+                self._tracker.log_model(self._model, example_inputs(), progress.state.step)
         self._tracker.flush()  # short runs end before their tracker has answered
         result["mlflow_run_id"] = self._tracker.tracked_as or progress.tracked_as
         result["tracking_url"] = self._tracker.url
         write_json(self._run_dir / "result.json", result)
         mirror.push(self._config.output, self._run_dir, (*mirror.RECORD, *mirror.RESULTS))
-        self._tracker.log_artifact(self._run_dir / "result.json")
+        self._log_artifact(self._run_dir / "result.json")
         if not self._tracker.finish(status):
             self._leave_undelivered()
         self._display.finish(result)
         return result
+
+    def _log_artifact(self, path: Path) -> None:
+        with _never_failing(f"{path.name} is not recorded"):
+            self._tracker.log_artifact(path)
 
     def _leave_undelivered(self) -> None:
         try:
@@ -283,6 +292,16 @@ class Coordinator:
         except Exception as second:
             logger.warning("the failure is not recorded in %s: %s", self._run_dir, second)
             logger.debug("where it was not recorded", exc_info=True)
+
+
+@contextlib.contextmanager
+def _never_failing(what: str) -> Iterator[None]:
+    """Turn any error of what a run can do without into a warning."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s: %s: %s", what, type(error).__name__, error)
+        logger.debug("where it happened", exc_info=True)
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -99,12 +99,11 @@ class Worker:
                 f"launch.workers to at most {self.num_examples}"
             )
         self._plan(0)
-        self._try_task()
+        self._tried = self._try_task()
         tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
         self._coordinator = Coordinator(
             job.config, job.run_dir, self.model, self._layout, comm, tracker, display, stop
         )
-        self._example: Any = None
 
     def run(self) -> dict[str, Any]:
         """The loop; see `run`."""
@@ -120,7 +119,7 @@ class Worker:
         self.model.train()
         try:
             status = self._loop(progress)
-            return self._coordinator.finish(status, progress, self._example)
+            return self._coordinator.finish(status, progress, self._example_inputs)
         except BaseException as error:
             # Of a rank cut off from the others, the run may go on elsewhere: it must not write then.
             if not self._retried or getattr(error, "exit_code", 1) == 2:
@@ -142,8 +141,12 @@ class Worker:
             return Status.KILLED
         return Status.FINISHED
 
-    def _try_task(self) -> None:
-        """Run model and loss on a few examples, so that a broken task is told from a broken run."""
+    def _try_task(self) -> Batch:
+        """Run model and loss on a few examples, so that a broken task is told from a broken run.
+
+        Returns:
+            The batch of these examples.
+        """
         name = type(self.task).__name__
         n = min(4, self.num_examples or 0)
         try:
@@ -162,6 +165,11 @@ class Worker:
                 f"{name} fails on its first {n} examples: {type(error).__name__}: {error}. "
                 "Look at its model(), forward() and loss() (--debug shows where)"
             ) from error
+        return batch
+
+    def _example_inputs(self) -> Any:
+        """What the model takes of a batch, for one example: no step need have been taken here."""
+        return _first_example(self.task.example_inputs(self._tried))
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -214,8 +222,6 @@ class Worker:
             ]
 
         loaded = self._load(plan.gradient)
-        if self._example is None and self.comm.is_rank_0 and loaded:
-            self._example = _first_example(self.task.example_inputs(loaded[0][1]))
         gradient = role(loaded)
         same_curvature = plan.curvature is plan.gradient
         curvature = gradient if same_curvature else role(self._load(plan.curvature))
