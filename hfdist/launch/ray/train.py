@@ -218,8 +218,8 @@ class _Driver:
 
     def _trainer(self, name: str, failures: int) -> Any:
         import ray.train
-        import ray.train.torch
 
+        from hfdist.launch.ray.scaling import Trainer
         from hfdist.launch.ray.worker import Assignment, FailureWatch, GroupConfig, work
 
         train: Any = ray.train  # the second version of its API, of which its types know nothing
@@ -237,8 +237,9 @@ class _Driver:
             environment={k: v for k, v in os.environ.items() if k.startswith(_FOR_WORKERS)},
         )
         workers = launch.workers if isinstance(launch.workers, int) else tuple(launch.workers)
-        return train.torch.TorchTrainer(
+        return Trainer(
             work,
+            relay=self._relay,
             train_loop_config={"assignment": assignment},
             # Workers that share a GPU cannot use nccl, which wants one each.
             torch_config=GroupConfig(
