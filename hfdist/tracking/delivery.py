@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfdist.tracking.client import connect, is_final, one_line
-from hfdist.tracking.find_or_create import OpenRun, open_run, remove_twins
+from hfdist.tracking.find_or_create import OpenRun, has_steps_from, open_run, remove_twins
 from hfdist.tracking.spool import Event, Spool
 from hfdist.tracking.tracker import Status
 
@@ -69,6 +69,8 @@ class Delivery:
         assert self._run is not None
         start = 0
         while start < len(batch) and not is_over():
+            if batch[start][0]["kind"] == "again" and self._replaced(batch[start][0]["step"]):
+                return
             stop = start + 1
             if _is_metrics(batch[start][0]):  # as many as come in a row in one call
                 while stop < len(batch) and _is_metrics(batch[stop][0]):
@@ -78,6 +80,17 @@ class Delivery:
             self.count += stop - start
             self._moved()
             start = stop
+
+    def _replaced(self, step: int) -> bool:
+        """Whether the run is a new one, told from the start: MLflow takes no number back, and the old run
+        has some of steps from `step` on, which were taken again with other results."""
+        assert self._run is not None
+        if not has_steps_from(self._client, self._run, step):
+            return False
+        self._client.delete_run(self._run.run_id)
+        self._run = None
+        self.open()
+        return True
 
     def retry(self) -> None:
         """Try the files that were set aside again.

@@ -109,6 +109,7 @@ class Coordinator:
                     dataset=info.get("dataset", {}),
                     tracked_as=progress.tracked_as,
                     record=self._records,
+                    first_step=progress.state.step,
                     home=self._home,
                 )
             )
@@ -166,7 +167,12 @@ class Coordinator:
                 self._lease.check()
             values = report.metrics() | extra | {"wall_seconds": progress.wall_seconds}
             values |= {f"eval/{name}": value for name, value in progress.evaluation.items()}
-            self._tracker.log_metrics(values, report.step)
+            # A step that was recorded before a kill, and comes out the same, stays as it is recorded.
+            values = dict(self._tracker.log_metrics(values, report.step))
+            late = values["wall_seconds"] - progress.wall_seconds
+            if late > 0:  # and its time counts
+                self._clock -= late
+                progress.wall_seconds += late
             record = {
                 "step": report.step,
                 "time": time.time(),

@@ -70,7 +70,9 @@ def test_any_numbers_make_pictures(seed, tmp_path):
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.filterwarnings("error")
 def test_one_number_at_every_step_makes_pictures(odd, tmp_path):
-    records = [dict.fromkeys(record(0), odd) | {"step": k, "quadratic": [odd] * 4} for k in range(3)]
+    records = [
+        dict.fromkeys(record(0), odd) | {"step": k, "quadratic": [odd] * 4} for k in range(3)
+    ]
     paths = draw_plots(records, tmp_path / "plots")
     assert [path.name for path in paths] == NAMES
 
