@@ -14,6 +14,8 @@ from hfdist.tracking.spool import Spool
 logger = logging.getLogger(__name__)
 
 RUN_ID_TAG = "hfdist.run_id"
+_KIND, _TRAINING = "mlflow.experimentKind", "custom_model_development"
+"""MLflow's pages: training runs with charts, and not traces and evaluations of language models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,9 @@ def _experiment(client: Any, target: Mapping[str, Any]) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return client.create_experiment(name, artifact_location=target["artifact_root"])
+            return client.create_experiment(
+                name, artifact_location=target["artifact_root"], tags={_KIND: _TRAINING}
+            )
         except MlflowException:  # another run was faster
             experiment = client.get_experiment_by_name(name)
             if experiment is None:
@@ -92,6 +96,9 @@ def _experiment(client: Any, target: Mapping[str, Any]) -> str:
             f"experiment {name!r} is deleted in MLflow: restore it, or name another in "
             "tracking.experiment"
         )
+    if _KIND not in experiment.tags:
+        with contextlib.suppress(MlflowException):  # a user who may write runs, and no more
+            client.set_experiment_tag(experiment.experiment_id, _KIND, _TRAINING)
     return experiment.experiment_id
 
 

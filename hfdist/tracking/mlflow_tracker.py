@@ -69,7 +69,7 @@ class MlflowTracker:
         self._compare(info)
         missed = [line for line in info.record if line["step"] > spool.last_step]
         spool.remember("target", self._target(info) | {"is_behind": bool(missed)})
-        tags = {**provenance(), **info.tags, **self._config.tags}
+        tags = {**provenance(str(info.params.get("task", ""))), **info.tags, **self._config.tags}
         spool.append("status", status=str(Status.RUNNING))
         spool.append("params", values=_texts(info.params))
         spool.append("tags", values=_texts(tags))
@@ -97,13 +97,17 @@ class MlflowTracker:
         return values
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        if not self._is_open:
-            return
-        path = Path(path).resolve()
-        home = self._run_dir.resolve()
-        if path.is_relative_to(home):
-            path = path.relative_to(home)  # the run's folder may move before it is delivered
-        self._append("artifact", path=str(path), folder=folder)
+        if self._is_open:
+            self._append("artifact", path=self._relative(path), folder=folder)
+
+    def log_plot(self, path: Path, step: int) -> None:
+        if self._is_open:
+            self.log_artifact(path, "plots")
+            self._append("plot", path=self._relative(path), step=step)
+
+    def describe(self, text: str) -> None:
+        if self._is_open:
+            self._append("description", text=text)
 
     def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
         if not self._is_open:
@@ -161,6 +165,11 @@ class MlflowTracker:
     @property
     def _is_open(self) -> bool:
         return self._spool is not None and not self._is_over
+
+    def _relative(self, path: Path) -> str:
+        path, home = Path(path).resolve(), self._run_dir.resolve()
+        # The run's folder may move before it is delivered.
+        return str(path.relative_to(home) if path.is_relative_to(home) else path)
 
     def _compare(self, info: RunInfo) -> None:
         """Find what was told of steps that are taken again, and void what is not in the run's record."""

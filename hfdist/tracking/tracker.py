@@ -73,6 +73,14 @@ class Tracker(Protocol):
         """A file of the run."""
         ...
 
+    def log_plot(self, path: Path, step: int) -> None:
+        """A picture of the run after so many steps, for its page."""
+        ...
+
+    def describe(self, text: str) -> None:
+        """What the run's page says of it, in Markdown; `description.RUN` in it becomes `tracked_as`."""
+        ...
+
     def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
         """The trained torch module with its signature, so that it can be loaded to predict."""
         ...
@@ -99,6 +107,12 @@ class NullTracker:
         return values
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
+        pass
+
+    def log_plot(self, path: Path, step: int) -> None:
+        pass
+
+    def describe(self, text: str) -> None:
         pass
 
     def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
@@ -137,6 +151,14 @@ class CompositeTracker:
     def log_artifact(self, path: Path, folder: str = "") -> None:
         for tracker in self._trackers:
             tracker.log_artifact(path, folder)
+
+    def log_plot(self, path: Path, step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log_plot(path, step)
+
+    def describe(self, text: str) -> None:
+        for tracker in self._trackers:
+            tracker.describe(text)
 
     def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
         for tracker in self._trackers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,15 @@ from hfdist.rundir.files import StepLog, write_json
 from hfdist.rundir.locations import home_of, is_address
 from hfdist.rundir.stop import STOP_FILE, StopRequest
 from hfdist.tracking import RunInfo, Status, Tracker
+from hfdist.tracking.description import describe
 from hfdist.tracking.plots import draw_plots
 from hfdist.training.consistency import check_replicas
 from hfdist.training.display import Display
 
 logger = logging.getLogger(__name__)
+
+_DESCRIBED = ("seed", "dtype", "optim.", "batches.", "task_args.")
+"""Keys of the job that say how it trains."""
 
 
 @dataclass(kw_only=True)
@@ -79,6 +83,7 @@ class Coordinator:
         output = config.output if is_address(config.output) else run_dir.parent
         self._lease = Lease(output, run_dir.name)
         self._log = StepLog(run_dir / "metrics.jsonl")
+        self._info: Mapping[str, Any] = {}
         self._records: list[dict[str, Any]] = []
         self._saved_at: int | None = None
         self._clock = time.perf_counter()
@@ -114,6 +119,8 @@ class Coordinator:
                 )
             )
             self._log_artifact(self._run_dir / "config.yaml")
+            self._info = info
+            self._describe()
             self._display.start(
                 self._run_dir.name, progress.state.step, self._config.steps, dict(info)
             )
@@ -262,9 +269,11 @@ class Coordinator:
         if not self._comm.is_rank_0:
             return result
         self._lease.check()
+        plots: list[Path] = []
         with _never_failing("the plots are not drawn"):
-            for path in draw_plots(self._records, self._run_dir / "plots"):
-                self._tracker.log_artifact(path, "plots")
+            plots = draw_plots(self._records, self._run_dir / "plots")
+            for path in plots:
+                self._tracker.log_plot(path, progress.state.step)
         if self._log.path.exists():
             self._log_artifact(self._log.path)
         if status is Status.FINISHED and self._config.tracking.log_model:
@@ -276,10 +285,26 @@ class Coordinator:
         write_json(self._run_dir / "result.json", result)
         mirror.push(self._config.output, self._run_dir, (*mirror.RECORD, *mirror.RESULTS))
         self._log_artifact(self._run_dir / "result.json")
+        self._describe(result, [f"plots/{path.name}" for path in plots])
         if not self._tracker.finish(status):
             self._leave_undelivered()
         self._display.finish(result)
         return result
+
+    def _describe(self, result: Mapping[str, Any] | None = None, plots: Sequence[str] = ()) -> None:
+        """Tell people what the run is, on its page, unless the job does."""
+        with _never_failing("the run is not described"):
+            config = self._config
+            if "mlflow.note.content" in config.tracking.tags:
+                return
+            usual = RunConfig(task=config.task).flatten()
+            rules = {
+                key: value
+                for key, value in config.flatten().items()
+                if key.startswith(_DESCRIBED) and value != usual.get(key)
+            }
+            text = describe(self._info, rules, config.steps, self._home, result, plots)
+            self._tracker.describe(text)
 
     def _log_artifact(self, path: Path) -> None:
         with _never_failing(f"{path.name} is not recorded"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray_nodes import free_port, hfdist, own_cluster
+from ray_nodes import hfdist, own_cluster
 
 pytestmark = [pytest.mark.ray]
 
@@ -77,7 +77,9 @@ def test_a_cluster_of_this_machine_is_closed_to_others(tmp_path: Path, job: Path
         for _ in range(90):
             if record.exists() and record.read_text():
                 break
-            assert json.loads(cluster("jobs", "status", "open", "--json", *at).stdout)["ended"] is None
+            assert (
+                json.loads(cluster("jobs", "status", "open", "--json", *at).stdout)["ended"] is None
+            )
         sockets = listening(cluster.nodes())
         assert len(sockets) > 6
         assert open_to_others(sockets) == {}

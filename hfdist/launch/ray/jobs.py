@@ -19,6 +19,7 @@ from hfdist.errors import ConfigError
 from hfdist.launch.ray.package import copy_files, files_of
 from hfdist.launch.ray.token import use_token
 from hfdist.rundir.locations import folder_of_runs, is_address
+from hfdist.tracking.provenance import SOURCE_VARIABLE, digest, source
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -136,12 +137,15 @@ def submit(
     """
     runs = folder_of_runs(config.output)
     output = config.output.rstrip("/") if is_address(config.output) else str(runs)
+    files = files_of(folder, [runs])
+    # Neither git nor the repository goes with the job.
+    code = source(folder) | {"hfdist.source.package_sha256": digest(folder, files)}
     submission = Submission(
         run_id=run_id,
         run_dir=f"{output}/{run_id}",
         job=str(job.resolve().relative_to(folder.resolve())),
         overrides=[*overrides, f"output={output}"],
-        environment=_credentials(),
+        environment=_credentials() | {SOURCE_VARIABLE: json.dumps(code)},
     )
     metadata = {
         "task": config.task.rpartition("/")[2],
@@ -149,7 +153,7 @@ def submit(
         "experiment": config.tracking.experiment,
     }
     with tempfile.TemporaryDirectory(prefix="hfdist-job-") as package:
-        size = copy_files(folder, files_of(folder, [runs]), Path(package), max_size)
+        size = copy_files(folder, files, Path(package), max_size)
         return _send(
             submission,
             run_id,

@@ -67,7 +67,9 @@ def main() -> None:
     own: Any = services
     own.get_node_ip_address = lambda address=None: HERE
     constants: Any = ray_constants
-    constants.ENABLE_RAY_CLUSTER = True  # a second node may join, which Ray does not expect of such a cluster
+    constants.ENABLE_RAY_CLUSTER = (
+        True  # a second node may join, which Ray does not expect of such a cluster
+    )
     from ray.scripts.scripts import main as ray
 
     ray()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ from hfdist.launch.ray.cluster import (
 from hfdist.launch.ray.placement import Demand, mend, what_is_missing
 from hfdist.rundir.locations import home_of, is_address
 from hfdist.rundir.stop import STOP_FILE, SignalCount, signals_counted
+from hfdist.tracking.provenance import SOURCE_VARIABLE, folder_of, source
 
 if TYPE_CHECKING:
     from hfdist.config.job import RunConfig
@@ -234,7 +236,11 @@ class _Driver:
             gpus_per_worker=gpus,
             relay=self._relay,
             folder=Path.cwd(),
-            environment={k: v for k, v in os.environ.items() if k.startswith(_FOR_WORKERS)},
+            environment={
+                # A worker may see neither git nor the repository.
+                SOURCE_VARIABLE: json.dumps(source(folder_of(self._config.task))),
+                **{k: v for k, v in os.environ.items() if k.startswith(_FOR_WORKERS)},
+            },
         )
         workers = launch.workers if isinstance(launch.workers, int) else tuple(launch.workers)
         return Trainer(
