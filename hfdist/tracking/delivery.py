@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hfdist.tracking.client import connect, is_final, one_line
-from hfdist.tracking.description import RUN
+from hfdist.tracking.description import EXPERIMENT, RUN
 from hfdist.tracking.find_or_create import OpenRun, has_steps_from, open_run, remove_twins
 from hfdist.tracking.spool import Event, Spool
 from hfdist.tracking.tracker import Status
@@ -206,7 +206,7 @@ class Delivery:
         tags = self._client.get_run(run.run_id).data.tags
         if _NOTE in tags and tags.get(_OWN_NOTE) != _sha256(tags[_NOTE]):
             return
-        text = text.replace(RUN, run.run_id)[:MAX_TAG]
+        text = text.replace(RUN, run.run_id).replace(EXPERIMENT, run.experiment_id)[:MAX_TAG]
         self._send_tags(run, {_NOTE: text, _OWN_NOTE: _sha256(text)})
 
     def _send_dataset(self, run: OpenRun, values: Mapping[str, Any]) -> None:

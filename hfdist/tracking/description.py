@@ -6,8 +6,10 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-RUN = "{mlflow_run_id}"
-"""Stands for the run's identifier, which is not known before the server answers."""
+from hfdist.tracking.links import TRAINING
+
+RUN, EXPERIMENT = "{mlflow_run_id}", "{mlflow_experiment_id}"
+"""Stand for identifiers that are not known before the server answers."""
 _FILES = ("config.yaml", "metrics.jsonl", "result.json")
 
 
@@ -30,12 +32,7 @@ def describe(
         plots: Names of the files among the run's artifacts.
     """
     workers, dataset = int(info.get("world_size", 1)), info.get("dataset", {})
-    rows = {
-        "Task": f"{_code(info.get('task', ''))}, {info.get('num_parameters', 0):,} parameters",
-        "Data": _data(dataset),
-        "Workers": f"{workers} on {info.get('tags', {}).get('device', 'cpu')}",
-        "Status": f"RUNNING, {steps} steps",
-    }
+    rows = {"Status": f"RUNNING, {steps} steps"}  # MLflow folds the description after a few lines
     if result is not None:
         rows["Status"] = f"**{result['status']}** after {result['steps']} of {steps} steps"
         if (loss := result.get("final_loss")) is not None:
@@ -45,12 +42,18 @@ def describe(
         rows["Cost"] = f"{result['wall_seconds']:.1f} s, {result['cg_iterations']} CG iterations"
         if result.get("error"):
             rows["Error"] = _cell(result["error"])[:500]
+    rows |= {
+        "Task": f"{_code(info.get('task', ''))}, {info.get('num_parameters', 0):,} parameters",
+        "Data": _data(dataset),
+        "Workers": f"{workers} on {info.get('tags', {}).get('device', 'cpu')}",
+    }
     if rules:
         changed = (f"{key}={value}" for key, value in rules.items())
         rows["Job"] = ", ".join(_code(text[:120]) for text in changed)[:2000]
     rows["Folder"] = _code(home)
     files = _FILES if result is not None else _FILES[:1]
-    rows["Files"] = ", ".join(f"[{name}]({_address(name)})" for name in files)
+    charts = f"[charts](#/experiments/{EXPERIMENT}/runs/{RUN}/model-metrics?{TRAINING})"
+    rows["Look at"] = ", ".join([charts, *(f"[{name}]({_address(name)})" for name in files)])
     lines = [
         "| Hessian-free run | |",
         "|---|---|",

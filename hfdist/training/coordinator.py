@@ -27,6 +27,7 @@ from hfdist.rundir.locations import home_of, is_address
 from hfdist.rundir.stop import STOP_FILE, StopRequest
 from hfdist.tracking import RunInfo, Status, Tracker
 from hfdist.tracking.description import describe
+from hfdist.tracking.links import TRAINING
 from hfdist.tracking.plots import draw_plots
 from hfdist.training.consistency import check_replicas
 from hfdist.training.display import Display
@@ -281,7 +282,8 @@ class Coordinator:
                 self._tracker.log_model(self._model, example_inputs(), progress.state.step)
         self._tracker.flush()  # short runs end before their tracker has answered
         result["mlflow_run_id"] = self._tracker.tracked_as or progress.tracked_as
-        result["tracking_url"] = self._tracker.url
+        url = self._tracker.url
+        result["tracking_url"] = f"{url}?{TRAINING}" if url else None
         write_json(self._run_dir / "result.json", result)
         mirror.push(self._config.output, self._run_dir, (*mirror.RECORD, *mirror.RESULTS))
         self._log_artifact(self._run_dir / "result.json")

@@ -76,10 +76,13 @@ def test_the_page_shows_what_the_run_was(
         assert words in note
     # Every link and picture of the description is there.
     addresses = [part.split(")")[0] for part in note.split("](")[1:]]
-    assert len(addresses) == 3 + 3
+    assert len(addresses) == 1 + 3 + 3
     for address in addresses:
         with urllib.request.urlopen(f"{server.uri}/{address}") as answer:
             assert answer.read(), address
+    page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    assert addresses[0] == f"{page}/model-metrics?workflowType=machine_learning"
+    assert result["tracking_url"] == f"{server.uri}/{page}?workflowType=machine_learning"
     assert run.data.tags["mlflow.loggedImages"] == "True"
     pictures = [Path(file.path).name for file in client.list_artifacts(run.info.run_id, "images")]
     for name in ("convergence", "cg", "damping"):
