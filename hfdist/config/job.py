@@ -26,6 +26,7 @@ from hfdist.config.checkpoint import CheckpointConfig
 from hfdist.config.evaluate import EvaluateConfig
 from hfdist.config.launch import LaunchConfig
 from hfdist.config.messages import explain
+from hfdist.config.notify import NotifyConfig
 from hfdist.config.redaction import MASK, flatten, is_secret, masked, masked_override
 from hfdist.config.tracking import TrackingConfig
 from hfdist.data.config import BatchesConfig
@@ -37,7 +38,7 @@ from hfdist.rundir.locations import normal
 CONFIG_FILE = "config.yaml"
 """Name of the resolved job in a run's folder."""
 
-_SECTIONS = ("optim", "batches", "launch", "checkpoint", "tracking", "evaluate")
+_SECTIONS = ("optim", "batches", "launch", "checkpoint", "tracking", "evaluate", "notify")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -80,6 +81,8 @@ class RunConfig(BaseModel):
     """Where the run is recorded."""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     """When held-out data is looked at."""
+    notify: NotifyConfig = Field(default_factory=NotifyConfig)
+    """Who is told how the run ends."""
 
     _references: dict[str, str] = PrivateAttr(default_factory=dict)
     """Secrets that the job takes from elsewhere: {"task_args.token": "${oc.env:TOKEN}"}."""

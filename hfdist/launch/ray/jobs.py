@@ -40,7 +40,7 @@ _TALKATIVE = (
 )
 """Loggers that report every upload."""
 _AGENT_WAIT = 120.0  # seconds that a new head's agent may take to come up
-_CREDENTIALS = ("MLFLOW_TRACKING_", "AWS_", "MLFLOW_S3_")
+_CREDENTIALS = ("MLFLOW_TRACKING_", "AWS_", "MLFLOW_S3_", "HFDIST_NOTIFY_")
 _DESCRIBED = ("task", "steps", "experiment")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 

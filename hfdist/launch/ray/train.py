@@ -319,6 +319,8 @@ class _Driver:
                     else failed
                 )
                 continue
+            if method in ("start", "step") and is_address(self._config.output):
+                (self._run_dir / "metrics.jsonl").touch()  # that it grows, where others write it
             if method == "start":
                 self._down = None
                 self._has_begun = True
