@@ -25,6 +25,7 @@ def _run(package: Path) -> dict[str, str]:
     from hfdist.checkpoint import mirror
     from hfdist.launch.ray.jobs import FOLDER, Submission
     from hfdist.rundir.locations import is_address, split
+    from hfdist.tracking.provenance import SOURCE_FILE, SOURCE_VARIABLE
 
     submission = Submission(**json.loads((package / FOLDER / "submission.json").read_text()))
     os.environ.update(submission.environment)
@@ -37,6 +38,8 @@ def _run(package: Path) -> dict[str, str]:
             shutil.copytree(
                 package, code, ignore=shutil.ignore_patterns(FOLDER), dirs_exist_ok=True
             )
+            if SOURCE_VARIABLE in os.environ:
+                (code / SOURCE_FILE).write_text(os.environ[SOURCE_VARIABLE])
             if output:
                 shutil.make_archive(str(code), "gztar", code)
                 mirror.push(output, run_dir, [mirror.CODE])

@@ -29,6 +29,7 @@ from hfdist.config.evaluate import EvaluateConfig
 from hfdist.config.launch import LaunchConfig
 from hfdist.config.limits import MAX_DEPTH, check_references, check_size, what_is_wrong
 from hfdist.config.messages import explain
+from hfdist.config.notify import NotifyConfig
 from hfdist.config.redaction import MASK, flatten, is_secret, masked, masked_override
 from hfdist.config.tracking import TrackingConfig
 from hfdist.data.config import BatchesConfig
@@ -40,7 +41,7 @@ from hfdist.rundir.locations import normal
 CONFIG_FILE = "config.yaml"
 """Name of the resolved job in a run's folder."""
 
-_SECTIONS = ("optim", "batches", "launch", "checkpoint", "tracking", "evaluate")
+_SECTIONS = ("optim", "batches", "launch", "checkpoint", "tracking", "evaluate", "notify")
 _OF_VALUES = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """What the YAML libraries let through of a value that cannot be made: a date of month 13, 5000 digits."""
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -85,6 +86,8 @@ class RunConfig(BaseModel):
     """Where the run is recorded."""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     """When held-out data is looked at."""
+    notify: NotifyConfig = Field(default_factory=NotifyConfig)
+    """Who is told how the run ends."""
 
     _references: dict[str, str] = PrivateAttr(default_factory=dict)
     """Secrets that the job takes from elsewhere: {"task_args.token": "${oc.env:TOKEN}"}."""

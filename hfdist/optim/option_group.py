@@ -31,13 +31,13 @@ class OptionGroup:
     def __post_init__(self) -> None:
         options: Any = type(self)
         for key, kind in _numbers(options).items():
-            value = getattr(self, key)
+            value: Any = getattr(self, key)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, kind):
                 what = "a number" if kind is Real else "a whole number"
                 raise ValueError(f"{key} is {value!r}: it must be {what}")
-            if value - value != 0 and (key, value) not in self.UNBOUNDED:  # infinite, or NaN
+            if not -math.inf < value < math.inf and (key, value) not in self.UNBOUNDED:  # type: ignore[operator]
                 raise ValueError(f"{key} is {value}: it must be finite")
         groups = options.__mro__[::-1]
         for group in groups:

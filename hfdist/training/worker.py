@@ -113,12 +113,11 @@ class Worker:
                 f"launch.workers to at most {self.num_examples}"
             )
         self._plan(0)
-        self._try_task()
+        self._tried = self._try_task()
         tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
         self._coordinator = Coordinator(
             job.config, job.run_dir, self.model, self._layout, comm, tracker, display, stop
         )
-        self._example: Any = None
 
     def run(self) -> dict[str, Any]:
         """The loop; see `run`."""
@@ -135,7 +134,7 @@ class Worker:
             status = self._loop(progress)
             problem = self._coordinator.what_came_of_it(status, progress)
             if problem is None:
-                return self._coordinator.finish(status, progress, self._example)
+                return self._coordinator.finish(status, progress, self._example_inputs)
             return self._coordinator.finish(Status.FAILED, progress, error=problem, save=True)
         except BaseException as error:
             failure = self._told(error)
@@ -173,8 +172,12 @@ class Worker:
             return TaskFailure(told(f"{task.__name__}'s own code in a step", error, task))
         return error
 
-    def _try_task(self) -> None:
-        """Run model and loss on a few examples, so that a broken task is told from a broken run."""
+    def _try_task(self) -> Batch:
+        """Run model and loss on a few examples, so that a broken task is told from a broken run.
+
+        Returns:
+            The batch of these examples.
+        """
         name = type(self.task).__name__
         n = min(4, self.num_examples or 0)
         batch = None
@@ -197,6 +200,11 @@ class Worker:
                     f"{error}. Its batch is None, because {name}.train_data() returns None: return a data "
                     "set there, unless the loss is a function of the parameters alone"
                 ) from error
+        return batch
+
+    def _example_inputs(self) -> Any:
+        """What the model takes of a batch, for one example: no step need have been taken here."""
+        return _first_example(self.task.example_inputs(self._tried))
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -249,8 +257,6 @@ class Worker:
             ]
 
         loaded = self._load(plan.gradient)
-        if self._example is None and self.comm.is_rank_0 and loaded:
-            self._example = _first_example(self.task.example_inputs(loaded[0][1]))
         gradient = role(loaded)
         same_curvature = plan.curvature is plan.gradient
         curvature = gradient if same_curvature else role(self._load(plan.curvature))

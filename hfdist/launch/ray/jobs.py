@@ -22,6 +22,7 @@ from hfdist.errors import ConfigError, first_line
 from hfdist.launch.ray.package import copy_files, files_of
 from hfdist.launch.ray.token import use_token
 from hfdist.rundir.locations import check_run_id, folder_of_runs, is_address, is_run_id
+from hfdist.tracking.provenance import SOURCE_VARIABLE, digest, source
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -42,7 +43,7 @@ _TALKATIVE = (
 )
 """Loggers that report every upload."""
 _AGENT_WAIT = 120.0  # seconds that a new head's agent may take to come up
-_CREDENTIALS = ("MLFLOW_TRACKING_", "AWS_", "MLFLOW_S3_")
+_CREDENTIALS = ("MLFLOW_TRACKING_", "AWS_", "MLFLOW_S3_", "HFDIST_NOTIFY_")
 _DESCRIBED = ("task", "steps", "experiment")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -142,12 +143,15 @@ def submit(
     check_run_id(run_id)
     runs = folder_of_runs(config.output)
     output = config.output.rstrip("/") if is_address(config.output) else str(runs)
+    files = files_of(folder, [runs])
+    # Neither git nor the repository goes with the job.
+    code = source(folder) | {"hfdist.source.package_sha256": digest(folder, files)}
     submission = Submission(
         run_id=run_id,
         run_dir=f"{output}/{run_id}",
         job=str(job.resolve().relative_to(folder.resolve())),
         overrides=[*overrides, f"output={output}"],
-        environment=_credentials(),
+        environment=_credentials() | {SOURCE_VARIABLE: json.dumps(code)},
     )
     metadata = {
         "task": config.task.rpartition("/")[2],
@@ -155,7 +159,7 @@ def submit(
         "experiment": config.tracking.experiment,
     }
     with tempfile.TemporaryDirectory(prefix="hfdist-job-") as package:
-        size = copy_files(folder, files_of(folder, [runs]), Path(package), max_size)
+        size = copy_files(folder, files, Path(package), max_size)
         return _send(
             submission,
             run_id,
