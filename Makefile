@@ -43,7 +43,7 @@ format: $(READY) ## format and mend what can be mended
 	$(BIN)/ruff format .
 
 docs: $(READY) ## build the guide in dist/docs; a dead link fails
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: $(READY) ## build the wheel and the source archive in dist/
 	$(BIN)/python -m build --no-isolation

@@ -226,7 +226,7 @@ class ProductBuilder:
             LINEARIZE: [LINEARIZE],
             COMPILE: [COMPILE, LINEARIZE],
             TORCH_LINEARIZE: [TORCH_LINEARIZE],
-            # On a CPU the compiler takes longer than its kernels save (deploy/speed.md).
+            # On a CPU the compiler takes longer than its kernels save (docs/speed.md).
             AUTO: [LINEARIZE, TORCH_LINEARIZE] + [COMPILE] * (self._params.device.type == "cuda"),
         }
         return {name: ways[name] for name in to_try.get(self._engine.name, ())}
