@@ -11,9 +11,8 @@ from pathlib import Path
 
 from hfdist.checkpoint.storage import open_storage
 from hfdist.errors import StorageError, SupersededError
+from hfdist.rundir.files import LEASE
 from hfdist.rundir.locations import is_address
-
-FILE = "lease"
 
 
 class Lease:
@@ -38,7 +37,7 @@ class Lease:
             StorageError: It cannot be written.
         """
         try:
-            self._storage.write(self._run_id, FILE, self._mine)
+            self._storage.write(self._run_id, LEASE, self._mine)
         except OSError as error:
             raise StorageError(f"cannot write the lease of run {self._run_id}: {error}") from error
         self._is_held = True
@@ -52,7 +51,7 @@ class Lease:
         if not self._is_held:
             return
         try:
-            holder = self._storage.read(self._run_id, FILE)
+            holder = self._storage.read(self._run_id, LEASE)
         except OSError:
             return  # what cannot be read now cannot be written either, and that has a message of its own
         if holder != self._mine:

@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from hfdist.comm.balance import balanced
 from hfdist.data.config import BatchesConfig
 from hfdist.errors import DataError
 from hfdist.seeds import mixed
@@ -187,7 +188,7 @@ def _share(
         if work is None:
             pieces = list(torch.tensor_split(indices, world_size))
         else:
-            pieces = [indices[places] for places in _balanced(work, world_size)]
+            pieces = [indices[mine] for mine in balanced(work.tolist(), world_size)]
         mine = [(rank, pieces[rank])]
     else:
         if work is not None:  # examples of like cost together: less padding, evener microbatches
@@ -198,7 +199,7 @@ def _share(
             numbers = list(range(rank, len(pieces), world_size))
         else:
             totals = torch.stack([piece.sum() for piece in work.split(microbatch)])
-            numbers = _balanced(totals, world_size)[rank].tolist()
+            numbers = balanced(totals.tolist(), world_size)[rank]
         mine = [(number, pieces[number]) for number in numbers]
     return RolePlan(
         microbatches=tuple(
@@ -206,18 +207,3 @@ def _share(
         ),
         num_examples=n,
     )
-
-
-def _balanced(work: Tensor, world_size: int) -> list[Tensor]:
-    """Places for each rank, of nearly equal work: the longest first, to the least loaded rank
-    (Graham 1969); places are ascending."""
-    import heapq
-
-    heap = [(0.0, rank) for rank in range(world_size)]
-    places: list[list[int]] = [[] for _ in range(world_size)]
-    values = work.tolist()
-    for place in torch.argsort(work, descending=True, stable=True).tolist():
-        load, rank = heapq.heappop(heap)
-        places[rank].append(place)
-        heapq.heappush(heap, (load + values[place], rank))
-    return [torch.tensor(sorted(p), dtype=torch.int64) for p in places]

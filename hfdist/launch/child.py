@@ -54,6 +54,19 @@ class Failed:
     is_user_error: bool
     is_interrupt: bool = False
 
+    @classmethod
+    def by(cls, error: BaseException) -> Failed:
+        """What an exception says."""
+        from hfdist.errors import UserError
+
+        return cls(
+            error_class=type(error).__name__,
+            message=str(error),
+            traceback="".join(traceback.format_exception(error)),
+            is_user_error=isinstance(error, UserError),
+            is_interrupt=isinstance(error, KeyboardInterrupt),
+        )
+
 
 def main() -> None:
     """Receive the assignment, work, report, and end without waiting for anybody."""
@@ -67,7 +80,7 @@ def main() -> None:
     try:
         answer: Finished | Failed = Finished(result=_work(assignment, connection))
     except BaseException as error:
-        answer = _failed(error)
+        answer = Failed.by(error)
         _write_to_log(assignment, answer)
     connection.send(answer)
     sys.stdout.flush()
@@ -104,18 +117,6 @@ def _work(job: Assignment, connection: Connection) -> dict[str, Any]:
             comm,
             display,
         )
-
-
-def _failed(error: BaseException) -> Failed:
-    from hfdist.errors import UserError
-
-    return Failed(
-        error_class=type(error).__name__,
-        message=str(error),
-        traceback="".join(traceback.format_exception(error)),
-        is_user_error=isinstance(error, UserError),
-        is_interrupt=isinstance(error, KeyboardInterrupt),
-    )
 
 
 def _write_to_log(assignment: Assignment, failed: Failed) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hfdist.config.tracking import TrackingConfig, store_uri
 from hfdist.errors import ConfigError, StorageError
+from hfdist.rundir import files
 from hfdist.tracking.client import connect, is_server, one_line, public
 from hfdist.tracking.delivery import Delivery
 from hfdist.tracking.find_or_create import runs_of
@@ -33,7 +34,7 @@ def deliver(run_dir: Path, uri: str | None = None, *, home: str) -> int:
         BusyError: The run goes on: its own process delivers.
         StorageError: The server cannot be reached.
     """
-    folder = run_dir / "spool"
+    folder = run_dir / files.SPOOL
     if not (folder / "target.json").is_file():
         raise ConfigError(
             f"{home} has nothing to deliver here: it is no run, it was not tracked, or its record is on "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hfdist.errors import ConfigError, UserError, WorkerError
 from hfdist.launch.ray.cluster import connected, node_resources
 from hfdist.launch.ray.placement import Demand, mend, what_is_missing
+from hfdist.rundir import files
 from hfdist.rundir.stop import STOP_FILE, SignalCount, signals_counted
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class _Sweep:
                 if self._signals.number:
                     stop.touch()
                     for trial in self._trials:
-                        if trial.run_dir.is_dir() and not (trial.run_dir / "result.json").exists():
+                        if trial.run_dir.is_dir() and not (trial.run_dir / files.RESULT).exists():
                             (trial.run_dir / STOP_FILE).touch()
                 if self._signals.number > 1:
                     raise KeyboardInterrupt
@@ -268,7 +269,7 @@ def _row(trial: Trial, folder: Path) -> dict[str, Any]:
         "values": dict(trial.values),
         "status": "PENDING",
     }
-    path, error = trial.run_dir / "result.json", folder / f"{trial.run_id}.error"
+    path, error = trial.run_dir / files.RESULT, folder / f"{trial.run_id}.error"
     try:
         if path.exists():
             row |= json.loads(path.read_text())
