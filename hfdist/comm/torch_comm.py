@@ -122,16 +122,16 @@ class TorchCommunicator:
 
     def broadcast_object(self, value: T) -> T:
         message = _frame(value) if self.is_rank_0 else torch.empty(8 + _INLINE, dtype=torch.uint8)
-        lead = dist.get_global_rank(self._objects, 0)
+        rank_0 = dist.get_global_rank(self._objects, 0)
         with self._counted("object", 0) as count:
             head = message[: 8 + _INLINE].clone()
-            dist.broadcast(head, src=lead, group=self._objects)
+            dist.broadcast(head, src=rank_0, group=self._objects)
             count(head.nbytes)
             size = _framed_size(head)
             if size > _INLINE:
                 if not self.is_rank_0:
                     message = torch.empty(8 + size, dtype=torch.uint8)
-                dist.broadcast(message, src=lead, group=self._objects)
+                dist.broadcast(message, src=rank_0, group=self._objects)
                 count(message.nbytes)
             elif not self.is_rank_0:
                 message = head
