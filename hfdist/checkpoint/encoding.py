@@ -51,7 +51,7 @@ class Encoder:
         """JSON value of `value`.
 
         Raises:
-            TypeError: It holds what a checkpoint cannot; the message names the place.
+            TypeError: It holds what a checkpoint cannot; the message says where.
         """
         match value:
             case None | bool() | str():

@@ -79,7 +79,7 @@ def pull(output: str, run_dir: Path, also: Iterable[str] = ()) -> None:
 
 
 def push_undelivered(output: str, run_dir: Path) -> None:
-    """Leave what a tracking server has not got at the address: this machine may be gone tomorrow.
+    """Keep what a tracking server has not received at the address: this machine may be gone tomorrow.
 
     Raises:
         StorageError: The address does not take it.
@@ -98,7 +98,7 @@ def push_undelivered(output: str, run_dir: Path) -> None:
 
 
 def pull_undelivered(output: str, run_dir: Path) -> None:
-    """Fetch what `push_undelivered` left, unless this machine has what the run told here.
+    """Fetch what `push_undelivered` left, unless this machine has a spool of the run.
 
     Raises:
         StorageError: The address cannot be read.
@@ -114,10 +114,10 @@ def pull_undelivered(output: str, run_dir: Path) -> None:
 
 
 def forget_undelivered(output: str, run_dir: Path) -> None:
-    """Remove what `push_undelivered` left: it is delivered, or a new life of the run tells it.
+    """Remove what `push_undelivered` left: it is delivered, or a new attempt of the run sends it.
 
     Raises:
-        StorageError: The address does not let go of it.
+        StorageError: It cannot be removed.
     """
     if not is_address(output):
         return
@@ -128,7 +128,7 @@ def forget_undelivered(output: str, run_dir: Path) -> None:
 
 
 def check_writable(output: str) -> None:
-    """Find out, before anything is begun, whether runs can be kept there.
+    """Find out, before a run starts, whether its files can be written there.
 
     Raises:
         StorageError: They cannot.

@@ -1,6 +1,6 @@
-"""Where checkpoints lie: a folder, or an address that fsspec knows (s3://, gs://). Six operations.
+"""Where checkpoints are stored: a folder, or an address that fsspec knows (s3://, gs://). Six operations.
 
-A file is written whole or not at all. A checkpoint is there once its manifest is; it goes with it.
+A file is written completely or not at all. A checkpoint exists as long as its manifest does.
 """
 
 from __future__ import annotations
