@@ -34,12 +34,12 @@ class Assignment:
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """The worker has met its peers."""
+    """The worker has joined the process group."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The worker is done: the content of result.json, on the lead."""
+    """The worker is done: the content of result.json, on rank 0."""
 
     result: dict[str, Any]
 
@@ -69,7 +69,7 @@ class Failed:
 
 
 def main() -> None:
-    """Receive the assignment, work, report, and end without waiting for anybody."""
+    """Receive the assignment, work, report, and end without waiting for other ranks."""
     descriptor, parent = map(int, sys.argv[1:])
     os.set_inheritable(descriptor, False)
     die_with_parent(parent)
@@ -85,7 +85,7 @@ def main() -> None:
     connection.send(answer)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Whatever went wrong may hang the usual way out: threads, process groups, devices.
+    # After an error the usual exit may hang: threads, process groups, devices.
     os._exit(0 if isinstance(answer, Finished) else 1)
 
 

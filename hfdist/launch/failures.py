@@ -1,4 +1,4 @@
-"""Which of a group's workers failed first, and how that is said."""
+"""Which of a group's workers failed first, and the message that says so."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hfdist.rundir.files import write_json
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a worker process stands, or how it ended."""
+    """The state of a worker process, or how it ended."""
 
     rank: int
     answer: Finished | Failed | None = None
-    """What it said of itself."""
+    """Its own report."""
     at: float = 0.0
-    """When it said so, or was seen to have ended."""
+    """When the report came, or its end was noticed."""
     exit_code: int | None = None
     """None while it runs; minus the signal's number if a signal ended it."""
     is_stopped: bool = False
@@ -51,7 +51,7 @@ def root_cause(
 ) -> UserError | KeyboardInterrupt | None:
     """The error of the worker that failed first; None if none failed.
 
-    A worker that misses a peer is never the cause while another failed by itself, or said nothing.
+    A worker that misses a peer is never the cause while another one failed by itself, or did not report.
     """
     failed = [ending for ending in endings if ending.has_failed]
     if not failed:
@@ -118,7 +118,7 @@ def _stalled(silent: Sequence[Ended], timeout_seconds: float) -> WorkerError:
 
 
 def record_cause(run_dir: Path, error: UserError) -> None:
-    """Make the cause the `error` of result.json: the lead itself saw at most that a peer was gone."""
+    """Make the cause the `error` of result.json: rank 0 itself saw at most that a peer was gone."""
     if not (run_dir / files.METRICS).exists():
         return  # the run had not begun
     path = run_dir / files.RESULT

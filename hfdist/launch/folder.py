@@ -1,4 +1,4 @@
-"""A run's folder, from before its workers are started."""
+"""A run's folder: made before its workers start."""
 
 from __future__ import annotations
 

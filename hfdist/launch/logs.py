@@ -1,4 +1,4 @@
-"""RUN_DIR/logs/rank-N.log: what each worker says."""
+"""RUN_DIR/logs/rank-N.log: what each worker logs."""
 
 from __future__ import annotations
 

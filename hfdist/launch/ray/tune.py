@@ -1,4 +1,4 @@
-"""Grids of runs through Ray Tune: as many at a time as the cluster has room for."""
+"""Grids of runs through Ray Tune: as many at a time as the cluster can hold."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def _trial(space: dict[str, Any], assignment: dict[str, Any]) -> None:
     try:
         result = start(config, run_dir=trial.run_dir, resume=before, display="quiet")
         tune.report({"final_loss": result["final_loss"]})
-    except UserError as error:  # the other points of the grid may do better
+    except UserError as error:  # the other points of the grid go on
         (folder / f"{trial.run_id}.error").write_text(str(error))
 
 
@@ -299,7 +299,7 @@ def _replaced(section: Any, **changes: Any) -> Any:
 
 def _split(text: str) -> list[str]:
     parts, depth, quote, start = [], 0, "", 0
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         if quote:
             quote = "" if character == quote else quote
         elif character in "'\"":
@@ -309,8 +309,8 @@ def _split(text: str) -> list[str]:
         elif character in "]})":
             depth -= 1
         elif character == "," and depth == 0:
-            parts.append(text[start:place])
-            start = place + 1
+            parts.append(text[start:index])
+            start = index + 1
     return [*parts, text[start:]]
 
 
