@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hfdist.launch.ray.placement import Demand, mend, capacity, what_is_missing
+from hfdist.launch.ray.placement import Demand, capacity, mend, what_is_missing
 
 SMALL = {"CPU": 2.0, "memory": 1e9}
 LARGE = {"CPU": 8.0, "GPU": 4.0, "accelerator_type:H100": 1.0}
@@ -27,7 +27,7 @@ def demand(workers: int, placement: str = "PACK", **per_worker: float) -> Demand
         (demand(3), [], 0),
     ],
 )
-def test_room(asked: Demand, nodes: list[dict[str, float]], held: int) -> None:
+def test_capacity(asked: Demand, nodes: list[dict[str, float]], held: int) -> None:
     assert capacity(asked, nodes) == held
 
 
