@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("hfdist needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $@
 
 install: $(READY) ## make .venv and install hfdist in it
@@ -42,6 +42,12 @@ format: $(READY) ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY) ## build the guide in dist/docs; a dead link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: $(READY) ## build the wheel and the source archive in dist/
+	$(BIN)/python -m build --no-isolation
+
 bench: $(READY) ## measure: products, step, optimizers, scaling
 	$(BIN)/hfdist bench products
 	$(BIN)/hfdist bench scaling
@@ -55,6 +61,7 @@ gpu-test: $(READY) ## the tests that need a CUDA device
 
 image: ## build the image hfdist:latest (NVIDIA GPUs; docker/Dockerfile says how for CPUs)
 	DOCKER_BUILDKIT=1 docker build -f docker/Dockerfile -t hfdist:latest \
+	  --build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' hfdist/__init__.py) \
 	  --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%FT%TZ) .
 
 image-test: $(READY) ## build the image and run a cluster of its containers: needs a Docker engine
@@ -77,4 +84,4 @@ clean: ## remove what the verbs made, but the runs
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install train test lint format bench soak gpu-test image image-test sbom audit clean
+.PHONY: help install train test lint format docs wheel bench soak gpu-test image image-test sbom audit clean

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hfdist.checkpoint import mirror
-from hfdist.config.job import CONFIG_FILE, RunConfig, load_config
+from hfdist.config.job import RunConfig, load_config
 from hfdist.errors import ConfigError, StorageError, UserError
 from hfdist.launch.start import start
 from hfdist.launch.torchrun import is_rank_0, is_restart, run_id_of_group
+from hfdist.rundir import files
 from hfdist.rundir.files import write_atomically
 from hfdist.rundir.locations import check_run_id, folder_of_runs, home_of, is_address
 from hfdist.training.display import DISPLAYS
@@ -81,7 +82,7 @@ def resume(
     _check_display(display)
     run_dir, output = local_folder(run_dir)
     config = _of(RunConfig.from_run(run_dir, overrides), run_dir, output)
-    path = run_dir / CONFIG_FILE
+    path = run_dir / files.JOB
     before = path.read_text()
     if overrides:
         config.save(path)
@@ -155,7 +156,7 @@ def output_folder(folder: Path) -> Iterator[None]:
 def _clear(run_dir: Path) -> None:
     """Remove what a run of this name, which is no longer at its address, left in its scratch folder."""
     for path in run_dir.glob("*"):
-        if path.name in ("code", mirror.CODE):  # a submitted job has just put them there
+        if path.name in (files.CODE, files.CODE_ARCHIVE):  # a submitted job has just put them there
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -16,7 +16,7 @@ def resolve(device: str, local_rank: int, local_world_size: int | None = None) -
 
     Args:
         device: "auto" (GPUs where there are any, else the CPU), "cpu", "cuda", or one GPU, "cuda:1".
-        local_rank: The rank's place among those of its machine.
+        local_rank: The rank's index among those of its machine.
         local_world_size: Number of ranks on this machine; at least `local_rank + 1` by default.
 
     Raises:

@@ -44,8 +44,15 @@ class HessianFree(torch.optim.Optimizer):
     Args:
         params: Parameters, or parameter groups. A group may set `damping_scale` (its factor on the
             damping), `weight_decay` and `frozen`; every other option is one for all groups.
-        curvature_opt, damping, adapt_damping, cg_max_iter, cg_decay_x0, use_cg_backtracking, lr,
-            use_linesearch: See `hfdist.HFOptions`; as in PyTorchHessianFree.
+        curvature_opt: "ggn" or "hessian". This and the next seven are PyTorchHessianFree's arguments, and
+            fields of `hfdist.HFOptions`.
+        damping: Initial lambda.
+        adapt_damping: Whether lambda changes from step to step.
+        cg_max_iter: Most CG iterations a step; None: the number of parameters.
+        cg_decay_x0: CG starts from this times the last step's solution.
+        use_cg_backtracking: Whether to choose among CG's iterates by their loss.
+        lr: Step size; the line search's first try.
+        use_linesearch: Whether to search along the step.
         verbose: Log the steps at level INFO instead of DEBUG (logger `hfdist.hessian_free`).
         preset: "default" (what the literature does) or "pytorch_hessianfree" (that package's rules; "seed"
             is its first name).
@@ -285,7 +292,11 @@ class HessianFree(torch.optim.Optimizer):
         """Empirical Fisher diagonal preconditioner at the current damping, [1] sec. 4.7.
 
         Args:
-            model, loss_func, inputs, targets, reduction: As in `acc_step`, one minibatch.
+            model: As in `acc_step`.
+            loss_func: As in `acc_step`.
+            inputs: Of one minibatch.
+            targets: Of the same minibatch.
+            reduction: As in `acc_step`.
             exponent: By default `preconditioner_exponent` (0.75).
             use_backpack: Use BackPACK where it supports the model; torch.func elsewhere.
 

@@ -244,8 +244,8 @@ def plot(timings: Sequence[Timing], path: Path) -> Path:
         for k, by in enumerate(contenders):
             heights = [found.get((n, kind, by), 0.0) for n in names]
             width = 0.8 / len(contenders)
-            places = [i - 0.4 + (k + 0.5) * width for i in range(len(names))]
-            axis.bar(places, heights, width, label=by)
+            positions = [i - 0.4 + (k + 0.5) * width for i in range(len(names))]
+            axis.bar(positions, heights, width, label=by)
         floor = GGN_FLOOR if kind == "ggn" else HESSIAN_FLOOR
         axis.axhline(floor, color="black", linestyle=":", label="floor, layer for layer")
         axis.set_xticks(range(len(names)), names)

@@ -6,7 +6,8 @@ A checkpoint is a folder `NNNNNN-step-SSSSSSSS` (N counts the store's checkpoint
     state.json              the nested state, with a reference where a tensor stands
     manifest.json           size and SHA-256 of every other file; written last
 
-Nothing in it is executed on load: the tensors are safetensors, the rest is JSON.
+Nothing in it is executed on load: the tensors are safetensors, the rest is JSON. That, the checksums and one
+commit by the manifest are why this is not torch.distributed.checkpoint, whose metadata is a pickle.
 """
 
 from hfdist.checkpoint.identity import check, parameters_sha256

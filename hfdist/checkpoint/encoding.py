@@ -7,13 +7,14 @@ JSON objects hold dicts whose keys are plain strings. What JSON lacks is tagged 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hfdist.checkpoint.identity import raw_bytes
+from hfdist.comm.balance import balanced
 
 # What safetensors stores under its own dtype, in every version that is supported. The bytes of any
 # other dtype are stored as uint8 beside the dtype's name.
@@ -50,7 +51,7 @@ class Encoder:
         """JSON value of `value`.
 
         Raises:
-            TypeError: It holds what a checkpoint cannot; the message names the place.
+            TypeError: It holds what a checkpoint cannot; the message says where.
         """
         match value:
             case None | bool() | str():
@@ -160,19 +161,6 @@ def _dereference(reference: Mapping[str, Any], tensor: Callable[[str], Tensor]) 
     return stored.view(getattr(torch, reference["dtype"])).view(reference["shape"])
 
 
-def references(value: Any) -> Iterator[str]:
-    """Names of the tensors that a JSON value refers to."""
-    if isinstance(value, list):
-        for v in value:
-            yield from references(v)
-    elif isinstance(value, dict):
-        if "$tensor" in value:
-            yield value["$tensor"]
-        else:
-            for v in value.values():
-                yield from references(v)
-
-
 def to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory as a safetensors file takes it: dense, of a dtype of its own."""
     if tensor.dtype not in _NATIVE:
@@ -185,11 +173,7 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def shares(tensors: Mapping[str, Tensor], world_size: int) -> list[list[str]]:
-    """Names for each rank to write, balanced by bytes: the largest first, to the least loaded rank."""
-    load = [0] * world_size
-    names: list[list[str]] = [[] for _ in range(world_size)]
-    for name in sorted(tensors, key=lambda n: (-tensors[n].nbytes, n)):
-        rank = load.index(min(load))
-        load[rank] += tensors[name].nbytes
-        names[rank].append(name)
-    return names
+    """Names for each rank to write, balanced by bytes."""
+    names = sorted(tensors)
+    sizes = [tensors[name].nbytes for name in names]
+    return [[names[i] for i in mine] for mine in balanced(sizes, world_size)]

@@ -1,7 +1,7 @@
-"""Who may write a run: the group of workers that began last.
+"""Who may write a run's files: the group of workers that started last.
 
-A worker on a node that is cut off from its cluster, or one that slept, does not know that the run went on
-elsewhere; what it wrote into the common folder would be mixed with what the others write.
+A worker on a node that was cut off from its cluster, or suspended, does not know that the run continued
+elsewhere; what it wrote into the shared folder would be mixed with what the others write.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from pathlib import Path
 
 from hfdist.checkpoint.storage import open_storage
 from hfdist.errors import StorageError, SupersededError
+from hfdist.rundir.files import LEASE
 from hfdist.rundir.locations import is_address
-
-FILE = "lease"
 
 
 class Lease:
@@ -32,13 +31,13 @@ class Lease:
         self._is_held = False
 
     def take(self) -> None:
-        """Hold it from now on; whoever held it before will notice.
+        """Hold it from now on; the group that held it before will notice.
 
         Raises:
             StorageError: It cannot be written.
         """
         try:
-            self._storage.write(self._run_id, FILE, self._mine)
+            self._storage.write(self._run_id, LEASE, self._mine)
         except OSError as error:
             raise StorageError(f"cannot write the lease of run {self._run_id}: {error}") from error
         self._is_held = True
@@ -52,11 +51,11 @@ class Lease:
         if not self._is_held:
             return
         try:
-            holder = self._storage.read(self._run_id, FILE)
+            holder = self._storage.read(self._run_id, LEASE)
         except OSError:
             return  # what cannot be read now cannot be written either, and that has a message of its own
         if holder != self._mine:
             raise SupersededError(
-                f"run {self._run_id} goes on in another group of workers: this one was taken for lost, "
+                f"run {self._run_id} goes on in another group of workers: this one was declared dead "
                 "and writes nothing more"
             )

@@ -14,19 +14,16 @@ from pathlib import Path
 
 from hfdist.checkpoint.storage import Storage, open_storage
 from hfdist.errors import ConfigError, StorageError
+from hfdist.rundir import files
 from hfdist.rundir.files import write_atomically
 from hfdist.rundir.locations import is_address
 
-JOB, RECORD, RESULTS = ("config.yaml",), ("metrics.jsonl",), ("result.json", "plots/*")
+JOB, RECORD, RESULTS = (files.JOB,), (files.METRICS,), (files.RESULT, f"{files.PLOTS}/*")
 """Files of a run, by when they are written."""
-LOGS = ("logs/*",)
+LOGS = (f"{files.LOGS}/*",)
 """On a cluster each rank's own is the one that counts: a node may have older ones of others."""
-CODE = "code.tar.gz"
-"""What a submitted job brought along."""
-UNDELIVERED = "undelivered.tar"
-"""What a tracking server has not got of a run that is over, with the files that it is to get."""
-_SPOOL = "spool"
-_TOLD = (_SPOOL, "model", "plots", "result.json", *JOB, *RECORD)
+_TOLD = (files.SPOOL, files.MODEL, files.PLOTS, files.RESULT, *JOB, *RECORD)
+"""What a tracking server is to get: its events, and the files that they name."""
 
 
 def push(output: str, run_dir: Path, patterns: Iterable[str]) -> None:
@@ -75,14 +72,14 @@ def pull(output: str, run_dir: Path, also: Iterable[str] = ()) -> None:
         if content is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-    code = _read(storage, output, run_dir.name, CODE)
-    if code is not None and not (run_dir / "code").is_dir():
+    code = _read(storage, output, run_dir.name, files.CODE_ARCHIVE)
+    if code is not None and not (run_dir / files.CODE).is_dir():
         with tarfile.open(fileobj=io.BytesIO(code)) as archive:
-            archive.extractall(run_dir / "code", filter="data")
+            archive.extractall(run_dir / files.CODE, filter="data")
 
 
 def push_undelivered(output: str, run_dir: Path) -> None:
-    """Leave what a tracking server has not got at the address: this machine may be gone tomorrow.
+    """Keep what a tracking server has not received at the address: this machine may be gone tomorrow.
 
     Raises:
         StorageError: The address does not take it.
@@ -95,20 +92,20 @@ def push_undelivered(output: str, run_dir: Path) -> None:
             if (run_dir / name).exists():
                 archive.add(run_dir / name, name)
     try:
-        open_storage(output).write(run_dir.name, UNDELIVERED, packed.getvalue())
+        open_storage(output).write(run_dir.name, files.UNDELIVERED, packed.getvalue())
     except OSError as error:
         raise _failed(output, "written", error) from error
 
 
 def pull_undelivered(output: str, run_dir: Path) -> None:
-    """Fetch what `push_undelivered` left, unless this machine has what the run told here.
+    """Fetch what `push_undelivered` left, unless this machine has a spool of the run.
 
     Raises:
         StorageError: The address cannot be read.
     """
-    if not is_address(output) or (run_dir / _SPOOL).is_dir():
+    if not is_address(output) or (run_dir / files.SPOOL).is_dir():
         return
-    packed = _read(open_storage(output), output, run_dir.name, UNDELIVERED)
+    packed = _read(open_storage(output), output, run_dir.name, files.UNDELIVERED)
     if packed is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
@@ -117,21 +114,21 @@ def pull_undelivered(output: str, run_dir: Path) -> None:
 
 
 def forget_undelivered(output: str, run_dir: Path) -> None:
-    """Remove what `push_undelivered` left: it is delivered, or a new life of the run tells it.
+    """Remove what `push_undelivered` left: it is delivered, or a new attempt of the run sends it.
 
     Raises:
-        StorageError: The address does not let go of it.
+        StorageError: It cannot be removed.
     """
     if not is_address(output):
         return
     try:
-        open_storage(output).remove_file(run_dir.name, UNDELIVERED)
+        open_storage(output).remove_file(run_dir.name, files.UNDELIVERED)
     except OSError as error:
         raise _failed(output, "written", error) from error
 
 
 def check_writable(output: str) -> None:
-    """Find out, before anything is begun, whether runs can be kept there.
+    """Find out, before a run starts, whether its files can be written there.
 
     Raises:
         StorageError: They cannot.
@@ -153,8 +150,8 @@ def exists(output: str, run_dir: Path) -> bool:
         StorageError: The address cannot be read.
     """
     if not is_address(output):
-        return (run_dir / JOB[0]).exists()
-    return _read(open_storage(output), output, run_dir.name, JOB[0]) is not None
+        return (run_dir / files.JOB).exists()
+    return _read(open_storage(output), output, run_dir.name, files.JOB) is not None
 
 
 def forget(output: str, run_dir: Path) -> None:

@@ -1,11 +1,10 @@
-"""Where checkpoints lie: a folder, or an address that fsspec knows (s3://, gs://). Six operations.
+"""Where checkpoints are stored: a folder, or an address that fsspec knows (s3://, gs://). Six operations.
 
-A file is written whole or not at all. A checkpoint is there once its manifest is; it goes with it.
+A file is written completely or not at all. A checkpoint exists as long as its manifest does.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hfdist.errors import StorageError
+from hfdist.rundir.files import replace_file
 
 
 class Storage(Protocol):
@@ -59,19 +59,7 @@ class LocalStorage:
         return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
 
     def write(self, folder: str, name: str, data: bytes) -> None:
-        path = self._root / folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        replace_file(self._root / folder / name, data)
 
     def read(self, folder: str, name: str) -> bytes:
         return (self._root / folder / name).read_bytes()
@@ -157,17 +145,3 @@ def open_storage(address: Path | str) -> Storage:
     if "://" in str(address):
         return RemoteStorage(str(address).rstrip("/"))
     return LocalStorage(Path(address))
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename in a folder survive a power cut, where the system can."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some shared file systems do not know how
-    finally:
-        os.close(descriptor)

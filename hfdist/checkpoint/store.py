@@ -28,14 +28,14 @@ STATE = "state.json"
 FORMAT = 1
 _NAME = re.compile(r"(\d{6})-step-(\d{8})")
 _FILE = re.compile(r"state\.json|tensors-\d+\.safetensors")
-_WAIT_FOR_RANKS = 120.0  # seconds that the lead waits for the others' parts
+_WAIT_FOR_RANKS = 120.0  # seconds that rank 0 waits for the others' parts
 
 
 class CheckpointStore:
     """Checkpoints under a folder or an address.
 
     A save copies the state to host memory and returns; a thread of each rank writes that rank's share of
-    the tensors, and the lead's then writes the manifest that makes the checkpoint visible. The threads
+    the tensors, and rank 0's then writes the manifest that makes the checkpoint visible. The threads
     meet in the storage, not in collectives, which belong to the training.
 
     Args:
@@ -69,15 +69,15 @@ class CheckpointStore:
             StorageError: This save, or the one before, could not be written; older checkpoints are intact.
         """
         self.wait()
-        place = self._comm.broadcast_object(self._begin(step) if self._comm.is_rank_0 else "")
-        if place.startswith("!"):
-            raise StorageError(place[1:])
+        folder = self._comm.broadcast_object(self._begin(step) if self._comm.is_rank_0 else "")
+        if folder.startswith("!"):
+            raise StorageError(folder[1:])
         encoder = Encoder()
         document = encoder.encode(dict(state))
         mine = shares(encoder.tensors, self._comm.world_size)[self._comm.rank]
         snapshot = {name: to_host(encoder.tensors[name]) for name in mine}
         self._writing = self._pool.submit(
-            self._write, place, step, metric, document if self._comm.is_rank_0 else None, snapshot
+            self._write, folder, step, metric, document if self._comm.is_rank_0 else None, snapshot
         )
         if not self._config.asynchronous:
             self.wait()
@@ -114,7 +114,7 @@ class CheckpointStore:
 
     def _write(
         self,
-        place: str,
+        folder: str,
         step: int,
         metric: float | None,
         document: Any,
@@ -123,12 +123,12 @@ class CheckpointStore:
         rank, world_size = self._comm.rank, self._comm.world_size
         try:
             part = safetensors.torch.save(snapshot)
-            self._put(place, f"tensors-{rank}.safetensors", part)
+            self._put(folder, f"tensors-{rank}.safetensors", part)
             if document is None:
                 return
-            self._put(place, STATE, json.dumps(document).encode())
+            self._put(folder, STATE, json.dumps(document).encode())
             files = [STATE, *(f"tensors-{r}.safetensors" for r in range(world_size))]
-            entries = self._entries_of_all(place, files)
+            entries = self._entries_of_all(folder, files)
             manifest = {
                 "format": FORMAT,
                 "step": step,
@@ -136,32 +136,32 @@ class CheckpointStore:
                 "world_size": world_size,
                 "files": entries,
             }
-            self._storage.write(place, MANIFEST, json.dumps(manifest, indent=1).encode())
+            self._storage.write(folder, MANIFEST, json.dumps(manifest, indent=1).encode())
             for name in entries:
-                self._storage.remove_file(place, _seal(name))
+                self._storage.remove_file(folder, _seal(name))
             self._prune()
         except BaseException:
             if document is not None:
-                self._storage.remove_folder(place)
+                self._storage.remove_folder(folder)
             raise
 
-    def _put(self, place: str, name: str, data: bytes) -> None:
-        """A file, then its size and digest, by which the lead sees that it is whole."""
-        self._storage.write(place, name, data)
+    def _put(self, folder: str, name: str, data: bytes) -> None:
+        """A file, then its size and digest, by which rank 0 sees that it is complete."""
+        self._storage.write(folder, name, data)
         seal = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        self._storage.write(place, _seal(name), json.dumps(seal).encode())
+        self._storage.write(folder, _seal(name), json.dumps(seal).encode())
 
-    def _entries_of_all(self, place: str, files: list[str]) -> dict[str, Any]:
+    def _entries_of_all(self, folder: str, files: list[str]) -> dict[str, Any]:
         deadline = time.monotonic() + _WAIT_FOR_RANKS
         pause = 0.01
         while True:
-            there = self._storage.files(place)
-            missing = [name for name in files if _seal(name) not in there]
+            present = self._storage.files(folder)
+            missing = [name for name in files if _seal(name) not in present]
             if not missing:
-                return {n: json.loads(self._storage.read(place, _seal(n))) for n in files}
+                return {n: json.loads(self._storage.read(folder, _seal(n))) for n in files}
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"{missing[0]} of {place} did not arrive: does every worker write to the same "
+                    f"{missing[0]} of {folder} did not arrive: does every worker write to the same "
                     "shared `output`?"
                 )
             time.sleep(pause)
@@ -179,10 +179,9 @@ class CheckpointStore:
             if name not in keep:
                 self._storage.remove_file(name, MANIFEST)  # from here on nobody sees it
                 self._storage.remove_folder(name)
-        for (
-            name
-        ) in self._storage.folders():  # begun before the newest, and never finished: by a run
-            if _NAME.fullmatch(name) and name < names[-1] and name not in names:  # that was killed
+        # What a killed run began before the newest one, and never finished.
+        for name in self._storage.folders():
+            if _NAME.fullmatch(name) and name < names[-1] and name not in names:
                 self._storage.remove_folder(name)
 
     def _best(self, names: list[str]) -> str | None:
@@ -282,7 +281,7 @@ class CheckpointStore:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return (
             f"checkpoints in {self._folder} cannot be written or read: {reason}. Free some space or "
-            "mend the permissions; older checkpoints are intact"
+            "fix the permissions; older checkpoints are intact"
         )
 
 

@@ -9,12 +9,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hfdist.cli import bench, cluster, jobs, look, project, run, submit, sweep
+from hfdist.launch.logs import StderrHandler
 
 
 class _FlagsWithoutType:
@@ -99,23 +100,12 @@ def _options(
     for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "true")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    handler = _Stderr()
+    handler = StderrHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # Debug messages of hfdist alone: those of other libraries drown them.
     handler.setLevel(logging.DEBUG if debug else logging.WARNING)
     logging.getLogger("hfdist").setLevel(logging.DEBUG if debug else logging.NOTSET)
-
-
-class _Stderr(logging.StreamHandler):
-    """Writes to what sys.stderr is at the time: a progress display puts itself there."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
 
 
 def main() -> None:

@@ -61,11 +61,12 @@ def resume_job(
 ) -> None:
     """Submit the continuation of a run."""
     from hfdist.launch.ray import jobs as ray_jobs
+    from hfdist.rundir import files
     from hfdist.rundir.locations import is_address
 
     address = ray_jobs.dashboard_address(address)
     path = Path(run_id)
-    run_dir = str(path.resolve()) if (path / "config.yaml").is_file() else None
+    run_dir = str(path.resolve()) if (path / files.JOB).is_file() else None
     if is_address(run_id):
         run_dir = run_id
     submitted = ray_jobs.resume(

@@ -24,6 +24,7 @@ def _run(package: Path) -> dict[str, str]:
     from hfdist import api
     from hfdist.checkpoint import mirror
     from hfdist.launch.ray.jobs import FOLDER, Submission
+    from hfdist.rundir import files
     from hfdist.rundir.locations import is_address, split
     from hfdist.tracking.provenance import SOURCE_FILE, SOURCE_VARIABLE
 
@@ -32,7 +33,7 @@ def _run(package: Path) -> dict[str, str]:
     home = submission.run_dir
     output, run_dir = split(home) if is_address(home) else ("", Path(home))
     # The package goes with the cluster; the run keeps its own copy, which all nodes see.
-    code = run_dir / "code"
+    code = run_dir / files.CODE
     if submission.job is not None:
         try:
             shutil.copytree(
@@ -42,7 +43,7 @@ def _run(package: Path) -> dict[str, str]:
                 (code / SOURCE_FILE).write_text(os.environ[SOURCE_VARIABLE])
             if output:
                 shutil.make_archive(str(code), "gztar", code)
-                mirror.push(output, run_dir, [mirror.CODE])
+                mirror.push(output, run_dir, [files.CODE_ARCHIVE])
         except (OSError, shutil.Error) as error:
             raise StorageError(
                 f"cannot write {run_dir} on the cluster: set `output` to a folder that all nodes share "
@@ -64,7 +65,7 @@ def _run(package: Path) -> dict[str, str]:
             run_id=submission.run_id,
         )
     except UserError:
-        if not (run_dir / "metrics.jsonl").exists():  # nothing worth keeping
+        if not (run_dir / files.METRICS).exists():  # nothing worth keeping
             os.chdir(package)
             shutil.rmtree(run_dir, ignore_errors=True)
         raise

@@ -1,4 +1,4 @@
-"""Communicators: the only home of `torch.distributed`.
+"""Communicators: the only users of `torch.distributed`.
 
 `TorchCommunicator` is loaded when it is first named: a run in one process has no use for it.
 """

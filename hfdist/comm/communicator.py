@@ -39,7 +39,7 @@ class Communicator(Protocol):
         ...
 
     def broadcast_object(self, value: T) -> T:
-        """The lead's value (any small picklable object), on every rank."""
+        """Rank 0's value (any small picklable object), on every rank."""
         ...
 
     def all_gather_object(self, value: T) -> list[T]:

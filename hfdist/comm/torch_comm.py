@@ -26,6 +26,8 @@ _torch_all_gather: Callable[..., Any] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
 
+# Not torch's broadcast_object_list and all_gather_object: those always send a length first. A step has
+# three small objects, for which that takes 1.9 and 2.2 times as long (two ranks, gloo).
 _INLINE = 1016
 """Bytes of a pickled object that travel with its length in one message; longer ones take a second."""
 
@@ -37,12 +39,11 @@ class TorchCommunicator:
     """Collectives of `torch.distributed`, on process groups of its own.
 
     Its groups are apart from those of the user's program, so that the two never mix messages and the
-    timeout is this run's. Constructing it is collective over `group`.
+    timeout is this run's. Constructing it is collective over the default group, whose ranks it joins.
 
     Args:
         device: Where summed vectors live; a CUDA device selects nccl, any other gloo.
         timeout_seconds: A collective that takes longer means that a peer is dead or stalls.
-        group: Ranks that take part; by default all of the initialised default group.
         shares_device: Whether several ranks use one GPU, which nccl refuses: gloo then, by way of the host.
 
     Raises:
@@ -53,7 +54,6 @@ class TorchCommunicator:
         self,
         device: torch.device | str = "cpu",
         timeout_seconds: float = 60.0,
-        group: dist.ProcessGroup | None = None,
         shares_device: bool = False,
     ) -> None:
         if not dist.is_initialized():
@@ -62,23 +62,18 @@ class TorchCommunicator:
             )
         self.device = torch.device(device)
         self.timeout_seconds = timeout_seconds
-        self.rank = dist.get_rank(group)
-        self.world_size = dist.get_world_size(group)
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
         self._counters = Counters()
         self._closed = False
         with self._guarded("joining the group"):
-            self._objects = self._new_group("gloo", group)
+            self._objects = self._new_group("gloo")
             # Objects stay on the host's group: sending a decision must not wait for the device.
             by_nccl = self.device.type == "cuda" and not shares_device
-            self._vectors = self._new_group("nccl", group) if by_nccl else self._objects
+            self._vectors = self._new_group("nccl") if by_nccl else self._objects
 
-    def _new_group(self, backend: str, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-        made: Any = dist.new_group(
-            dist.get_process_group_ranks(group if group is not None else dist.group.WORLD),
-            timeout=timedelta(seconds=self.timeout_seconds),
-            backend=backend,
-            use_local_synchronization=group is not None,  # ranks outside of `group` are not here
-        )
+    def _new_group(self, backend: str) -> dist.ProcessGroup:
+        made: Any = dist.new_group(timeout=timedelta(seconds=self.timeout_seconds), backend=backend)
         return made
 
     @property
@@ -127,16 +122,16 @@ class TorchCommunicator:
 
     def broadcast_object(self, value: T) -> T:
         message = _frame(value) if self.is_rank_0 else torch.empty(8 + _INLINE, dtype=torch.uint8)
-        lead = dist.get_global_rank(self._objects, 0)
+        rank_0 = dist.get_global_rank(self._objects, 0)
         with self._counted("object", 0) as count:
             head = message[: 8 + _INLINE].clone()
-            dist.broadcast(head, src=lead, group=self._objects)
+            dist.broadcast(head, src=rank_0, group=self._objects)
             count(head.nbytes)
             size = _framed_size(head)
             if size > _INLINE:
                 if not self.is_rank_0:
                     message = torch.empty(8 + size, dtype=torch.uint8)
-                dist.broadcast(message, src=lead, group=self._objects)
+                dist.broadcast(message, src=rank_0, group=self._objects)
                 count(message.nbytes)
             elif not self.is_rank_0:
                 message = head

@@ -35,16 +35,14 @@ from hfdist.config.tracking import TrackingConfig
 from hfdist.data.config import BatchesConfig
 from hfdist.errors import ConfigError, first_line
 from hfdist.optim.options import PRESETS, HFOptions, current
+from hfdist.rundir import files
 from hfdist.rundir.files import write_atomically
 from hfdist.rundir.locations import normal
-
-CONFIG_FILE = "config.yaml"
-"""Name of the resolved job in a run's folder."""
 
 _SECTIONS = ("optim", "batches", "launch", "checkpoint", "tracking", "evaluate", "notify")
 _OF_VALUES = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """What the YAML libraries let through of a value that cannot be made: a date of month 13, 5000 digits."""
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 class RunConfig(BaseModel):
@@ -169,9 +167,9 @@ class RunConfig(BaseModel):
         Raises:
             ConfigError: It is no run's folder, or its job is not valid.
         """
-        path = Path(run_dir) / CONFIG_FILE
+        path = Path(run_dir) / files.JOB
         if not path.is_file():
-            raise ConfigError(f"{run_dir} is no run's folder: it has no {CONFIG_FILE}")
+            raise ConfigError(f"{run_dir} is no run's folder: it has no {files.JOB}")
         return load_config(path, overrides)
 
 

@@ -95,7 +95,7 @@ def _expected(finding: Mapping[str, Any]) -> str:
 def _key(location: tuple[int | str, ...]) -> str:
     parts: list[str] = []
     for part in map(str, location):
-        # From here on pydantic names branches of a union, or places in a list.
+        # From here on pydantic names branches of a union, or indices of a list.
         if len(parts) > 1 and (part in _BRANCHES or part.startswith(("tuple[", "literal["))):
             break
         if part != "[key]":

@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from hfdist.comm.balance import balanced
 from hfdist.data.config import BatchesConfig
 from hfdist.errors import DataError
 from hfdist.seeds import mixed
@@ -79,8 +80,8 @@ def plan_step(
         role = RolePlan(microbatches=(nothing,) if rank == 0 else (), num_examples=1)
         return StepPlan(gradient=role, curvature=role, line_search=role)
     sizes = _Sizes.of(config, num_examples, step)
-    taken, start = _place(config, num_examples, step)
-    order = _order(num_examples, seed, taken)
+    epoch, start = _epoch_and_offset(config, num_examples, step)
+    order = _order(num_examples, seed, epoch)
     examples = order[start : start + sizes.drawn]
 
     def share(indices: Tensor) -> RolePlan:
@@ -147,31 +148,31 @@ class _Sizes:
         return _Sizes(gradient, curvature, line_search, drawn)
 
 
-def _place(config: BatchesConfig, num_examples: int, step: int) -> tuple[int, int]:
-    """(pass over the data, place in it) of a step's first example."""
+def _epoch_and_offset(config: BatchesConfig, num_examples: int, step: int) -> tuple[int, int]:
+    """(epoch, offset in it) of a step's first example."""
     if config.growth == 1.0:
         drawn = _Sizes.of(config, num_examples, 0).drawn
-        per_pass = num_examples // drawn
-        return step // per_pass, step % per_pass * drawn
-    return _growing_place(config, num_examples, step)
+        per_epoch = num_examples // drawn
+        return step // per_epoch, step % per_epoch * drawn
+    return _growing_offset(config, num_examples, step)
 
 
 @cache
-def _growing_place(config: BatchesConfig, num_examples: int, step: int) -> tuple[int, int]:
-    done, start = 0, 0
+def _growing_offset(config: BatchesConfig, num_examples: int, step: int) -> tuple[int, int]:
+    epoch, start = 0, 0
     for s in range(step + 1):
         drawn = _Sizes.of(config, num_examples, s).drawn
         if start + drawn > num_examples:
-            done, start = done + 1, 0
+            epoch, start = epoch + 1, 0
         if s < step:
             start += drawn
-    return done, start
+    return epoch, start
 
 
 @lru_cache(maxsize=4)
-def _order(num_examples: int, seed: int, taken: int) -> Tensor:
-    """Order of the examples in a pass over the data, int64 [N]."""
-    generator = torch.Generator().manual_seed(mixed(seed, "order", taken))
+def _order(num_examples: int, seed: int, epoch: int) -> Tensor:
+    """Order of the examples in an epoch, int64 [N]."""
+    generator = torch.Generator().manual_seed(mixed(seed, "order", epoch))
     return torch.randperm(num_examples, generator=generator)
 
 
@@ -187,7 +188,7 @@ def _share(
         if work is None:
             pieces = list(torch.tensor_split(indices, world_size))
         else:
-            pieces = [indices[places] for places in _balanced(work, world_size)]
+            pieces = [indices[mine] for mine in balanced(work.tolist(), world_size)]
         mine = [(rank, pieces[rank])]
     else:
         if work is not None:  # examples of like cost together: less padding, evener microbatches
@@ -198,7 +199,7 @@ def _share(
             numbers = list(range(rank, len(pieces), world_size))
         else:
             totals = torch.stack([piece.sum() for piece in work.split(microbatch)])
-            numbers = _balanced(totals, world_size)[rank].tolist()
+            numbers = balanced(totals.tolist(), world_size)[rank]
         mine = [(number, pieces[number]) for number in numbers]
     return RolePlan(
         microbatches=tuple(
@@ -206,18 +207,3 @@ def _share(
         ),
         num_examples=n,
     )
-
-
-def _balanced(work: Tensor, world_size: int) -> list[Tensor]:
-    """Places for each rank, of nearly equal work: the longest first, to the least loaded rank
-    (Graham 1969); places are ascending."""
-    import heapq
-
-    heap = [(0.0, rank) for rank in range(world_size)]
-    places: list[list[int]] = [[] for _ in range(world_size)]
-    values = work.tolist()
-    for place in torch.argsort(work, descending=True, stable=True).tolist():
-        load, rank = heapq.heappop(heap)
-        places[rank].append(place)
-        heapq.heappush(heap, (load + values[place], rank))
-    return [torch.tensor(sorted(p), dtype=torch.int64) for p in places]

@@ -1,1 +1,1 @@
-"""Ways to start the workers of a run: in this process, torchrun, Ray. The only home of `ray`."""
+"""Ways to start the workers of a run: in this process, processes of this machine, torchrun, Ray."""

@@ -34,12 +34,12 @@ class Assignment:
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """The worker has met its peers."""
+    """The worker has joined the process group."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The worker is done: the content of result.json, on the lead."""
+    """The worker is done: the content of result.json, on rank 0."""
 
     result: dict[str, Any]
 
@@ -54,9 +54,22 @@ class Failed:
     is_user_error: bool
     is_interrupt: bool = False
 
+    @classmethod
+    def by(cls, error: BaseException) -> Failed:
+        """What an exception says."""
+        from hfdist.errors import UserError
+
+        return cls(
+            error_class=type(error).__name__,
+            message=str(error),
+            traceback="".join(traceback.format_exception(error)),
+            is_user_error=isinstance(error, UserError),
+            is_interrupt=isinstance(error, KeyboardInterrupt),
+        )
+
 
 def main() -> None:
-    """Receive the assignment, work, report, and end without waiting for anybody."""
+    """Receive the assignment, work, report, and end without waiting for other ranks."""
     descriptor, parent = map(int, sys.argv[1:])
     os.set_inheritable(descriptor, False)
     die_with_parent(parent)
@@ -67,12 +80,12 @@ def main() -> None:
     try:
         answer: Finished | Failed = Finished(result=_work(assignment, connection))
     except BaseException as error:
-        answer = _failed(error)
+        answer = Failed.by(error)
         _write_to_log(assignment, answer)
     connection.send(answer)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Whatever went wrong may hang the usual way out: threads, process groups, devices.
+    # After an error the usual exit may hang: threads, process groups, devices.
     os._exit(0 if isinstance(answer, Finished) else 1)
 
 
@@ -104,18 +117,6 @@ def _work(job: Assignment, connection: Connection) -> dict[str, Any]:
             comm,
             display,
         )
-
-
-def _failed(error: BaseException) -> Failed:
-    from hfdist.errors import UserError
-
-    return Failed(
-        error_class=type(error).__name__,
-        message=str(error),
-        traceback="".join(traceback.format_exception(error)),
-        is_user_error=isinstance(error, UserError),
-        is_interrupt=isinstance(error, KeyboardInterrupt),
-    )
 
 
 def _write_to_log(assignment: Assignment, failed: Failed) -> None:

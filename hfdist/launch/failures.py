@@ -1,4 +1,4 @@
-"""Which of a group's workers failed first, and how that is said."""
+"""Which of a group's workers failed first, and the message that says so."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from hfdist import errors
 from hfdist.errors import UserError, WorkerError
 from hfdist.launch.child import Failed, Finished
 from hfdist.launch.logs import path_of
+from hfdist.rundir import files
 from hfdist.rundir.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a worker process stands, or how it ended."""
+    """The state of a worker process, or how it ended."""
 
     rank: int
     answer: Finished | Failed | None = None
-    """What it said of itself."""
+    """Its own report."""
     at: float = 0.0
-    """When it said so, or was seen to have ended."""
+    """When the report came, or its end was noticed."""
     exit_code: int | None = None
     """None while it runs; minus the signal's number if a signal ended it."""
     is_stopped: bool = False
@@ -50,37 +51,41 @@ def root_cause(
 ) -> UserError | KeyboardInterrupt | None:
     """The error of the worker that failed first; None if none failed.
 
-    A worker that misses a peer is never the cause while another failed by itself, or said nothing.
+    A worker that misses a peer is never the cause while another one failed by itself, or did not report.
     """
     failed = [ending for ending in endings if ending.has_failed]
     if not failed:
         return None
     own = [ending for ending in failed if not ending.misses_peer]
     if own:
-        return _error(min(own, key=lambda e: e.at), len(endings), run_dir)
+        return _error(min(own, key=lambda e: e.at), run_dir)
     silent = [e for e in endings if e.answer is None]
     if silent:
         return _stalled(silent, timeout_seconds)
-    return _error(min(failed, key=lambda e: e.at), len(endings), run_dir)
+    return _error(min(failed, key=lambda e: e.at), run_dir)
 
 
-def _error(ending: Ended, world_size: int, run_dir: Path) -> UserError | KeyboardInterrupt:
+def _error(ending: Ended, run_dir: Path) -> UserError | KeyboardInterrupt:
     rank, answer = ending.rank, ending.answer
-    log = path_of(run_dir, rank)
-    # What the lead says needs no sender: a run in one process says it in the same words.
-    sender = f"rank {rank}: " if rank > 0 and world_size > 1 else ""
-    error: UserError | KeyboardInterrupt
     if isinstance(answer, Failed):
-        if answer.is_interrupt:
-            return KeyboardInterrupt()
-        if answer.is_user_error:
-            error = getattr(errors, answer.error_class, WorkerError)(sender + answer.message)
-        else:
-            error = WorkerError(f"rank {rank} failed: {answer.error_class}: {answer.message}")
-        error.__cause__ = WorkerTraceback("\n\n" + answer.traceback)
-        return error
+        return KeyboardInterrupt() if answer.is_interrupt else error_of(rank, answer)
     assert ending.exit_code is not None
+    log = path_of(run_dir, rank)
     return WorkerError(f"rank {rank} {_how(ending.exit_code)}{_last_words(log)}")
+
+
+def error_of(rank: int, failed: Failed) -> UserError:
+    """The error of a worker, to be raised where its traceback is not: a user's error as itself."""
+    error: UserError
+    if failed.is_user_error:
+        # What rank 0 says needs no sender: a run in one process says it in the same words.
+        says_so = rank == 0 or failed.message.startswith(f"rank {rank} ")
+        sender = "" if says_so else f"rank {rank}: "
+        error = getattr(errors, failed.error_class, WorkerError)(sender + failed.message)
+    else:
+        error = WorkerError(f"rank {rank} failed: {failed.error_class}: {failed.message}")
+    error.__cause__ = WorkerTraceback("\n\n" + failed.traceback)
+    return error
 
 
 def _how(exit_code: int) -> str:
@@ -113,10 +118,10 @@ def _stalled(silent: Sequence[Ended], timeout_seconds: float) -> WorkerError:
 
 
 def record_cause(run_dir: Path, error: UserError) -> None:
-    """Make the cause the `error` of result.json: the lead itself saw at most that a peer was gone."""
-    if not (run_dir / "metrics.jsonl").exists():
+    """Make the cause the `error` of result.json: rank 0 itself saw at most that a peer was gone."""
+    if not (run_dir / files.METRICS).exists():
         return  # the run had not begun
-    path = run_dir / "result.json"
+    path = run_dir / files.RESULT
     try:
         result = json.loads(path.read_text()) if path.exists() else {}
         result |= {

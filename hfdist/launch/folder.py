@@ -1,4 +1,4 @@
-"""A run's folder, from before its workers are started."""
+"""A run's folder: made before its workers start."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hfdist.checkpoint import mirror
 from hfdist.errors import StorageError, UserError
+from hfdist.rundir import files
 
 if TYPE_CHECKING:
     from hfdist.config.job import RunConfig
@@ -23,8 +24,8 @@ def run_folder(config: RunConfig, run_dir: Path) -> Iterator[None]:
     is_new = not run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / "config.yaml").exists():
-            config.save(run_dir / "config.yaml")
+        if not (run_dir / files.JOB).exists():
+            config.save(run_dir / files.JOB)
     except OSError as error:
         raise StorageError(
             f"cannot write {run_dir}: {error.strerror}. Choose another `output`"
@@ -34,7 +35,7 @@ def run_folder(config: RunConfig, run_dir: Path) -> Iterator[None]:
         yield
     except UserError as error:
         # Training begins with the record: before it, a mistake of the user's leaves no run behind.
-        if is_new and error.exit_code == 2 and not (run_dir / "metrics.jsonl").exists():
+        if is_new and error.exit_code == 2 and not (run_dir / files.METRICS).exists():
             shutil.rmtree(run_dir, ignore_errors=True)
             with contextlib.suppress(OSError):
                 mirror.forget(config.output, run_dir)
@@ -42,7 +43,7 @@ def run_folder(config: RunConfig, run_dir: Path) -> Iterator[None]:
     finally:
         # On a cluster the others are in the folders of their nodes, and from there at the address.
         results = (
-            ("result.json",) if config.launch.backend == "ray" else (*mirror.RESULTS, *mirror.LOGS)
+            (files.RESULT,) if config.launch.backend == "ray" else (*mirror.RESULTS, *mirror.LOGS)
         )
         with contextlib.suppress(StorageError):  # an error on the way is more important
             mirror.push(config.output, run_dir, results)

@@ -1,4 +1,8 @@
-"""A group of worker processes on this machine: started, watched, and ended together."""
+"""A group of worker processes on this machine: started, watched, and ended together.
+
+Not torch's `elastic_launch`: it ends everybody at the first error, which may be that of a worker that only
+missed a stalled one, and it does not say how each worker stood.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,9 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from hfdist.errors import ConfigError, UserError
 from hfdist.launch.child import Assignment, Failed, Finished, Joined
 from hfdist.launch.failures import Ended, record_cause, root_cause
 from hfdist.launch.logs import path_of
+from hfdist.rundir.stop import signals_handled_by
 
 if TYPE_CHECKING:
     from hfdist.config.job import RunConfig
@@ -255,9 +258,6 @@ class Group:
     @contextmanager
     def _handing_signals_on(self) -> Iterator[None]:
         """Hand every SIGINT and SIGTERM on to all workers, once each; a third ends them at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
         def handle(number: int, frame: FrameType | None) -> None:
             self._signals += 1
@@ -266,12 +266,8 @@ class Group:
             for member in self._members:
                 member.send_signal(number)
 
-        before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with signals_handled_by(handle):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _environment(threads: int) -> dict[str, str]:

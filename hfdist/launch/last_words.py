@@ -1,4 +1,4 @@
-"""A message from a process that is ended in the middle of a call, by others or by native code."""
+"""A message from a process that is killed in the middle of a call, by others or by native code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Waits for a word; without one, when the pipe is closed, it speaks.
+# Waits for a line; when the pipe is closed without one, it prints the message.
 _GUARD = 'read -r word || printf "%s\\n" "$0" >&2'
 
 
@@ -16,7 +16,7 @@ _GUARD = 'read -r word || printf "%s\\n" "$0" >&2'
 def last_words(message: str) -> Iterator[None]:
     """Have `message` printed to stderr if this process ends inside the block without leaving it.
 
-    A shell of a few hundred kilobytes does it. Where there is none, nothing is said.
+    A shell of a few hundred kilobytes does it. Without a shell nothing is printed.
     """
     try:
         guard = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""RUN_DIR/logs/rank-N.log: what each worker says."""
+"""RUN_DIR/logs/rank-N.log: what each worker logs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hfdist.rundir.files import LOGS
 
-class _Stderr(logging.Handler):
-    """Warnings on whatever sys.stderr is at the time (a live display may have replaced it)."""
+
+class StderrHandler(logging.Handler):
+    """Writes to what sys.stderr is at the time: a live display puts itself there."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -21,7 +23,7 @@ class _Stderr(logging.Handler):
 
 def path_of(run_dir: Path, rank: int) -> Path:
     """A rank's log file."""
-    return run_dir / "logs" / f"rank-{rank}.log"
+    return run_dir / LOGS / f"rank-{rank}.log"
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def logging_to_file(run_dir: Path, rank: int, *, to_stderr: bool = True) -> Iter
     )
     if to_stderr and not (root.handlers or own.handlers):
         # A handler anywhere switches logging's handler of last resort off.
-        handlers.append(_Stderr(logging.WARNING))
+        handlers.append(StderrHandler(logging.WARNING))
     level = own.level
     if own.level == logging.NOTSET:
         own.setLevel(logging.INFO)

@@ -22,9 +22,9 @@ def start(
 
     Args:
         config: The job.
-        run_dir: The run's folder. Under torchrun the lead's binds all.
-        resume: Go on from the newest checkpoint in it, if there is one.
-        display: Name of the lead's display, see `hfdist.training.display.make_display`.
+        run_dir: The run's folder. Under torchrun rank 0's is used by all.
+        resume: Continue from the newest checkpoint in it, if there is one.
+        display: Name of rank 0's display, see `hfdist.training.display.make_display`.
 
     Returns:
         The content of result.json.

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def run(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict[str, Any]:
-    """Join the group and work; see `hfdist.launch.start`. The lead's folder binds all.
+    """Join the group and work; see `hfdist.launch.start`. All use rank 0's folder.
 
-    A group that torchrun restarts goes on from the newest checkpoint.
+    A group that torchrun restarts continues from the newest checkpoint.
     """
     import torch
 
@@ -72,10 +72,10 @@ def is_rank_0(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def run_id_of_group(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """A run id that a restarted group finds again; None outside of torchrun.
+    """A run id that is the same after a restart of the group; None outside of torchrun.
 
-    It is made of torchrun's --rdzv-id, or of the address where the group meets and of the agent that
-    outlives the workers.
+    Made of torchrun's --rdzv-id, or of machine, process id and start time of the agent, which outlives
+    the workers.
     """
     if "TORCHELASTIC_RUN_ID" not in environ:
         return None
@@ -86,7 +86,7 @@ def run_id_of_group(name: str, environ: Mapping[str, str] = os.environ) -> str |
 
 
 def _started(pid: int) -> str:
-    """When a process began: numbers of processes are used again."""
+    """When a process started: process ids are reused."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -31,6 +31,7 @@ class StepReport:
     final_loss: float
     """Loss after the step, on the line-search batch; the loss before it if the step was rejected."""
     accepted: bool
+    """Whether the parameters moved."""
     alpha: float
     """Step size; 0 if rejected."""
     damping: float
@@ -40,18 +41,25 @@ class StepReport:
     reduction_ratio: float
     """The ratio that adapted the damping; NaN if there was none."""
     reduction_ratio_undamped: float
+    """Actual over predicted change of the loss, by the model without the damping term [2, sec. 8.5]."""
     reduction_ratio_damped: float
+    """The same by the model with it."""
     cg_iterations: int
+    """Iterations of the solver."""
     chosen_iterate: int
     """Iteration that the step belongs to."""
     stop: Stop
+    """Why the solver ended."""
     residual: float
     """|b - Ax| / |b| at CG's end."""
     grad_norm: float
+    """|g|, over the whole vector."""
     update_norm: float
+    """alpha |delta|."""
     directional_derivative: float
     """Gradient times the chosen step, before the line search scales it."""
     num_products: int
+    """Products with the curvature matrix."""
     num_loss_evaluations: int
     """Candidate evaluations (backtracking and line search together)."""
     product_engine: str = ""

@@ -1,4 +1,4 @@
-"""The plain record of a run: metrics.jsonl, a line a step, and result.json."""
+"""The files of a run's folder: their names, and the plain record, a line a step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from hfdist.errors import StorageError
+
+JOB = "config.yaml"
+"""The resolved job."""
+METRICS = "metrics.jsonl"
+"""A line a step. A run has begun once it is there."""
+RESULT = "result.json"
+"""How the run ended."""
+CHECKPOINTS, PLOTS, LOGS, MODEL = "checkpoints", "plots", "logs", "model"
+"""Folders of the run's results."""
+SPOOL = "spool"
+"""Folder of what the tracking server has and has not received."""
+LEASE = "lease"
+"""Names the group of workers that may write."""
+STOP_FILE = "stop-requested"
+"""Asks for a stop where no signal reaches the workers (other machines)."""
+CODE, CODE_ARCHIVE = "code", "code.tar.gz"
+"""What a submitted job brought along: its folder, and the same in one file at an address."""
+UNDELIVERED = "undelivered.tar"
+"""At an address: what a tracking server has not received of a run that is over."""
 
 
 class StepLog:
@@ -54,20 +73,47 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         StorageError: The folder cannot be written, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, text.encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise StorageError(
             f"cannot write {path}: {error.strerror}. Free some space, or choose another `output`"
         ) from error
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Make a file durable, all of it or nothing; its folder is made.
+
+    Raises:
+        OSError: It cannot be written; what was there before is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename in a folder survive a power cut, where the system can."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some shared file systems do not know how
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-STOP_FILE = "stop-requested"
-"""In the run's folder: asks for a stop where no signal reaches the workers (other machines)."""
+from hfdist.rundir.files import STOP_FILE as STOP_FILE
 
 _LOOK_EVERY = 0.5  # seconds between looks at the file: a shared folder may be slow
 
@@ -55,7 +54,7 @@ def stop_on_signals(file: Path | None = None) -> Iterator[StopRequest]:
     Outside the main thread, where handlers cannot be set, only the file is looked at.
     """
     request = StopRequest(file)
-    with _handled_by(request._handle):
+    with signals_handled_by(request._handle):
         yield request
 
 
@@ -72,12 +71,13 @@ class SignalCount:
 def signals_counted() -> Iterator[SignalCount]:
     """Count SIGINT and SIGTERM inside the block, in the main thread; elsewhere there are none."""
     count = SignalCount()
-    with _handled_by(count._handle):
+    with signals_handled_by(count._handle):
         yield count
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def signals_handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Give SIGINT and SIGTERM to `handler` inside the block; outside the main thread, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -48,5 +48,5 @@ def initialise_sparsely(model: nn.Module, incoming: int) -> None:
             layer.bias.zero_()
             layer.weight.zero_()
             for row in layer.weight:
-                places = torch.randperm(len(row))[:incoming]
-                row[places] = torch.randn(len(places))
+                indices = torch.randperm(len(row))[:incoming]
+                row[indices] = torch.randn(len(indices))

@@ -161,9 +161,9 @@ class Addition(Dataset[Mapping[str, Tensor]]):
         low = max(2, self._length // 2)
         n = int(torch.randint(low, self._length + 1, (), generator=generator))
         numbers = torch.rand(n, generator=generator)
-        places = torch.randperm(n, generator=generator)[:2]
-        marks = torch.zeros(n).index_fill_(0, places, 1.0)
-        return {"sequence": torch.stack((numbers, marks), -1), "target": numbers[places].sum()}
+        marked = torch.randperm(n, generator=generator)[:2]
+        marks = torch.zeros(n).index_fill_(0, marked, 1.0)
+        return {"sequence": torch.stack((numbers, marks), -1), "target": numbers[marked].sum()}
 
 
 class _Recurrent(nn.Module):

@@ -1,4 +1,4 @@
-"""Records of runs outside of their folder: the only home of `mlflow`, which loads when it is used."""
+"""Records of runs outside of their folder. The only user of `mlflow`, which is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def close_failed(config: TrackingConfig, run_dir: Path) -> None:
 
 
 def sync(run_dir: Path, uri: str | None = None, *, home: str = "") -> int:
-    """Deliver what a run's tracking server has not got yet; returns the number of events.
+    """Deliver what a run's tracking server has not received yet; returns the number of events.
 
     Args:
         run_dir: The run's folder.

@@ -18,18 +18,18 @@ def own_code(model: nn.Module) -> list[str]:
     them that are loaded, as far as nothing installs them."""
     found = set()
     for name in {type(module).__module__ for module in model.modules()}:
-        home = _home(name)
-        if home is None:
+        file = _source(name)
+        if file is None:
             continue
-        found.add(home)
+        found.add(file)
         for other in list(sys.modules):
-            beside = _home(other)
-            if beside is not None and beside.parent == home.parent:
+            beside = _source(other)
+            if beside is not None and beside.parent == file.parent:
                 found.add(beside)
     return sorted(str(path) for path in found)
 
 
-def _home(module: str) -> Path | None:
+def _source(module: str) -> Path | None:
     """The file of a top-level module, or the folder of its package; None if it is installed."""
     top = module.partition(".")[0]
     file = getattr(sys.modules.get(top), "__file__", None)

@@ -1,4 +1,4 @@
-"""Deliver what a run's process could not."""
+"""Deliver what a run's own process could not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hfdist.config.tracking import TrackingConfig, store_uri
 from hfdist.errors import ConfigError, StorageError
+from hfdist.rundir import files
 from hfdist.tracking.client import connect, is_server, one_line, public
 from hfdist.tracking.delivery import Delivery
 from hfdist.tracking.find_or_create import runs_of
@@ -18,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def deliver(run_dir: Path, uri: str | None = None, *, home: str) -> int:
-    """Deliver what the server has not got of a run that is over; returns the number of events.
+    """Deliver what the server has not received of a run that is over; returns the number of events.
 
-    A run whose process was killed before it could say how it ended is closed as FAILED, at the time of its
-    last word.
+    A run whose process was killed before it could record its end is closed as FAILED, at the time of its
+    last event.
 
     Args:
         run_dir: The run's folder.
@@ -30,10 +31,10 @@ def deliver(run_dir: Path, uri: str | None = None, *, home: str) -> int:
 
     Raises:
         ConfigError: The folder has no spool.
-        BusyError: The run goes on: its own process delivers.
+        BusyError: The run is still going: its own process delivers.
         StorageError: The server cannot be reached.
     """
-    folder = run_dir / "spool"
+    folder = run_dir / files.SPOOL
     if not (folder / "target.json").is_file():
         raise ConfigError(
             f"{home} has nothing to deliver here: it is no run, it was not tracked, or its record is on "

@@ -1,4 +1,4 @@
-"""Delivery in the background, for as long as it takes."""
+"""Sends a spool to its server in a background thread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GATHER = 0.05
 
 
 class Courier:
-    """Delivers a spool to its server, in order, until told to end.
+    """Delivers a spool to its server, in order, until it is stopped.
 
     Args:
         spool: Knows its target.

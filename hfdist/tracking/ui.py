@@ -13,7 +13,7 @@ from hfdist.rundir.locations import folder_of_runs, is_address
 
 
 def serve(output: Path | str, *, host: str, port: int) -> None:
-    """Become a server of the pages, until Ctrl-C. Does not return.
+    """Replace this process by a server of the pages, until Ctrl-C. Does not return.
 
     Raises:
         ConfigError: There are no runs, the store is a server with pages of its own, or the port is taken.
@@ -37,7 +37,7 @@ def serve(output: Path | str, *, host: str, port: int) -> None:
                 f"port {port} of {host} cannot be used ({error.strerror}): choose another with --port"
             ) from error
     print(f"MLflow UI: http://{host}:{port}  (Ctrl-C ends it)", flush=True)
-    # In place of this process: Ctrl-C and SIGTERM reach the server, and nothing is left behind.
+    # Replaces this process: Ctrl-C and SIGTERM reach the server, and no process is left behind.
     os.execve(sys.executable, command(uri, host=host, port=port), environment())
 
 

@@ -20,8 +20,8 @@ from hfdist.errors import ConfigError, ReplicaError
 if TYPE_CHECKING:
     from hfdist.config.job import RunConfig
 
-_LEADS_OWN = ("output",)
-"""Keys that may differ between machines: only the lead's value is used."""
+_RANK_0_ONLY = ("output",)
+"""Keys that may differ between machines: only rank 0's value is used."""
 
 
 def check_agreement(comm: Communicator, config: RunConfig) -> None:
@@ -91,26 +91,26 @@ _STEP, _MIX1, _MIX2 = (
 
 @torch.no_grad()
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """A 64-bit checksum of bits and places of all elements; computed on their device.
+    """A 64-bit checksum of bits and positions of all elements; computed on their device.
 
-    Every element is mixed with its place by a bijection of 64-bit integers (the finaliser of Steele et
+    Every element is mixed with its position by a bijection of 64-bit integers (the finaliser of Steele et
     al., Fast splittable pseudorandom number generators, 2014) and the results are added, so a change in
     one element always shows, and any other with probability 1 - 2^-64.
     """
     total: Tensor | None = None
-    place = 0
+    offset = 0
     for tensor in tensors:
         flat = _as_integers(tensor)
         for piece in flat.split(_CHUNK.get(flat.device.type, 1 << 20)):
-            places = torch.arange(
-                place + 1, place + 1 + len(piece), dtype=torch.int64, device=piece.device
+            positions = torch.arange(
+                offset + 1, offset + 1 + len(piece), dtype=torch.int64, device=piece.device
             )
-            h = places.mul_(_STEP).add_(piece)
+            h = positions.mul_(_STEP).add_(piece)
             h = h.bitwise_xor_(_shifted(h, 30)).mul_(_MIX1)
             h = h.bitwise_xor_(_shifted(h, 27)).mul_(_MIX2)
             h = h.bitwise_xor_(_shifted(h, 31)).sum()
             total = h if total is None else total + h.to(total.device)
-            place += len(piece)
+            offset += len(piece)
     return 0 if total is None else int(total)
 
 
@@ -140,7 +140,7 @@ def _facts(config: RunConfig) -> dict[str, str]:
     for key, value in config.flatten().items():
         if key == "task":
             value = Path(value).name  # the folder is the machine's affair
-        if key not in _LEADS_OWN:
+        if key not in _RANK_0_ONLY:
             facts[key] = repr(value)
     facts["the file of the task"] = _digest_of_task(config.task)
     return facts
@@ -174,7 +174,7 @@ def _digest(content: str | bytes) -> str:
 
 
 def _odd_ones_out(values: Sequence[object]) -> tuple[list[int], list[int]]:
-    """Ranks that are not with the most (of equally many: not with the lead), and the others."""
+    """The ranks outside the majority, and the majority; in a tie rank 0's side is the majority."""
     counts = Counter(values)
     common = max(values, key=lambda v: counts[v])  # the first of the greatest
     odd = [rank for rank, value in enumerate(values) if value != common]

@@ -1,1 +1,1 @@
-"""Ray: clusters, jobs, workers, Tune. The only home of `ray`."""
+"""Ray: clusters, jobs, workers, Tune. The only user of `ray`."""

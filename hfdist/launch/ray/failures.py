@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from hfdist import errors
 from hfdist.errors import UserError, WorkerError, first_line
 from hfdist.launch.child import Failed
-from hfdist.launch.failures import WorkerTraceback
+from hfdist.launch.failures import error_of
 from hfdist.launch.logs import path_of
 
 _PEER = "PeerError"
@@ -33,29 +32,16 @@ def cause_of(
     own = {r: f for r, (f, _) in said.items() if f.error_class != _PEER}
     if own:
         rank = min(own, key=lambda r: said[r][1])
-        return _of_worker(rank, own[rank])
+        return error_of(rank, own[rank])
     silent = {r: e for r, e in lost.items() if r not in said}
     for rank, exception in silent.items():
         return WorkerError(f"rank {rank} {_how(exception)}; its log is {path_of(run_dir, rank)}")
     if said:
         rank = min(said, key=lambda r: said[r][1])
-        return _of_worker(rank, said[rank][0])
+        return error_of(rank, said[rank][0])
     if type(error).__name__ in _LOST:
         return WorkerError(f"Ray Train's controller {_how(error)}")
     return WorkerError(f"Ray Train gave up: {first_line(error)}")
-
-
-def _of_worker(rank: int, failed: Failed) -> UserError:
-    # What the lead says needs no sender: a run in one process says it in the same words.
-    says_so = rank == 0 or failed.message.startswith(f"rank {rank} ")
-    sender = "" if says_so else f"rank {rank}: "
-    error: UserError
-    if failed.is_user_error:
-        error = getattr(errors, failed.error_class, WorkerError)(sender + failed.message)
-    else:
-        error = WorkerError(f"rank {rank} failed: {failed.error_class}: {failed.message}")
-    error.__cause__ = WorkerTraceback("\n\n" + failed.traceback)
-    return error
 
 
 def _how(exception: BaseException | None) -> str:

@@ -19,7 +19,7 @@ class Demand:
     placement: str = "PACK"
 
 
-def places(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> int:
+def capacity(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> int:
     """How many workers the nodes can hold at the same time.
 
     Args:
@@ -41,13 +41,13 @@ def places(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> int:
 
 
 def what_is_missing(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """Which resource keeps the workers from being placed; None if nothing does.
+    """Which resource is too scarce for the workers; None if they fit.
 
     Returns:
         One clause, such as "4 workers need 4 GPU (1 each), the cluster's 2 nodes have 2".
     """
-    there = places(demand, nodes)
-    if there >= demand.num_workers:
+    available = capacity(demand, nodes)
+    if available >= demand.num_workers:
         return None
     workers = "1 worker needs" if demand.num_workers == 1 else f"{demand.num_workers} workers need"
     cluster = f"the cluster's {'1 node has' if len(nodes) == 1 else f'{len(nodes)} nodes have'}"
@@ -73,20 +73,20 @@ def what_is_missing(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> str
     if demand.placement == "STRICT_PACK":
         return (
             f"{workers} one node with {bundle} each (launch.placement=STRICT_PACK), the largest node "
-            f"has room for {there}"
+            f"can hold {available}"
         )
     if demand.placement == "STRICT_SPREAD":
         return (
-            f"{workers} a node each with {bundle} (launch.placement=STRICT_SPREAD), {there} of the "
+            f"{workers} a node each with {bundle} (launch.placement=STRICT_SPREAD), {available} of the "
             f"cluster's {len(nodes)} nodes fit"
         )
-    return f"{workers} {bundle} each, the cluster's nodes have room for {there}"
+    return f"{workers} {bundle} each, the cluster's nodes can hold {available}"
 
 
 def mend(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> str:
     """What a person can do about it."""
-    there = places(demand, nodes)
-    fewer = f"lower launch.workers to {there}, " if there else ""
+    available = capacity(demand, nodes)
+    fewer = f"lower launch.workers to {available}, " if available else ""
     return f"{fewer}ask for less (launch.cpus_per_worker, gpus_per_worker, resources), or add nodes"
 
 

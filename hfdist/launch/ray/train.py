@@ -24,6 +24,7 @@ from hfdist.launch.ray.cluster import (
     scales_itself,
 )
 from hfdist.launch.ray.placement import Demand, mend, what_is_missing
+from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address
 from hfdist.rundir.stop import STOP_FILE, SignalCount, signals_counted
 from hfdist.tracking.provenance import SOURCE_VARIABLE, folder_of, source
@@ -372,7 +373,7 @@ class _Driver:
 
         self._fetch()
         record_cause(self._run_dir, cause)
-        if (self._run_dir / "spool").is_dir():
+        if (self._run_dir / files.SPOOL).is_dir():
             with contextlib.suppress(UserError):  # the error itself matters more
                 sync(self._run_dir)
         if is_address(self._config.output):  # the spool is where the lead was
@@ -382,9 +383,9 @@ class _Driver:
         """Have what the lead wrote: where nodes share no folder, it did so on its own."""
         if is_address(self._config.output):
             with contextlib.suppress(UserError):
-                mirror.pull(self._config.output, self._run_dir, also=["result.json"])
+                mirror.pull(self._config.output, self._run_dir, also=[files.RESULT])
             if self._has_begun:  # if only since the last checkpoint
-                (self._run_dir / "metrics.jsonl").touch()
+                (self._run_dir / files.METRICS).touch()
 
     def _cause(self) -> UserError:
         """The error of the worker that failed first, in its own words."""

@@ -1,4 +1,4 @@
-"""Grids of runs through Ray Tune: as many at a time as the cluster has room for."""
+"""Grids of runs through Ray Tune: as many at a time as the cluster can hold."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hfdist.errors import ConfigError, UserError, WorkerError
 from hfdist.launch.ray.cluster import connected, node_resources
 from hfdist.launch.ray.placement import Demand, mend, what_is_missing
+from hfdist.rundir import files
 from hfdist.rundir.stop import STOP_FILE, SignalCount, signals_counted
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class _Sweep:
                 if self._signals.number:
                     stop.touch()
                     for trial in self._trials:
-                        if trial.run_dir.is_dir() and not (trial.run_dir / "result.json").exists():
+                        if trial.run_dir.is_dir() and not (trial.run_dir / files.RESULT).exists():
                             (trial.run_dir / STOP_FILE).touch()
                 if self._signals.number > 1:
                     raise KeyboardInterrupt
@@ -232,7 +233,7 @@ def _trial(space: dict[str, Any], assignment: dict[str, Any]) -> None:
     try:
         result = start(config, run_dir=trial.run_dir, resume=before, display="quiet")
         tune.report({"final_loss": result["final_loss"]})
-    except UserError as error:  # the other points of the grid may do better
+    except UserError as error:  # the other points of the grid go on
         (folder / f"{trial.run_id}.error").write_text(str(error))
 
 
@@ -268,7 +269,7 @@ def _row(trial: Trial, folder: Path) -> dict[str, Any]:
         "values": dict(trial.values),
         "status": "PENDING",
     }
-    path, error = trial.run_dir / "result.json", folder / f"{trial.run_id}.error"
+    path, error = trial.run_dir / files.RESULT, folder / f"{trial.run_id}.error"
     try:
         if path.exists():
             row |= json.loads(path.read_text())
@@ -298,7 +299,7 @@ def _replaced(section: Any, **changes: Any) -> Any:
 
 def _split(text: str) -> list[str]:
     parts, depth, quote, start = [], 0, "", 0
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         if quote:
             quote = "" if character == quote else quote
         elif character in "'\"":
@@ -308,8 +309,8 @@ def _split(text: str) -> list[str]:
         elif character in "]})":
             depth -= 1
         elif character == "," and depth == 0:
-            parts.append(text[start:place])
-            start = place + 1
+            parts.append(text[start:index])
+            start = index + 1
     return [*parts, text[start:]]
 
 

@@ -10,7 +10,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +23,12 @@ from ray.train.torch import config as torch_config
 
 from hfdist.checkpoint import mirror
 from hfdist.checkpoint.storage import open_storage
-from hfdist.errors import ConfigError, StorageError, SupersededError, UserError
+from hfdist.errors import ConfigError, StorageError, SupersededError
 from hfdist.launch.child import Failed
 from hfdist.launch.logs import logging_to_file, path_of
 from hfdist.launch.ray.loopback import is_loopback
 from hfdist.launch.ray.relay import RelayDisplay, RelayHandler
+from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address
 from hfdist.rundir.stop import STOP_FILE
 
@@ -164,13 +164,7 @@ def work(loop_config: dict[str, Any]) -> dict[str, Any]:
         with _surroundings(job, rank):
             return _work(job, rank)
     except BaseException as error:
-        failed = Failed(
-            error_class=type(error).__name__,
-            message=str(error),
-            traceback="".join(traceback.format_exception(error)),
-            is_user_error=isinstance(error, UserError),
-            is_interrupt=isinstance(error, KeyboardInterrupt),
-        )
+        failed = Failed.by(error)
         if not isinstance(error, SupersededError):  # no failure of the present group
             ray.get(job.relay.fail.remote(rank, failed))  # before the controller hears of it
         # Text only: not every exception survives the way to the driver.
@@ -199,7 +193,7 @@ def _work(job: Assignment, rank: int) -> dict[str, Any]:
         groups = ray.get(job.relay.begin.remote(room))
         display = RelayDisplay(job.relay)
         # A group after the first goes on where the one before it was, if that left anything.
-        checkpoints = open_storage(f"{home_of(job.config.output, job.run_dir)}/checkpoints")
+        checkpoints = open_storage(f"{home_of(job.config.output, job.run_dir)}/{files.CHECKPOINTS}")
         resume = resume or (groups > 1 and bool(checkpoints.folders()))
     return run(
         Job(
@@ -254,7 +248,7 @@ def _surroundings(job: Assignment, rank: int) -> Iterator[None]:
         mirror.pull(job.config.output, job.run_dir, also=[log])
         (job.run_dir / STOP_FILE).unlink(missing_ok=True)  # it was for the run's last life
         threading.Thread(target=_listen, args=(job,), name="hfdist-stop", daemon=True).start()
-    elif not (job.run_dir / "config.yaml").is_file():
+    elif not (job.run_dir / files.JOB).is_file():
         raise StorageError(
             f"node {get_context().get_node_rank()} (rank {rank}) does not see {job.run_dir}: set `output` "
             "to a folder that all nodes share, or to an address like s3://BUCKET/PREFIX"

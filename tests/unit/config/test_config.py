@@ -296,6 +296,7 @@ def test_files_that_are_no_jobs(write: Any, text: str, words: list[str]) -> None
         ("optim.preset=[a]", ["optim.preset is ['a']", "'pytorch_hessianfree' or 'seed'"]),
         ("dtype=float16", ["dtype is 'float16'", "'float32' or 'float64'"]),
         ("device=gpu", ["device is 'gpu'", "cuda:N"]),
+        ("device=mps", ["device is 'mps'", "cuda:N"]),
         ("name=''", ["name is ''"]),
         ("batches.gradient=0", ["batches.gradient is 0", "at least 1"]),
         ("checkpoint.keep=0", ["checkpoint.keep is 0", "at least 1"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hfdist.launch.ray.placement import Demand, mend, places, what_is_missing
+from hfdist.launch.ray.placement import Demand, capacity, mend, what_is_missing
 
 SMALL = {"CPU": 2.0, "memory": 1e9}
 LARGE = {"CPU": 8.0, "GPU": 4.0, "accelerator_type:H100": 1.0}
@@ -15,7 +15,7 @@ def demand(workers: int, placement: str = "PACK", **per_worker: float) -> Demand
 
 
 @pytest.mark.parametrize(
-    ("asked", "nodes", "room"),
+    ("asked", "nodes", "held"),
     [
         (demand(1, CPU=1), [SMALL, SMALL], 4),
         (demand(1, CPU=1.5), [SMALL, SMALL], 2),
@@ -27,8 +27,8 @@ def demand(workers: int, placement: str = "PACK", **per_worker: float) -> Demand
         (demand(3), [], 0),
     ],
 )
-def test_room(asked: Demand, nodes: list[dict[str, float]], room: int) -> None:
-    assert places(asked, nodes) == room
+def test_capacity(asked: Demand, nodes: list[dict[str, float]], held: int) -> None:
+    assert capacity(asked, nodes) == held
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_room(asked: Demand, nodes: list[dict[str, float]], room: int) -> None:
         (
             demand(2, CPU=1.5, GPU=1),
             [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 2.0}, {"GPU": 1.0}],
-            "2 workers need 1.5 CPU, 1 GPU each, the cluster's nodes have room for 1",
+            "2 workers need 1.5 CPU, 1 GPU each, the cluster's nodes can hold 1",
         ),
     ],
 )
