@@ -25,6 +25,7 @@ from hfdist.curvature.microbatch import Microbatch, as_sum, from_closure, from_p
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import DiagonalPreconditioner, empirical_fisher_diagonal
+from hfdist.curvature.verify import Verifier
 from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
 from hfdist.optim.report import StepReport
@@ -103,13 +104,13 @@ class HessianFree(torch.optim.Optimizer):
         self.report: StepReport | None = None
         self.history: deque[StepReport] = deque(maxlen=1000)
         self._communicator = communicator
+        self._engine: ProductEngine | None = None
         defaults = dataclasses.asdict(resolved) | {
             "damping_scale": 1.0,
             "frozen": False,
             "step": 0,
             "seed": torch.initial_seed() % 2**63 if seed is None else seed,
             "has_x0": False,
-            "chosen_engine": None,
         }
         super().__init__(params, defaults)
         self._trainable()  # there must be something to train
@@ -244,12 +245,7 @@ class HessianFree(torch.optim.Optimizer):
                 preconditioner=None if M_func is None else lambda _: _of_parts(M_func, layout),
             ),
             frozen=FixedRandomness(params.device, model),
-            engine=ProductEngine(
-                requested=options.product_engine,
-                memory_budget=options.memory_budget,
-                chosen=self.param_groups[0]["chosen_engine"],
-                products_per_step=options.cg_max_iter or 50,
-            ),
+            engine=self._product_engine(options),
             autocast=autocast_dtype(options),
         )
         if test_deterministic:
@@ -401,7 +397,6 @@ class HessianFree(torch.optim.Optimizer):
             damping=first["damping"],
             x0=x0,
             step=first["step"],
-            product_engine=first["chosen_engine"],
         )
 
     def _set_state(self, params: ParameterVector, state: HFState, layout: Layout) -> None:
@@ -412,9 +407,23 @@ class HessianFree(torch.optim.Optimizer):
             group["damping"] = state.damping
             group["step"] = state.step
             group["has_x0"] = state.x0 is not None
-            group["chosen_engine"] = state.product_engine
 
     # -- helpers ---------------------------------------------------------------------------------
+
+    def _product_engine(self, options: HFOptions) -> ProductEngine:
+        """The same for all steps, while its options are."""
+        engine = self._engine
+        if (
+            engine is None
+            or engine.requested != options.product_engine
+            or engine.verifier.mode != options.verify
+        ):
+            engine = ProductEngine(
+                requested=options.product_engine, verifier=Verifier(mode=options.verify)
+            )
+        engine.memory_budget = options.memory_budget
+        self._engine = engine
+        return engine
 
     def _comm(self) -> Communicator:
         if self._communicator is None:

@@ -20,19 +20,18 @@ from torch.autograd import grad
 
 from hfdist.bench.workloads import Workload, chosen
 from hfdist.curvature.engines import (
-    COMPILE,
     DOUBLE_BACKWARD,
     LINEARIZE,
     RECOMPUTE,
-    TORCH_LINEARIZE,
     ProductEngine,
 )
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.microbatch import from_task
 from hfdist.curvature.objective import Problem, Roles
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.verify import Verifier
 
-GGN_ENGINES = (LINEARIZE, TORCH_LINEARIZE, DOUBLE_BACKWARD, RECOMPUTE)
+GGN_ENGINES = (LINEARIZE, DOUBLE_BACKWARD, RECOMPUTE)
 GGN_FLOOR, HESSIAN_FLOOR = 4 / 3, 2.0
 """Matrix products of a product over those of a gradient, layer for layer, with kept activations."""
 
@@ -54,7 +53,7 @@ class Timing:
     """|product - BackPACK's| / |BackPACK's|; 0 for gradients."""
     preparation: float = 0.0
     """What the engine does before a step's first product (forward pass and gradient, and the program where
-    there is one), in seconds; of the first step it leaves out compiling."""
+    there is one), in seconds."""
 
 
 def problem(workload: Workload, model: torch.nn.Module, batch: Any, **settings: Any) -> Problem:
@@ -81,7 +80,6 @@ def measure(
     repetitions: int,
     device: torch.device,
     hessian: bool = True,
-    compiled: bool = False,
 ) -> list[Timing]:
     """Time all contenders on one workload."""
     from backpack.hessianfree.ggnvp import ggn_vector_product
@@ -109,14 +107,14 @@ def measure(
         ("ggn", "backpack"): lambda: ggn_vector_product(loss, outputs, model, views),
     }
     preparations: dict[str, float] = {}
-    for name in (*GGN_ENGINES, *([COMPILE] if compiled else [])):
+    for name in GGN_ENGINES:
         product = _product(workload, model, batch, v, name, "ggn")
         if product is None:
             continue
         contenders["ggn", name] = product
         synchronize(device)
         start = time.perf_counter()
-        problem(workload, model, batch, engine=ProductEngine(requested=name)).loss_and_gradient()
+        problem(workload, model, batch, engine=_engine(name)).loss_and_gradient()
         synchronize(device)
         preparations[name] = time.perf_counter() - start
     if hessian:
@@ -149,11 +147,16 @@ def measure(
     return timings
 
 
+def _engine(name: str) -> ProductEngine:
+    """Without the checks of a first step, which every other step does without."""
+    return ProductEngine(requested=name, verifier=Verifier(mode="off"))
+
+
 def _product(
     workload: Workload, model: torch.nn.Module, batch: Any, v: Tensor, engine: str, kind: Any
 ) -> Callable[[], Tensor] | None:
     """v -> Bv; None where the engine cannot have this model on this machine."""
-    p = problem(workload, model, batch, curvature_opt=kind, engine=ProductEngine(requested=engine))
+    p = problem(workload, model, batch, curvature_opt=kind, engine=_engine(engine))
     p.loss_and_gradient()
     B = p.curvature()
     if p.product_engine != engine:
@@ -197,7 +200,6 @@ def run(
     threads: int | None = None,
     device: torch.device | None = None,
     hessian: bool = True,
-    compiled: bool = False,
 ) -> list[Timing]:
     """Time products on the workloads.
 
@@ -207,7 +209,6 @@ def run(
         threads: Of torch; left alone by default.
         device: The CPU by default.
         hessian: Time Hessian products too.
-        compiled: Time the products through torch.compile too; it compiles for up to a minute each.
 
     Raises:
         ValueError: An unknown workload.
@@ -215,9 +216,7 @@ def run(
     timings = []
     with chosen(names, threads) as these:
         for workload in these:
-            timings += measure(
-                workload, repetitions, device or torch.device("cpu"), hessian, compiled
-            )
+            timings += measure(workload, repetitions, device or torch.device("cpu"), hessian)
     return timings
 
 

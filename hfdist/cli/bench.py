@@ -31,9 +31,6 @@ def products(
         int | None, typer.Option(help="Threads of torch; by default as many as cores.", min=1)
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu",
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Also products through torch.compile; slow to begin.")
-    ] = False,
     as_json: Json = False,
     plot: Plot = None,
 ) -> None:
@@ -50,7 +47,6 @@ def products(
             repetitions=repetitions,
             threads=threads,
             device=resolve(device, local_rank=0),
-            compiled=compiled,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

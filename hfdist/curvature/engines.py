@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -15,31 +15,25 @@ from torch import Tensor
 from torch.autograd import grad
 
 from hfdist.comm import Communicator
-from hfdist.curvature.ggn import GGNProduct, LinearizedGGNProduct
+from hfdist.curvature.direct import direct_product
+from hfdist.curvature.ggn import GGNProduct, SumOfProducts, added
 from hfdist.curvature.hessian import HessianProduct
 from hfdist.curvature.layout import Product
-from hfdist.curvature.linearize import (
-    Jacobian,
-    Program,
-    Recorder,
-    Unsupported,
-    any_direction,
-    by_torch,
-    compiled,
-)
+from hfdist.curvature.linearize import Jacobian, Recorder, Unsupported
 from hfdist.curvature.loss_hessian import ByDoubleBackward, LossHessian
 from hfdist.curvature.memory import MemoryCounter, memory_left
-from hfdist.curvature.microbatch import Evaluation, Microbatch
+from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, TryAgain
+from hfdist.curvature.outputs import is_reached
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.verify import EvaluateAt, Point, Verifier, flat, suspects
+from hfdist.errors import TaskError
 from hfdist.optim.options import HFOptions
 
 logger = logging.getLogger(__name__)
 
 Gradient = Sequence[Tensor | None]
 Evaluate = Callable[[Microbatch, Recorder | None], Evaluation]
-OutputsAt = Callable[[Microbatch, Sequence[Tensor]], list[Tensor]]
-LINEARIZE, DOUBLE_BACKWARD, RECOMPUTE, AUTO = "linearize", "double_backward", "recompute", "auto"
-COMPILE, TORCH_LINEARIZE = "compile", "torch_linearize"
+LINEARIZE, DOUBLE_BACKWARD, RECOMPUTE = "linearize", "double_backward", "recompute"
 
 
 def autocast_dtype(options: HFOptions) -> torch.dtype | None:
@@ -52,44 +46,33 @@ class ProductEngine:
     """The engine of a run; it lives as long as the run does.
 
     Attributes:
-        requested: "linearize" replays the forward pass on tangents, "compile" is the same through
-            torch.compile, "torch_linearize" is torch.func.linearize, "double_backward" differentiates
-            the backward pass, "recompute" keeps nothing between products; "auto" times all but the
-            last on the first solve. A forward pass that one cannot have has double backward anyway.
+        requested: "linearize" replays the forward pass on tangents, "double_backward" differentiates
+            the backward pass, "recompute" keeps nothing between products. A forward pass that cannot be
+            replayed has double backward anyway.
         memory_budget: Bytes for graphs that are kept between products; microbatches beyond it are
             recomputed for each. None: what the device has left.
-        chosen: What "auto" chose, here or before the run was resumed.
-        products_per_step: For how many products a step's preparations are made, about.
+        verifier: Checks gradients and products against differences of losses and outputs.
+        traits: What was found out about the loss.
         used: What the last microbatch had, where that is not what was asked for.
     """
 
     requested: str = LINEARIZE
     memory_budget: int | None = None
-    chosen: str | None = None
-    products_per_step: int = 50
+    verifier: Verifier = field(default_factory=Verifier)
+    traits: LossTraits = field(default_factory=LossTraits)
     used: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The engine in use; "auto" until it is decided."""
-        return (self.chosen or AUTO) if self.requested == AUTO else self.requested
+    _warned: set[str] = field(default_factory=set)
 
     @property
     def reported(self) -> str:
         """What products were computed by."""
-        return self.name if self.requested == AUTO else self.used or self.name
+        return self.used or self.requested
 
-    def decide(self, comm: Communicator, seconds: dict[str, float]) -> None:
-        """Choose the fastest engine that works on all ranks. Collective.
-
-        Args:
-            seconds: Of one product and its part of the preparations, by engine, on this rank; empty
-                if it has no microbatch.
-        """
-        times = [t for t in comm.all_gather_object(seconds) if t]
-        names = [name for name in times[0] if all(name in t for t in times)] if times else []
-        self.chosen = min(names, key=lambda name: sum(t[name] for t in times), default=LINEARIZE)
-        logger.info("product engine: %s (seconds a product: %s)", self.chosen, seconds)
+    def warn(self, message: str) -> None:
+        """Once a run."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
 
 
 class ProductBuilder:
@@ -98,10 +81,10 @@ class ProductBuilder:
     Args:
         engine: The run's engine.
         params: The parameters.
-        comm: The ranks, for the engine's decision.
+        comm: The ranks.
         curvature: "ggn" or "hessian".
         evaluate: A forward pass with graph.
-        outputs_at: The outputs with other tensors in the parameters' place; raises `Unsupported`.
+        evaluate_at: The same at other parameters [P], for checks; None: nothing is checked.
         num_microbatches: How many there will be.
     """
 
@@ -112,220 +95,275 @@ class ProductBuilder:
         comm: Communicator,
         curvature: Literal["ggn", "hessian"],
         evaluate: Evaluate,
-        outputs_at: OutputsAt,
+        evaluate_at: EvaluateAt | None,
         num_microbatches: int,
     ) -> None:
         self.products: list[Product] = []
-        self._engine, self._params, self._comm = engine, params, comm
+        self._engine, self._params = engine, params
         self._tensors = params.tensors
         self._is_ggn = curvature == "ggn"
-        self._evaluate, self._outputs_at = evaluate, outputs_at
+        self._evaluate, self._evaluate_at = evaluate, evaluate_at
         self._budget = math.inf
+        self._counter: MemoryCounter | None = None
         if engine.memory_budget is not None:
             self._budget = engine.memory_budget
         elif num_microbatches > 1:
             self._budget = memory_left(params.device, comm.world_size)
-        if num_microbatches == 0:
-            self._decide({})
-
-    @property
-    def _is_undecided(self) -> bool:
-        return self._is_ggn and self._engine.name == AUTO
-
-    def _decide(self, seconds: dict[str, float]) -> None:
-        if self._is_undecided:
-            self._engine.decide(self._comm, seconds)
 
     def add(self, microbatch: Microbatch) -> tuple[Evaluation, Gradient]:
         """Evaluate a microbatch, append its product.
 
         Returns:
             The evaluation and the gradient of its loss sum.
+
+        Raises:
+            TaskError: Loss and gradient disagree, or no engine has right products.
         """
-        if self._budget <= 0 or self._engine.name == RECOMPUTE:
+        if self._budget <= 0 or self._engine.requested == RECOMPUTE:
             return self._without_graph(microbatch)
-        recorder = None
-        if self._is_ggn and self._engine.name in (LINEARIZE, COMPILE, AUTO):
-            recorder = Recorder(self._tensors)
-        counter = MemoryCounter() if self._budget < math.inf else None
+        replays = self._is_ggn and self._engine.requested == LINEARIZE
+        counter = self._counter = MemoryCounter() if self._budget < math.inf else None
         with counter or nullcontext():
-            e = self._evaluate(microbatch, recorder)
+            e, recorder = self._evaluated(microbatch, replays)
             if counter is not None and counter.num_bytes > self._budget:
                 self._budget = 0  # and all that follow: memory is full
                 self.products.append(self._recomputed(microbatch))
-                return e, _gradient_alone(e, self._tensors)
+                return e, loss_gradient(e, self._tensors)
             gradient, product = self._kept(microbatch, e, recorder)
         if counter is not None:
             self._budget -= counter.num_bytes
         self.products.append(product)
         return e, gradient
 
+    def _evaluated(
+        self, microbatch: Microbatch, replays: bool
+    ) -> tuple[Evaluation, Recorder | None]:
+        """A forward pass, again where the first one found out something about the loss."""
+        while True:
+            recorder = Recorder(self._tensors) if replays else None
+            try:
+                return self._evaluate(microbatch, recorder), recorder
+            except TryAgain:
+                continue
+
     def _without_graph(self, microbatch: Microbatch) -> tuple[Evaluation, Gradient]:
-        self._decide({})
-        e = self._evaluate(microbatch, None)
+        if self._engine.verifier.is_on and self._evaluate_at is not None and not self.products:
+            # What every product will do, once and for inspection.
+            e, recorder = self._evaluated(microbatch, replays=self._is_ggn)
+            gradient, _ = self._kept(microbatch, e, recorder)
+            self._engine.used = None
+        else:
+            e, _ = self._evaluated(microbatch, replays=False)
+            gradient = loss_gradient(e, self._tensors)
         self.products.append(self._recomputed(microbatch))
-        return e, _gradient_alone(e, self._tensors)
+        return e, gradient
 
     def _recomputed(self, microbatch: Microbatch) -> Product:
+        replays = self._is_ggn and LINEARIZE not in self._engine.verifier.refused
         kind = RecomputedGGNProduct if self._is_ggn else RecomputedHessianProduct
-        return kind(lambda recorder: self._evaluate(microbatch, recorder), self._tensors)
+        return kind(lambda: self._evaluated(microbatch, replays), self._tensors)
+
+    def _point_at(self, microbatch: Microbatch) -> Callable[[Tensor], Point]:
+        def point(e: Evaluation) -> Point:
+            point = Point.of(e)
+            if self._is_ggn:
+                return point
+            gradient = flat(loss_gradient(e, self._tensors), self._tensors)
+            return dataclasses.replace(point, gradient=gradient)
+
+        def at(theta: Tensor) -> Point:
+            assert self._evaluate_at is not None
+            counted = 0 if self._counter is None else self._counter.num_bytes
+            found = self._evaluate_at(microbatch, theta, point)
+            if self._counter is not None:
+                self._counter.num_bytes = counted  # it is let go of
+            return found
+
+        return at
+
+    def _checks(self, operations: Sequence[str]) -> bool:
+        """Whether this microbatch is to be checked: the first of a step."""
+        is_first = self._evaluate_at is not None and not self.products
+        return is_first and self._engine.verifier.wants(operations)
 
     def _kept(
         self, microbatch: Microbatch, e: Evaluation, recorder: Recorder | None
     ) -> tuple[Gradient, Product]:
         if not self._is_ggn:
-            g = grad(e.loss_sum, self._tensors, create_graph=True, allow_unused=True)
-            product = HessianProduct(g, self._tensors)
-            return [None if gk is None else gk.detach() for gk in g], product
-        H, dz = _loss_derivatives(e)
-        gradient = _gradient(e, self._tensors, dz, keep=True)
-        candidates: dict[str, Product] = {}
-        preparations: dict[str, float] = {}
-        for name, make in self._jacobians(microbatch, e, H, recorder).items():
+            return self._kept_hessian(microbatch, e)
+        verifier = self._engine.verifier
+        may_check = self._evaluate_at is not None and not self.products and verifier.is_on
+        parts = GGNParts.of(e, self._tensors, keep=True, keep_loss=may_check)
+        programs: dict[str, Jacobian | None] = {}
+        operations = [DOUBLE_BACKWARD]
+        if recorder is not None:
             try:
-                if name == COMPILE and self._is_undecided:
-                    make()  # takes long the first time, which comes once a run
-                start = time.perf_counter()
-                candidates[name] = LinearizedGGNProduct(e.outputs, H, self._tensors, make())
-                preparations[name] = time.perf_counter() - start
-            except Unsupported as reason:
-                logger.info("no products by %s, because %s", name, reason)
-        if not candidates or self._engine.name in (DOUBLE_BACKWARD, AUTO):
-            candidates[DOUBLE_BACKWARD] = GGNProduct(e.outputs, H, self._tensors)
-        if self._is_undecided:
-            seconds = _time(candidates, self._params)
-            for name in seconds:
-                seconds[name] += preparations.get(name, 0.0) / self._engine.products_per_step
-            self._decide(seconds)
-        name = self._engine.name
-        self._engine.used = name if name in candidates else next(iter(candidates))
-        return gradient, candidates[self._engine.used]
+                program = recorder.program(parts.curved_outputs)
+                programs[LINEARIZE] = program
+                operations = program.operations
+            except Unsupported as unsupported:
+                self._engine.warn(
+                    "curvature products by double backward, because the forward pass cannot be replayed: "
+                    f"{unsupported}"
+                )
+        programs[DOUBLE_BACKWARD] = None
+        checks = self._checks(operations)
+        probe = None
+        if checks:
+            probe = verifier.check_gradient(
+                self._params, e, parts.gradient, self._point_at(microbatch)
+            )
+        reason: str | None = None
+        for name, jacobian in programs.items():
+            if name in verifier.refused:
+                continue
+            product = GGNProduct(e.outputs, parts.H, self._tensors, jacobian)
+            reason = verifier.wrong_product(product, e, probe) if probe is not None else None
+            if reason is None:
+                self._engine.used = name
+                if probe is not None:
+                    verifier.done(operations)
+                return parts.gradient, parts.whole(product)
+            verifier.refused.add(name)
+            self._engine.warn(f"curvature products by {name} are not used: {reason}")
+        raise TaskError(
+            f"no product engine is right for this model: {reason}. {suspects(e.loss_sum)}"
+            "Products need a forward pass that torch can differentiate twice, or set optim.verify=off "
+            "to train with products as they are"
+        )
 
-    def _jacobians(
-        self, microbatch: Microbatch, e: Evaluation, H: LossHessian, recorder: Recorder | None
-    ) -> dict[str, Callable[[], Jacobian]]:
-        """Ways to J that are to be tried, by engine."""
+    def _kept_hessian(self, microbatch: Microbatch, e: Evaluation) -> tuple[Gradient, Product]:
+        g = grad(e.loss_sum, self._tensors, create_graph=True, allow_unused=True)
+        gradient = [None if gk is None else gk.detach() for gk in g]
+        product = HessianProduct(g, self._tensors)
+        if self._checks(["hessian"]):
+            verifier = self._engine.verifier
+            probe = verifier.check_gradient(self._params, e, gradient, self._point_at(microbatch))
+            if probe is not None:
+                verifier.check_hessian(product, e, gradient, probe)
+                verifier.done(["hessian"])
+        return gradient, product
 
-        def replayed() -> Program:
-            assert recorder is not None
-            return recorder.program([e.outputs[k] for k in H.curved])
 
-        def traced() -> Jacobian:
-            def curved_at(theta: Sequence[Tensor]) -> list[Tensor]:
-                outputs = self._outputs_at(microbatch, theta)
-                return [outputs[k] for k in H.curved]
+@dataclass(frozen=True, kw_only=True)
+class GGNParts:
+    """Derivatives of one microbatch's loss."""
 
-            return by_torch(curved_at, self._tensors, [e.outputs[k] for k in H.curved])
+    H: LossHessian
+    gradient: Gradient
+    """dL/dtheta."""
+    direct: Product | None
+    """Curvature of what the loss computes from the parameters themselves."""
+    evaluation: Evaluation
 
-        ways: dict[str, Callable[[], Jacobian]] = {
-            LINEARIZE: replayed,
-            COMPILE: lambda: compiled(replayed(), self._tensors),
-            TORCH_LINEARIZE: traced,
-        }
-        to_try = {
-            LINEARIZE: [LINEARIZE],
-            COMPILE: [COMPILE, LINEARIZE],
-            TORCH_LINEARIZE: [TORCH_LINEARIZE],
-            # On a CPU the compiler takes longer than its kernels save (deploy/speed.md).
-            AUTO: [LINEARIZE, TORCH_LINEARIZE] + [COMPILE] * (self._params.device.type == "cuda"),
-        }
-        return {name: ways[name] for name in to_try.get(self._engine.name, ())}
+    @classmethod
+    def of(
+        cls, e: Evaluation, tensors: Sequence[Tensor], *, keep: bool, keep_loss: bool = False
+    ) -> GGNParts:
+        """`keep` the graph of the forward pass for products; `keep_loss`: that of the loss, too.
+
+        Raises:
+            ValueError: There are no outputs.
+        """
+        if not e.outputs:
+            raise ValueError(
+                "the GGN needs the model's outputs: let forward() return (loss, outputs) with outputs "
+                "that depend on the parameters (and not the loss alone), or use curvature_opt='hessian'"
+            )
+        is_direct = is_reached(e.loss_sum, tensors, without=e.loss_inputs)
+        closed = e.closed_form()
+        inputs = [*e.loss_inputs, *(tensors if is_direct and e.is_split else ())]
+        if closed is None:
+            derivatives = grad(e.loss_sum, inputs, create_graph=True, allow_unused=True)
+        else:
+            retain = closed.needs_graph or is_direct or keep_loss
+            derivatives = grad(e.loss_sum, inputs, retain_graph=retain, allow_unused=True)
+        dz = derivatives[: len(e.loss_inputs)]
+        H: LossHessian = closed or ByDoubleBackward(e.loss_inputs, dz)
+        direct = None
+        if is_direct:
+            direct = direct_product(
+                e.loss_sum, e.loss_calls, tensors, e.loss_inputs, is_split=e.is_split
+            )
+        gradient = _gradient(e, tensors, dz, derivatives[len(dz) :], keep=keep)
+        return cls(H=H, gradient=gradient, direct=direct, evaluation=e)
+
+    @property
+    def curved_outputs(self) -> list[Tensor]:
+        return [self.evaluation.outputs[k] for k in self.H.curved]
+
+    def whole(self, product: Product) -> Product:
+        """The product with what the loss adds by itself."""
+        return product if self.direct is None else SumOfProducts([product, self.direct])
 
 
 def _gradient(
-    e: Evaluation, tensors: Sequence[Tensor], dz: Sequence[Tensor | None], keep: bool
+    e: Evaluation,
+    tensors: Sequence[Tensor],
+    dz: Sequence[Tensor | None],
+    direct: Sequence[Tensor | None],
+    keep: bool,
 ) -> Gradient:
-    """dL/dtheta of a pass with dL/dz; keep its graph or free it."""
+    """dL/dtheta of a pass with dL/dz and, if there is any, the loss's own dL/dtheta at fixed z; keep its
+    graph or free it."""
     if not e.is_split:
         return grad(e.loss_sum, tensors, retain_graph=keep, allow_unused=True)
     used = [(z, d.detach()) for z, d in zip(e.outputs, dz) if d is not None]
-    return grad(
-        [z for z, _ in used], tensors, [d for _, d in used], retain_graph=keep, allow_unused=True
-    )
-
-
-def _gradient_alone(e: Evaluation, tensors: Sequence[Tensor]) -> Gradient:
-    dz = grad(e.loss_sum, e.loss_inputs, allow_unused=True) if e.is_split else ()
-    return _gradient(e, tensors, dz, keep=False)
-
-
-def _loss_derivatives(e: Evaluation) -> tuple[LossHessian, Sequence[Tensor | None]]:
-    """H_L and dL/dz."""
-    if not e.outputs:
-        raise ValueError(
-            "the GGN needs the model's outputs: let forward() return (loss, outputs) with outputs "
-            "that depend on the parameters, or use curvature_opt='hessian'"
+    gradient: Gradient = [None] * len(tensors)
+    if used:
+        gradient = grad(
+            [z for z, _ in used],
+            tensors,
+            [d for _, d in used],
+            retain_graph=keep,
+            allow_unused=True,
         )
-    closed = e.closed_form()
-    if closed is not None:
-        keep = closed.needs_graph
-        return closed, grad(e.loss_sum, e.loss_inputs, retain_graph=keep, allow_unused=True)
-    dz = grad(e.loss_sum, e.loss_inputs, create_graph=True, allow_unused=True)
-    return ByDoubleBackward(e.loss_inputs, dz), dz
+    if not direct:
+        return gradient
+    return added(gradient, [None if d is None else d.detach() for d in direct])
+
+
+def loss_gradient(e: Evaluation, tensors: Sequence[Tensor]) -> Gradient:
+    """dL/dtheta alone; the graph is freed."""
+    if not e.is_split:
+        return _gradient(e, tensors, (), (), keep=False)
+    derivatives = grad(e.loss_sum, [*e.loss_inputs, *tensors], allow_unused=True)
+    m = len(e.loss_inputs)
+    return _gradient(e, tensors, derivatives[:m], derivatives[m:], keep=False)
+
+
+Evaluated = Callable[[], tuple[Evaluation, Recorder | None]]
 
 
 class RecomputedGGNProduct:
     """v -> Gv that keeps nothing between products: a forward pass, its replay, a backward pass each.
 
     Args:
-        evaluate: The microbatch's forward pass.
+        evaluated: The microbatch's forward pass; with a recorder, if it is to be replayed.
         tensors: The parameters.
     """
 
     overlaps = False
     """Whether the parameters' gradient hooks fire only for the result."""
 
-    def __init__(
-        self, evaluate: Callable[[Recorder | None], Evaluation], tensors: Sequence[Tensor]
-    ) -> None:
-        self._evaluate, self._tensors = evaluate, list(tensors)
+    def __init__(self, evaluated: Evaluated, tensors: Sequence[Tensor]) -> None:
+        self._evaluated, self._tensors = evaluated, list(tensors)
 
     def __call__(self, v: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor | None]:
-        recorder = Recorder(self._tensors)
-        e = self._evaluate(recorder)
-        H, _ = _loss_derivatives(e)
-        z = [e.outputs[k] for k in H.curved]
-        try:
-            program = recorder.program(z)
-        except Unsupported:
-            return GGNProduct(e.outputs, H, self._tensors)(v, factor)
+        e, recorder = self._evaluated()
+        parts = GGNParts.of(e, self._tensors, keep=True)
+        jacobian: Jacobian | None = None
+        if recorder is not None:
+            with suppress(Unsupported):
+                jacobian = recorder.program(parts.curved_outputs)
         del recorder
-        return LinearizedGGNProduct(e.outputs, H, self._tensors, program)(v, factor)
+        return parts.whole(GGNProduct(e.outputs, parts.H, self._tensors, jacobian))(v, factor)
 
 
 class RecomputedHessianProduct(RecomputedGGNProduct):
     """v -> Hv that keeps nothing: reverse over reverse anew for every product."""
 
     def __call__(self, v: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor | None]:
-        e = self._evaluate(None)
+        e, _ = self._evaluated()
         gradient = grad(e.loss_sum, self._tensors, create_graph=True, allow_unused=True)
         return HessianProduct(gradient, self._tensors)(v, factor)
-
-
-def _time(candidates: dict[str, Product], params: ParameterVector) -> dict[str, float]:
-    """Seconds a product of those that agree with double backward."""
-    reference = candidates[DOUBLE_BACKWARD]
-    views = any_direction(params.tensors)
-    expected = params.flatten(reference(views))
-    tolerance = math.sqrt(torch.finfo(params.dtype).eps)
-    agreeing: dict[str, Product] = {}
-    for name, product in candidates.items():
-        error = (params.flatten(product(views)) - expected).norm()
-        if float(error) <= tolerance * float(expected.norm()):
-            agreeing[name] = product
-        else:
-            logger.warning("product engine %s disagrees with double backward: not used", name)
-    seconds = dict.fromkeys(agreeing, math.inf)
-    for _ in range(3):
-        for name, product in agreeing.items():
-            _synchronize(params.device)
-            start = time.perf_counter()
-            product(views)
-            _synchronize(params.device)
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

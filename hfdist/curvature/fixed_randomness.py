@@ -7,7 +7,7 @@ same dropout masks, and none may leave a trace in the model's buffers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
-
-from hfdist.curvature.linearize import Unsupported
 
 _Key = tuple[nn.Module, str]
 
@@ -123,33 +121,6 @@ class FixedRandomness:
         for module, name in self._moving():
             # .data: no event for autograd, which may have saved the buffer for a backward pass.
             module._buffers[name].data.copy_(self._start[(module, name)])  # type: ignore[union-attr]
-
-    @contextmanager
-    def exchanged(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, the modules seen so far have other tensors in the place of their parameters.
-
-        Raises:
-            Unsupported: There are parameters outside of modules, or modules for which it is not enough.
-        """
-        if self._has_rnn or self._moving():
-            raise Unsupported("recurrent layers, and buffers that move, need the model itself")
-        modules = [module for module, name in self._start if not name]
-        place = {id(t): k for k, t in enumerate(tensors)}
-        found = [
-            (module, name, place[id(t)])
-            for module in modules
-            for name, t in module._parameters.items()
-            if id(t) in place
-        ]
-        if {k for *_, k in found} != set(range(len(tensors))):
-            raise Unsupported("not every parameter belongs to a module")
-        try:
-            for module, name, k in found:
-                module._parameters[name] = others[k]  # type: ignore[assignment]
-            yield
-        finally:
-            for module, name, k in found:
-                module._parameters[name] = tensors[k]  # type: ignore[assignment]
 
     def _moving(self) -> list[_Key]:
         return [key for key in self._start if key[1]]

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import grad
+from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from hfdist.curvature.linearize import Program, Recorder, Unsupported
-from hfdist.curvature.outputs import is_reached
+from hfdist.curvature.outputs import Edge, edge, is_reached
 
 Diagonal = Callable[[Tensor], Tensor]  # tangent of a loss function's input -> its Hessian times it
 
@@ -63,16 +65,29 @@ class ByDoubleBackward:
 
 @dataclass(kw_only=True)
 class LossCall:
-    """A call of a loss function that is known in closed form."""
+    """A call of a function whose Hessian in one argument is known."""
 
     input: Tensor
-    output: Tensor
+    """The argument."""
     diagonal: Callable[[Tensor], Diagonal]
-    """Factor of the call's output in the total loss -> product with the Hessian in `input`."""
+    """Derivative of the total loss in the call's result -> product with the Hessian in `input`."""
+    is_loss: bool = True
+    """Whether it is one of torch's losses, and its Hessian exact: the second term, the result's derivative
+    times the function's, is not cut off at zero."""
+    result: Edge = (None, 0)
+    """The result, as it was when the call returned."""
+    argument: Edge = (None, 0)
+    """The argument, as it was then."""
+    versions: tuple[tuple[Tensor, int], ...] = ()
+    """Tensors that the Hessian is computed from, and their versions then."""
+
+    def is_current(self) -> bool:
+        """Whether none of them has been written into since."""
+        return all(t._version == version for t, version in self.versions)
 
 
 class LossWatch(TorchFunctionMode):
-    """Notes the calls of known loss functions inside the context."""
+    """Notes the calls of known functions inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,13 +97,21 @@ class LossWatch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        known = KNOWN_FUNCTIONS.get(func)
+        if known is None:
+            return func(*args, **kwargs)
         out = func(*args, **kwargs)
-        known = _KNOWN.get(func)
         cast = torch.is_autocast_enabled(out.device.type) if isinstance(out, Tensor) else False
-        if known is not None and not cast and isinstance(out, Tensor) and out.requires_grad:
-            call = known(out, *args, **kwargs)
-            if call is not None:
-                self.calls.append(call)
+        if cast or not isinstance(out, Tensor) or not out.requires_grad:
+            return out
+        call = known(out, *args, **kwargs)
+        if call is not None and call.input.requires_grad and call.input.is_floating_point():
+            tensors = [
+                t for t in tree_leaves((list(args), kwargs, call.input)) if isinstance(t, Tensor)
+            ]
+            call.result, call.argument = edge(out), edge(call.input)
+            call.versions = tuple((t, t._version) for t in tensors if not t.is_inference())
+            self.calls.append(call)
         return out
 
 
@@ -147,12 +170,14 @@ def closed_form(
     Returns:
         None if the loss is another one.
     """
-    if not calls or recorder is None:
+    calls = [call for call in calls if call.is_loss]
+    if not calls or recorder is None or not all(call.is_current() for call in calls):
         return None
-    outs = [call.output for call in calls]
-    if is_reached(loss, inputs, without=outs):
+    # The results as they were returned: arithmetic in place may have followed.
+    results = [call.result for call in calls]
+    if is_reached(loss, inputs, without=results):
         return None  # something else depends on the outputs too
-    factors = grad(loss, outs, create_graph=True, retain_graph=True, allow_unused=True)
+    factors = derivatives_in(loss, results)
     terms: list[tuple[Program | None, Tensor, Diagonal]] = []
     for call, factor in zip(calls, factors):
         if factor is None:
@@ -167,6 +192,17 @@ def closed_form(
                 return None
         terms.append((program, call.input, call.diagonal(factor.detach())))
     return ClosedForm(inputs, terms)
+
+
+def derivatives_in(loss: Tensor, results: Sequence[Edge]) -> Sequence[Tensor | None]:
+    """dL/d(result), with a graph; None where the loss does not use it."""
+    return grad(
+        loss,
+        [GradientEdge(*result) for result in results],
+        create_graph=True,
+        retain_graph=True,
+        allow_unused=True,
+    )
 
 
 # -- the known losses ------------------------------------------------------------------------------
@@ -185,6 +221,8 @@ def _cross_entropy(
 ) -> LossCall | None:
     """Of one row x with p = softmax(x): s (diag(p) - pp'), s the weight of its target."""
     if size_average is not None or reduce is not None or input.ndim < 1:
+        return None
+    if _needs_gradient(target, weight):
         return None
     axis = 0 if input.ndim == 1 else 1
     classes = input.shape[axis]
@@ -221,7 +259,7 @@ def _cross_entropy(
 
         return D
 
-    return LossCall(input=input, output=out, diagonal=diagonal)
+    return LossCall(input=input, diagonal=diagonal)
 
 
 def _bce_with_logits(
@@ -235,7 +273,9 @@ def _bce_with_logits(
     pos_weight: Tensor | None = None,
 ) -> LossCall | None:
     """Element by element: weight (1 + (pos_weight - 1) y) p (1 - p)."""
-    if size_average is not None or reduce is not None or target.requires_grad:
+    if size_average is not None or reduce is not None:
+        return None
+    if _needs_gradient(target, weight, pos_weight):
         return None
 
     def diagonal(factor: Tensor) -> Diagonal:
@@ -245,7 +285,7 @@ def _bce_with_logits(
             d = d * (1 + (pos_weight - 1) * target)
         return _element_wise(d, weight, factor, reduction)
 
-    return LossCall(input=input, output=out, diagonal=diagonal)
+    return LossCall(input=input, diagonal=diagonal)
 
 
 def _mse(
@@ -261,7 +301,6 @@ def _mse(
     if (
         size_average is not None
         or reduce is not None
-        or target.requires_grad
         or target.shape != input.shape
         or weight is not None
     ):
@@ -271,7 +310,9 @@ def _mse(
         scale = 2.0 * factor / (input.numel() if reduction == "mean" else 1)
         return lambda t: t * scale
 
-    return LossCall(input=input, output=out, diagonal=diagonal)
+    if target.requires_grad:  # then the loss is a function of the difference
+        return LossCall(input=input - target, diagonal=diagonal, is_loss=False)
+    return LossCall(input=input, diagonal=diagonal)
 
 
 def _element_wise(d: Tensor, weight: Tensor | None, factor: Tensor, reduction: str) -> Diagonal:
@@ -281,8 +322,129 @@ def _element_wise(d: Tensor, weight: Tensor | None, factor: Tensor, reduction: s
     return lambda t: t * d
 
 
-_KNOWN: dict[Any, Callable[..., LossCall | None]] = {
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+# -- other functions with curvature ------------------------------------------------------------------
+
+
+def _by_second_derivative(second: Callable[[Tensor], Tensor]) -> Callable[..., LossCall]:
+    """A function element by element."""
+
+    def known(out: Tensor, input: Tensor, *_: Any, **__: Any) -> LossCall:
+        def diagonal(factor: Tensor) -> Diagonal:
+            d = (second(input.detach()) * factor).clamp(min=0.0)
+            return lambda t: t * d
+
+        return LossCall(input=input, diagonal=diagonal, is_loss=False)
+
+    return known
+
+
+def _pow(out: Tensor, input: Any, exponent: Any, *_: Any, **__: Any) -> LossCall | None:
+    if not isinstance(input, Tensor) or not isinstance(exponent, (int, float)):
+        return None
+    n = float(exponent)
+    return _by_second_derivative(lambda x: n * (n - 1.0) * (x ** (n - 2.0)))(out, input)
+
+
+def _product(out: Tensor, input: Any, other: Any, **_: Any) -> LossCall | None:
+    """x * x."""
+    return (
+        _by_second_derivative(lambda x: torch.full_like(x, 2.0))(out, input)
+        if input is other
+        else None
+    )
+
+
+def _norm(
+    out: Tensor,
+    input: Tensor,
+    order: Any = None,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    p: Any = None,
+    ord: Any = None,
+    dtype: Any = None,
+    **_: Any,
+) -> LossCall | None:
+    """Euclidean norms: (I - nn') / |x|, n = x / |x|."""
+    order = next((o for o in (order, p, ord) if o is not None), "fro")
+    if order not in (2, 2.0, "fro") or dtype is not None or (dim is None and keepdim):
+        return None
+
+    def diagonal(factor: Tensor) -> Diagonal:
+        x = input.detach()
+        size = out.detach()
+        scale = factor.clamp(min=0.0)
+        if dim is not None and not keepdim:
+            axes = [dim] if isinstance(dim, int) else list(dim)
+            for axis in sorted(a % x.ndim for a in axes):
+                size, scale = size.unsqueeze(axis), scale.unsqueeze(axis)
+        n = torch.where(size > 0, x / size, 0.0)
+        scale = torch.where(size > 0, scale / size, 0.0)
+
+        def D(t: Tensor) -> Tensor:
+            along = (n * t).sum(dim, keepdim=True) if dim is not None else (n * t).sum()
+            return scale * (t - n * along)
+
+        return D
+
+    return LossCall(input=input, diagonal=diagonal, is_loss=False)
+
+
+def _linalg_norm(
+    out: Tensor, A: Tensor, ord: Any = None, dim: Any = None, **rest: Any
+) -> LossCall | None:
+    """`torch.linalg.norm`, whose order 2 of a matrix is the largest singular value."""
+    is_vector = A.ndim == 1 or isinstance(dim, int)
+    return _norm(out, A, ord, dim, **rest) if is_vector or ord in (None, "fro") else None
+
+
+def _log_softmax(
+    out: Tensor, input: Tensor, dim: Any = None, *_: Any, **__: Any
+) -> LossCall | None:
+    """Minus (sum of the factors) times (diag(p) - pp')."""
+    if not isinstance(dim, int):
+        return None
+
+    def diagonal(factor: Tensor) -> Diagonal:
+        p = torch.softmax(input.detach(), dim)
+        weight = (-factor.sum(dim, keepdim=True)).clamp(min=0.0)
+        return lambda t: weight * p * (t - (p * t).sum(dim, keepdim=True))
+
+    return LossCall(input=input, diagonal=diagonal, is_loss=False)
+
+
+def _logistic(x: Tensor) -> Tensor:
+    p = torch.sigmoid(x)
+    return p * (1.0 - p)
+
+
+KNOWN_FUNCTIONS: dict[Any, Callable[..., LossCall | None]] = {
     F.cross_entropy: _cross_entropy,
     F.binary_cross_entropy_with_logits: _bce_with_logits,
     F.mse_loss: _mse,
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _pow),
+    **dict.fromkeys(
+        (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__), _product
+    ),
+    **dict.fromkeys((torch.dot, Tensor.dot, torch.inner, torch.vdot), _product),
+    **dict.fromkeys(
+        (torch.square, Tensor.square), _by_second_derivative(lambda x: torch.full_like(x, 2.0))
+    ),
+    **dict.fromkeys((torch.exp, Tensor.exp), _by_second_derivative(torch.exp)),
+    **dict.fromkeys((torch.log, Tensor.log), _by_second_derivative(lambda x: -1.0 / x.square())),
+    **dict.fromkeys(
+        (torch.reciprocal, Tensor.reciprocal), _by_second_derivative(lambda x: 2.0 / x**3)
+    ),
+    **dict.fromkeys((F.softplus,), _by_second_derivative(_logistic)),
+    **dict.fromkeys((F.logsigmoid,), _by_second_derivative(lambda x: -_logistic(x))),
+    **dict.fromkeys((torch.norm, Tensor.norm, torch.linalg.vector_norm), _norm),
+    torch.linalg.norm: _linalg_norm,
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
 }
+"""Functions whose Hessian in their argument is known; of those that are no losses, the part that is positive
+semi-definite."""

@@ -7,14 +7,35 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 
 from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.loss_hessian import ClosedForm, LossCall, LossWatch, closed_form
-from hfdist.curvature.outputs import differentiable_tensors, reached_first, replaced
+from hfdist.curvature.outputs import (
+    differentiable_tensors,
+    is_computed_from,
+    is_reached,
+    outermost,
+    reached_first,
+    replaced,
+)
 from hfdist.errors import TaskError
 from hfdist.tasks.task import Batch, Outputs, Task, num_examples
+
+
+class TryAgain(Exception):
+    """Something was learned of the loss (see `LossTraits`): evaluate the microbatch anew."""
+
+
+@dataclass(kw_only=True)
+class LossTraits:
+    """How a task's loss can be seen as a function of the outputs; found out once, kept for the run."""
+
+    writes_into_outputs: bool = False
+    """It is given copies of the outputs that it may write into."""
+    is_an_output: bool = False
+    """The model computes the loss, or a part of it, and returns it among its outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +50,8 @@ class Evaluation:
     """z: the differentiable output tensors, attached to the parameters' graph."""
     loss_inputs: list[Tensor]
     """The tensors that the loss was computed from: z itself, or detached copies of it."""
-
     loss_calls: Sequence[LossCall] = ()
-    """Calls of loss functions that are known in closed form."""
+    """Calls of functions that are known in closed form."""
     loss_recorder: Recorder | None = None
     """Followed the loss inputs to these calls."""
 
@@ -51,9 +71,11 @@ class Evaluation:
 class Microbatch:
     """A way to evaluate the same examples again and again."""
 
-    evaluate: Callable[[bool, Recorder | None], Evaluation]
-    """Forward pass at the current parameters. The first argument asks to split the loss from the
-    outputs (see `Evaluation.is_split`), where that is possible; the second watches the pass."""
+    evaluate: Callable[[LossTraits | None, Recorder | None], Evaluation]
+    """Forward pass at the current parameters. With the traits of the loss, the loss is split from the
+    outputs (see `Evaluation.is_split`), where that is possible; the recorder watches the pass.
+
+    Raises `TryAgain`."""
     seed: int
     """Seed of its random numbers: the same in every evaluation of a step."""
 
@@ -77,41 +99,128 @@ def from_parts(
 ) -> Microbatch:
     """Microbatch of a forward pass and a loss of nothing but its outputs, as (sum, weight)."""
 
-    def evaluate(split: bool, recorder: Recorder | None = None) -> Evaluation:
-        with recorder or nullcontext():
-            outputs = forward()
-        z = z_in = differentiable_tensors(outputs)
-        if split and z:
-            copies = {id(t): t.detach().requires_grad_() for t in z}
-            z_in = list(copies.values())
-            outputs = replaced(outputs, copies)
-        watch = LossWatch()
-        follow = Recorder(z_in, rearrangements_only=True) if split and z else None
-        with watch if follow else nullcontext(), follow or nullcontext():
-            loss_sum, weight = loss_of(outputs)
-        if torch.is_grad_enabled() and not loss_sum.requires_grad:
+    def check(loss_sum: Tensor) -> None:
+        if not loss_sum.requires_grad:
             raise TaskError(
                 f"{name} is not differentiable: it has no graph to the model's outputs. "
                 "Compute it with torch operations from the outputs, without detach, item or no_grad"
             )
+
+    def whole(traits: LossTraits | None, recorder: Recorder | None) -> Evaluation:
+        watch = LossWatch()
+        with watch if traits else nullcontext():
+            with recorder or nullcontext():
+                outputs = forward()
+            z = differentiable_tensors(outputs)
+            loss_sum, weight = loss_of(outputs)
+        check(loss_sum)
+        if traits:
+            z = outputs_of_loss(loss_sum, z, watch.calls, take_last=True) or z
         return Evaluation(
             loss_sum=loss_sum,
             weight=weight,
             outputs=z,
-            loss_inputs=z_in,
+            loss_inputs=z,
+            loss_calls=watch.calls,
+        )
+
+    def split(traits: LossTraits, recorder: Recorder | None) -> Evaluation:
+        with recorder or nullcontext():
+            outputs = forward()
+        z = differentiable_tensors(outputs)
+        leaves = [t.detach().requires_grad_() for t in z]
+        copies = [t.clone() for t in leaves] if traits.writes_into_outputs else leaves
+        outputs = replaced(outputs, {id(t): c for t, c in zip(z, copies)})
+        watch, follow = LossWatch(), Recorder(leaves, rearrangements_only=True)
+        for leaf, c in zip(leaves, copies):
+            follow.follow(leaf, c)
+        try:
+            with watch, follow:
+                loss_sum, weight = loss_of(outputs)
+        except RuntimeError as error:
+            if "in-place operation" in str(error) and not traits.writes_into_outputs:
+                traits.writes_into_outputs = True
+                raise TryAgain from None
+            raise
+        check(loss_sum)
+        if any(_is_loss_among(loss_sum, leaf, t, z) for leaf, t in zip(leaves, z)):
+            traits.is_an_output = True
+            raise TryAgain
+        return Evaluation(
+            loss_sum=loss_sum,
+            weight=weight,
+            outputs=z,
+            loss_inputs=leaves,
             loss_calls=watch.calls,
             loss_recorder=follow,
         )
 
+    def evaluate(traits: LossTraits | None, recorder: Recorder | None = None) -> Evaluation:
+        if traits is None or traits.is_an_output:
+            return whole(traits, recorder)
+        return split(traits, recorder)
+
     return Microbatch(evaluate=evaluate, seed=seed)
+
+
+def outputs_of_loss(
+    loss: Tensor, outputs: Sequence[Tensor], calls: Sequence[LossCall], *, take_last: bool
+) -> list[Tensor]:
+    """The outputs that a loss is a function of, found in its graph, where the loss may be among them.
+
+    Args:
+        loss: Scalar, attached to the outputs.
+        outputs: The differentiable outputs.
+        calls: What was noted while the loss was computed: where no output is on its way, the arguments
+            of the functions that give it its curvature stand for the outputs.
+        take_last: Of outputs that are computed from each other, take the last; otherwise they are refused.
+
+    Raises:
+        ValueError: See `reached_first`.
+    """
+    others = [z for z in outputs if not is_part_of_loss(loss, z, outputs)]
+    try:
+        z = reached_first(loss, others)
+    except ValueError:
+        if not take_last:
+            raise
+        z = [t for t in others if is_reached(loss, [t], without=[o for o in others if o is not t])]
+        z = [t for t in z if not any(is_computed_from(o, [t]) for o in z if o is not t)]
+    if not z:
+        calls = [call for call in calls if call.is_current()]
+        found = outermost(loss, [call.result for call in calls], [None] * len(calls))
+        z = [calls[k].input for k in found]
+    return z
+
+
+def _is_loss_among(loss: Tensor, leaf: Tensor, output: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """`is_part_of_loss` of an output that the loss was given as a leaf."""
+    if output.numel() != 1 or not is_reached(loss, [leaf]):
+        return False
+    return is_computed_from(output, outputs) or (
+        len(outputs) == 1 and is_part_of_loss(loss, leaf, [leaf])
+    )
+
+
+def is_part_of_loss(loss: Tensor, output: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Whether an output is a loss itself: a single number that the loss uses, and that is computed from
+    other outputs or adds to the loss without curvature."""
+    if output.numel() != 1:
+        return False
+    (slope,) = grad(loss, [output], create_graph=True, allow_unused=True)
+    if slope is None:
+        return False
+    is_linear = not (slope.requires_grad and is_reached(slope, [output]))
+    return is_linear or is_computed_from(output, outputs)
 
 
 def from_closure(forward: Callable[[], Sequence[Any]], seed: int) -> Microbatch:
     """Microbatch of a closure that returns (loss, outputs), or (loss, outputs, weight) with the loss
     a mean of the given weight (the number of this rank's examples, say)."""
 
-    def evaluate(split: bool, recorder: Recorder | None = None) -> Evaluation:
-        with recorder or nullcontext():
+    def evaluate(traits: LossTraits | None, recorder: Recorder | None = None) -> Evaluation:
+        watch = LossWatch()
+        with watch if traits else nullcontext(), recorder or nullcontext():
             result = forward()
         if not isinstance(result, (tuple, list)) or len(result) not in (2, 3):
             raise TypeError("forward() must return (loss, outputs) or (loss, outputs, weight)")
@@ -120,10 +229,12 @@ def from_closure(forward: Callable[[], Sequence[Any]], seed: int) -> Microbatch:
             raise TypeError("forward() must return a scalar tensor as its loss")
         weight = result[2] if len(result) == 3 else 1.0
         z = differentiable_tensors(outputs)
-        if split and loss.requires_grad:
-            z = reached_first(loss, z)
+        if traits and loss.requires_grad:
+            z = outputs_of_loss(loss, z, watch.calls, take_last=False)
         loss_sum = loss.reshape(()) * weight if len(result) == 3 else loss.reshape(())
-        return Evaluation(loss_sum=loss_sum, weight=weight, outputs=z, loss_inputs=z)
+        return Evaluation(
+            loss_sum=loss_sum, weight=weight, outputs=z, loss_inputs=z, loss_calls=watch.calls
+        )
 
     return Microbatch(evaluate=evaluate, seed=seed)
 

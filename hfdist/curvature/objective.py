@@ -201,8 +201,7 @@ class Problem:
         def evaluate(microbatch: Microbatch, recorder: Recorder | None) -> Evaluation:
             # What a pass moves the buffers to counts once, however often it is repeated.
             first = id(microbatch) not in recorded
-            recorded.add(id(microbatch))
-            return self._evaluate(
+            evaluation = self._evaluate(
                 microbatch,
                 graph=True,
                 split=True,
@@ -210,15 +209,24 @@ class Problem:
                 recorder=recorder,
                 autocast=self.autocast,
             )
+            recorded.add(id(microbatch))
+            return evaluation
 
-        def outputs_at(microbatch: Microbatch, theta: Sequence[Tensor]) -> list[Tensor]:
-            with self._fixed.exchanged(self.params.tensors, theta):
-                return self._evaluate(
-                    microbatch, graph=True, split=True, autocast=self.autocast
-                ).outputs
+        def evaluate_at(
+            microbatch: Microbatch, theta: Tensor, then: Callable[[Evaluation], T]
+        ) -> T:
+            with self.params.at(theta):
+                return then(self._evaluate(microbatch, graph=True, split=True))
 
         return ProductBuilder(
-            self.engine, self.params, self.comm, self.curvature_opt, evaluate, outputs_at, len(role)
+            self.engine,
+            self.params,
+            self.comm,
+            self.curvature_opt,
+            evaluate,
+            # Rounded to bfloat16, nothing can be told from a difference.
+            evaluate_at if self.autocast is None else None,
+            len(role),
         )
 
     # -- curvature -------------------------------------------------------------------------------
@@ -301,7 +309,7 @@ class Problem:
     def product_engine(self) -> str:
         if self.overrides.product is not None:
             return "own"
-        if self.curvature_opt == "hessian" and self.engine.name != "recompute":
+        if self.curvature_opt == "hessian" and self.engine.requested != "recompute":
             return "double_backward"
         return self.engine.reported
 
@@ -423,13 +431,14 @@ class Problem:
         self.work.forward_with_graph += graph
         self.work.forward += not graph
         with (
-            torch.set_grad_enabled(graph),
+            # Also where only the value counts: some modules compute by other kernels without.
+            torch.enable_grad(),
             nullcontext()
             if autocast is None
             else torch.autocast(self.params.device.type, dtype=autocast),
             self._fixed.evaluation(microbatch.seed),
         ):
-            evaluation = microbatch.evaluate(split, recorder)
+            evaluation = microbatch.evaluate(self.engine.traits if split else None, recorder)
             if record:
                 self._fixed.record(float(evaluation.weight))
             return evaluation

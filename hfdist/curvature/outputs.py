@@ -7,10 +7,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-_Place = tuple[Any, int]  # a node of the graph, and which of its outputs
+Edge = tuple[Any, int]
+"""A node of autograd's graph, and which of its outputs: a tensor as it was when the edge was taken, also if
+it was changed in place since."""
 
 
 def differentiable_tensors(outputs: Any) -> list[Tensor]:
@@ -65,45 +68,74 @@ def reached_first(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
         ValueError: Such an output is computed from another one: partial derivatives of the loss in
             them cannot be told apart.
     """
-    places = [_place(z) for z in outputs]
-    met = _meet([_place(loss)], set(places))
-    direct = [(z, place) for z, place in zip(outputs, places) if place in met]
-    for z, place in direct if len(direct) > 1 else []:
-        others = {p for _, p in direct if p != place}
-        if z.grad_fn is not None and _meet([(n, i) for n, i in z.grad_fn.next_functions], others):
-            raise ValueError(
-                "the loss depends on outputs that depend on each other: return from forward() only "
-                "the one that all others are computed from, or use acc_step or a Task, whose loss is "
-                "a function of the outputs"
-            )
-    return [z for z, _ in direct]
+    edges = [edge(z) for z in outputs]
+    met = _meet([edge(loss)], set(edges))
+    direct = [z for z, e in zip(outputs, edges) if e in met]
+    if any(is_computed_from(z, direct) for z in direct):
+        raise ValueError(
+            "the loss depends on outputs that depend on each other: return from forward() only "
+            "the one that all others are computed from, or use acc_step or a Task, whose loss is "
+            "a function of the outputs"
+        )
+    return direct
 
 
-def is_reached(loss: Tensor, inputs: Sequence[Tensor], without: Sequence[Tensor]) -> bool:
-    """Whether the loss depends on any of `inputs` other than through the tensors `without`."""
-    goals = {_place(t) for t in inputs}
-    return bool(goals & _meet([_place(loss)], goals | {_place(t) for t in without}))
+def is_computed_from(output: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether an output's graph meets that of another one."""
+    own = edge(output)
+    goals = {e for e in map(edge, others) if e != own}
+    return output.grad_fn is not None and bool(_meet(list(output.grad_fn.next_functions), goals))
 
 
-def _place(tensor: Tensor) -> _Place:
-    if tensor.grad_fn is None:  # a leaf: its place is the node that would accumulate its gradient
-        node = tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+def is_reached(
+    loss: Tensor, inputs: Sequence[Tensor], without: Sequence[Tensor | Edge] = ()
+) -> bool:
+    """Whether the loss depends on any of `inputs` other than through `without`."""
+    goals = {edge(t) for t in inputs if t.requires_grad}
+    ends = {edge(t) if isinstance(t, Tensor) else t for t in without}
+    return bool(goals & _meet([edge(loss)], goals | ends))
+
+
+def outermost(loss: Tensor, edges: Sequence[Edge], inside: Sequence[Edge | None]) -> list[int]:
+    """Which of these edges a walk from the loss meets first.
+
+    Args:
+        loss: A scalar.
+        edges: Results of functions.
+        inside: Of each function, the edge of its argument where the walk is to go on beyond it.
+    """
+    number = {e: k for k, e in enumerate(edges)}
+    found: list[int] = []
+    waiting, seen = [edge(loss)], set[Edge]()
+    while waiting:
+        met = _meet(waiting, set(number) - seen)
+        seen |= met
+        found += [number[e] for e in met]
+        waiting = [e for e in (inside[number[m]] for m in met) if e is not None]
+    return sorted(found)
+
+
+def edge(tensor: Tensor) -> Edge:
+    """Where a tensor stands in autograd's graph now."""
+    if tensor.grad_fn is None:  # a leaf: the node that would accumulate its gradient
+        with torch.enable_grad():
+            node = tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
         return node, 0
     return tensor.grad_fn, tensor.output_nr
 
 
-def _meet(start: Sequence[_Place], goals: set[_Place]) -> set[_Place]:
+def _meet(start: Sequence[Edge], goals: set[Edge]) -> set[Edge]:
     """The goals that a walk from `start` towards the leaves meets; it does not go beyond a goal."""
-    met: set[_Place] = set()
-    seen: set[_Place] = set()
+    met: set[Edge] = set()
+    seen: set[Edge] = set()
     waiting = list(start)
     while waiting:
-        place = waiting.pop()
-        if place[0] is None or place in seen:
+        e = waiting.pop()
+        if e[0] is None or e in seen:
             continue
-        seen.add(place)
-        if place in goals:
-            met.add(place)
+        seen.add(e)
+        if e in goals:
+            met.add(e)
         else:
-            waiting += place[0].next_functions
+            waiting += e[0].next_functions
     return met

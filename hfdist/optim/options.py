@@ -6,6 +6,7 @@ The names of PyTorchHessianFree's constructor arguments are kept, so that its us
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -112,14 +113,13 @@ class HFOptions:
     `cg_residual_replacement`, too, whose products are summed as they are. Gradients always are."""
 
     # Curvature products
-    product_engine: Literal[
-        "linearize", "compile", "torch_linearize", "double_backward", "recompute", "auto"
-    ] = "linearize"
+    product_engine: Literal["linearize", "double_backward", "recompute"] = "linearize"
     """How products are computed: by replaying the forward pass on tangents (double backward where that
-    is impossible), the same through torch.compile, by torch.func.linearize, by double backward, or without
-    keeping anything between products (least memory). "auto" times them all but the last on the first
-    solve (torch.compile on GPUs only) and keeps the fastest of those that agree with double backward; runs
-    of the same seed may then differ by rounding."""
+    is impossible), by double backward, or without keeping anything between products (least memory)."""
+    verify: Literal["first", "always", "off"] = "first"
+    """Check gradient and products of one microbatch against differences of losses and outputs: on the first
+    solve, and when other operations are replayed than before; on every solve; or never. A product engine
+    that is wrong is replaced, and a gradient that is wrong is an error."""
     memory_budget: int | None = None
     """Bytes for the graphs that are kept between products; microbatches beyond it are recomputed for
     every product, with the same result. null: what the device has left."""
@@ -154,6 +154,12 @@ class HFOptions:
     """Exponent of the diagonal preconditioner."""
 
     def __post_init__(self) -> None:
+        if self.product_engine in ("auto", "compile", "torch_linearize"):  # of hfdist 0.1
+            warnings.warn(
+                f"product_engine={self.product_engine} is gone, linearize takes its place",
+                stacklevel=3,
+            )
+            object.__setattr__(self, "product_engine", "linearize")
         for key, low, high, what in (
             ("damping", 0.0, math.inf, "at least 0"),
             ("damping_min", 0.0, math.inf, "at least 0"),

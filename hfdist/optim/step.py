@@ -30,8 +30,6 @@ class HFState:
     """Last CG iterate of the last step, this rank's part [n] (not the backtracked one, [1] sec. 4.6)."""
     step: int = 0
     """Number of the next step."""
-    product_engine: str | None = None
-    """What product_engine="auto" has chosen, so that a resumed run computes the same bits."""
 
 
 class Clock:
@@ -200,7 +198,6 @@ def hf_step(
         damping=next_damping,
         x0=result.x if keep_start else None,
         step=state.step + 1,
-        product_engine=problem.product_engine,
     )
     return report, next_state
 

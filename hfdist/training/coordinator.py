@@ -134,7 +134,6 @@ class Coordinator:
                 damping=hf["damping"],
                 x0=None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
                 step=hf["step"],
-                product_engine=hf.get("product_engine"),
             ),
             cg_iterations=run["cg_iterations"],
             wall_seconds=run["wall_seconds"],
@@ -201,7 +200,6 @@ class Coordinator:
                 "model": model_tensors(self._model),
                 "optimizer": {
                     "damping": progress.state.damping,
-                    "product_engine": progress.state.product_engine,
                     "step": step,
                     "x0": None if x0 is None else self._layout.whole(x0),
                 },

@@ -24,6 +24,7 @@ from hfdist.curvature.microbatch import Microbatch, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners.for_task import empirical_fisher
+from hfdist.curvature.verify import Verifier
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import MicrobatchPlan, RolePlan, StepPlan, data_passes, plan_step
 from hfdist.devices import device_name, peak_memory, resolve
@@ -114,8 +115,7 @@ class Worker:
         self._engine = ProductEngine(
             requested=optim.product_engine,
             memory_budget=optim.memory_budget,
-            chosen=progress.state.product_engine,
-            products_per_step=optim.cg_max_iter or 50,
+            verifier=Verifier(mode=optim.verify),
         )
         self.model.train()
         try:
@@ -154,7 +154,7 @@ class Worker:
                 FixedRandomness(self.comm.device, self.model).evaluation(seed=0),
                 torch.enable_grad(),
             ):
-                from_task(self.task, self.model, batch, seed=0).evaluate(False, None)
+                from_task(self.task, self.model, batch, seed=0).evaluate(None, None)
         except UserError:
             raise
         except Exception as error:

@@ -16,13 +16,12 @@ Jacobian = Callable[[Sequence[Tensor]], list[Tensor | None]]
 """v -> Jv, a tensor an output; None for zero."""
 
 
-def any_direction(like: Sequence[Tensor]) -> list[Tensor]:
-    """A direction to check products along: not the generator's, which stays untouched."""
-    return [torch.linspace(-1.0, 1.0, t.numel()).cos().view(t.shape).to(t) for t in like]
-
-
 class Unsupported(Exception):
     """This forward pass cannot be linearized by replaying its operations."""
+
+
+class NoDerivative(Unsupported):
+    """What autograd returns for this operation is no derivative, so that none can be replayed."""
 
 
 class Call:
@@ -30,8 +29,12 @@ class Call:
 
     Args:
         func: The operation, `torch.ops.aten.*.*`.
-        args, kwargs, out: Of its evaluation. In place, `out` is args[0].
+        args, kwargs, out: Of its evaluation.
         is_tracked: Whether a tensor has a tangent.
+        in_place: Whether it writes into args[0], which is then also its result.
+
+    A rule is asked after the operation has run. Of an operation in place it sees the value from before
+    as args[0] (a copy, see `keep_target`) and the value from after as the result.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class Call:
         self.in_place = in_place
         self.inputs: list[Tensor] = []
         """Inputs with a tangent, in the order of the map's arguments."""
+        self.slots: list[int] = []
+        """Where their tangents lie, before the operation."""
         self._places: dict[
             Any, int
         ] = {}  # argument (or (argument, i) in a list) -> place in inputs
@@ -87,11 +92,24 @@ class Call:
         if not set(self._places) <= set(keys):
             raise Unsupported(f"{self.func}: a derivative in an unusual argument")
 
+    def keep_target(self) -> None:
+        """Put a copy in the place of args[0], which the operation is about to overwrite."""
+        target = self.args[0]
+        before = target.clone()
+        self.args = (before, *self.args[1:])
+        self.inputs = [before if x is target else x for x in self.inputs]
+
+    def constants(self) -> list[Tensor]:
+        """Tensors among the arguments that have no tangent."""
+        return [
+            x
+            for x in tree_leaves((list(self.args), dict(self.kwargs)))
+            if isinstance(x, Tensor) and not any(x is y for y in self.inputs) and x is not self.out
+        ]
+
     def value(self, k: int) -> Tensor:
         """The value of argument k before the operation, for the map to read."""
         x = self.args[k]
-        if self.in_place and k == 0:
-            x = x.clone()
         self.kept.append(x)
         return x
 

@@ -25,8 +25,6 @@ class generic:
     def __init__(self, call: Call) -> None:
         if torch.Tag.nondeterministic_seeded in call.func.tags:
             raise Unsupported(f"{call.func} is random")
-        if call.in_place:
-            raise Unsupported(f"{call.func} has no rule")
         call.out = None  # not needed, and large
         self._call: Call | None = call
         call.kept += call.inputs
@@ -54,6 +52,8 @@ class generic:
         with torch.enable_grad():
             args, kwargs = tree_map(copied, (list(call.args), dict(call.kwargs)))
             inputs = [copies[id(x)] for x in call.inputs]
+            if call.in_place:
+                args[0] = args[0].clone()  # a leaf, or what other products still need
             out = call.func(*args, **kwargs)
             outs = list(out) if isinstance(out, (tuple, list)) else [out]
             self._outs = [

@@ -14,7 +14,7 @@ from hfdist.curvature.linearize.generic import generic
 REARRANGEMENTS = {
     f"aten::{name}"
     for name in (
-        "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "slice",
+        "view", "_unsafe_view", "_reshape_alias", "permute", "transpose", "t", "slice",
         "select", "squeeze", "unsqueeze", "alias", "clone", "split", "split_with_sizes", "unbind",
         "_to_copy", "index_select",
     )
@@ -58,6 +58,11 @@ class Program:
             [num_sources - 1, *(slot for step in steps for slot in step.outputs)]
         )
         _find_last_uses(self.steps, num_sources, {r for r in results if r is not None})
+
+    @property
+    def operations(self) -> list[str]:
+        """Names of what is replayed."""
+        return sorted({step.name for step in self.steps})
 
     @torch.no_grad()
     def __call__(self, v: Sequence[Tensor]) -> list[Tensor | None]:

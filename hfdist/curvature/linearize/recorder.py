@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hfdist.curvature.dispatch import Watch
-from hfdist.curvature.linearize.call import Call, Unsupported
+from hfdist.curvature.linearize.call import Call, Map, NoDerivative, Unsupported
 from hfdist.curvature.linearize.generic import generic
 from hfdist.curvature.linearize.program import REARRANGEMENTS, Program, Step
-from hfdist.curvature.linearize.rules import RULES
+from hfdist.curvature.linearize.rules import READS_NO_CONSTANT, READS_RESULT_ONLY, RULES
+from hfdist.curvature.linearize.rules.table import Rule
 
 _STOPS = {"aten::detach"}  # what is computed from it does not depend on the parameters
 _CONSTANT = {
@@ -32,8 +35,8 @@ class Recorder(Watch):
     """Records the operations that run inside the context and depend on the parameters.
 
     The forward pass is the one that autograd records for the gradient: it runs once. What cannot be
-    recorded faithfully (a custom autograd.Function, code compiled elsewhere, writing into views) is
-    noticed, and remembered as `failure`; the pass itself is not disturbed.
+    recorded faithfully (a custom autograd.Function, code compiled elsewhere, writing into memory that
+    several tensors share) is noticed, and remembered as `failure`; the pass itself is not disturbed.
 
     Args:
         tensors: The parameters.
@@ -54,8 +57,16 @@ class Recorder(Watch):
         for k, t in enumerate(tensors):
             self._slots[t] = k
         self._steps: list[Step] = []
-        self._kept: list[tuple[Tensor, int]] = []  # with their versions
-        self._unversioned: list[Tensor] = []
+        self._kept: list[tuple[Tensor, int, str]] = []  # with their versions, and who needs them
+        self._unversioned: list[tuple[Tensor, str]] = []
+        self._sharing: dict[int, list[ref[Tensor]]] = {}  # storage -> tensors with a tangent in it
+        for t in tensors:
+            self._note_storage(t)
+
+    def follow(self, tensor: Tensor, copy: Tensor) -> None:
+        """`copy` has the tangent of `tensor`."""
+        self._slots[copy] = self._slots[tensor]
+        self._note_storage(copy)
 
     # -- watching --------------------------------------------------------------------------------
 
@@ -73,17 +84,14 @@ class Recorder(Watch):
             call = None
         if call is None:
             return func(*args, **kwargs)
-        if not call.in_place:
-            call.out = func(*args, **kwargs)
+        if call.in_place and _base_name(func) not in READS_RESULT_ONLY:
+            call.keep_target()
+        out = call.out = func(*args, **kwargs)
         try:
-            # In place, the rule comes first: it may need what the operation is about to overwrite.
-            out = call.out
             step = self._step(call)
         except Unsupported as e:
             self._fail(e)
-            return func(*args, **kwargs) if call.in_place else call.out
-        if call.in_place:
-            func(*args, **kwargs)
+            return out
         self._track(call, step, out)
         return out
 
@@ -99,23 +107,40 @@ class Recorder(Watch):
                 raise Unsupported(f"{func} without gradient on a tensor that has one")
             return None
         if self._rearrangements_only and name not in REARRANGEMENTS:
-            if mutates and any(map(self._is_tracked, args)):
+            # Also through a view that was made by another operation, and is not followed.
+            if mutates and any(self._tracked_in(_storage(x)) for x in _tensors(args)):
                 raise Unsupported(f"{func} writes into what is followed")
             return None
         call = Call(func, args, kwargs, None, self._is_tracked, in_place=mutates)
         if not call.inputs:
             return None
+        call.slots = [self._slots[x] for x in call.inputs]
         if mutates:
             target = args[0]
-            if not name.endswith("_") or not isinstance(target, Tensor) or kwargs.get("out"):
+            if not name.endswith("_") or not isinstance(target, Tensor) or "out" in kwargs:
                 raise Unsupported(f"{func} writes into its arguments")
-            if target._is_view():
-                raise Unsupported(f"{func} writes into a view")
-            if name in _ERASES:
+            if target._is_view() or self._is_shared(target, args, kwargs):
+                raise Unsupported(f"{func} writes into memory that other tensors share")
+            if name in _ERASES and len(call.inputs) == 1 and call.inputs[0] is target:
                 del self._slots[target]
                 return None
-            call.out = target
         return call
+
+    def _is_shared(self, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a tensor with a tangent, or another argument, lies in the target's memory: its tangent
+        would not follow what is written."""
+        storage = _storage(target)
+        return any(t is not target for t in self._tracked_in(storage)) or any(
+            _storage(x) == storage for x in _tensors((list(args[1:]), kwargs))
+        )
+
+    def _tracked_in(self, storage: int) -> list[Tensor]:
+        return [t for r in self._sharing.get(storage, ()) if (t := r()) is not None]
+
+    def _note_storage(self, x: Tensor) -> None:
+        sharing = self._sharing.setdefault(_storage(x), [])
+        sharing[:] = [r for r in sharing if r() is not None]
+        sharing.append(ref(x))
 
     def _is_tracked(self, x: Any) -> bool:
         if not isinstance(x, Tensor):
@@ -132,21 +157,36 @@ class Recorder(Watch):
     def _step(self, call: Call) -> Step:
         name = call.func._schema.name
         # Where autocast mixes dtypes in one operation (batch norm's), autograd knows who casts what.
-        rule = None if call.mixes_dtypes else RULES.get(name[:-1] if call.in_place else name)
+        base = _base_name(call.func)
+        rule = None if call.mixes_dtypes else RULES.get(base)
         try:
-            linear_map = generic(call) if rule is None else rule(call)
+            linear_map = self._map(call, rule)
         except Unsupported:
             raise
         except Exception as e:
             raise Unsupported(f"{call.func}: {type(e).__name__}: {e}") from e
-        self._unversioned += call.kept
+        if isinstance(linear_map, generic) or base not in READS_NO_CONSTANT:
+            call.kept += call.constants()
+        self._unversioned += [(x, name) for x in call.kept if not x.is_inference()]
         return Step(
             map=linear_map,
-            inputs=[self._slots[x] for x in call.inputs],
+            inputs=call.slots,
             outputs=[],
             aliases=call.aliases,
             name=name,
         )
+
+    @staticmethod
+    def _map(call: Call, rule: Rule | None) -> Map:
+        if rule is not None:
+            try:
+                return rule(call)
+            except NoDerivative:
+                raise
+            except Unsupported:  # an unusual form of the operation
+                if call.in_place and _base_name(call.func) in READS_RESULT_ONLY:
+                    raise  # its argument was not kept
+        return generic(call)
 
     def _track(self, call: Call, step: Step, out: Any) -> None:
         outs = out if isinstance(out, (tuple, list)) else [out]
@@ -156,12 +196,14 @@ class Recorder(Watch):
             step.outputs.append(slot)
             if isinstance(y, Tensor) and y.is_floating_point() and k not in call.constant:
                 self._slots[y] = slot
+                if not call.in_place:
+                    self._note_storage(y)
         self._steps.append(step)
 
     def _note_versions(self) -> None:
         # Not when they are kept: an operation in place counts its version up after it was seen here.
         if self._unversioned:
-            self._kept += [(x, x._version) for x in self._unversioned]
+            self._kept += [(x, x._version, name) for x, name in self._unversioned]
             self._unversioned = []
 
     def _fail(self, reason: Unsupported) -> None:
@@ -177,8 +219,10 @@ class Recorder(Watch):
             Unsupported: The pass could not be recorded.
         """
         self._note_versions()
-        if self.failure is None and any(x._version != version for x, version in self._kept):
-            self.failure = "a value that the derivative needs was overwritten"
+        if self.failure is None:
+            late = next((name for x, version, name in self._kept if x._version != version), None)
+            if late is not None:
+                self.failure = f"a value that the derivative of {late} needs was overwritten later"
         if self.failure is not None:
             raise Unsupported(self.failure)
         results: list[int | None] = []
@@ -187,3 +231,18 @@ class Recorder(Watch):
                 raise Unsupported("an output depends on the parameters by an unwatched operation")
             results.append(self._slots.get(z))
         return Program(self._steps, self._num_sources, results)
+
+
+def _base_name(func: Any) -> str:
+    """Of an operation in place, the name of the one that it does."""
+    name: str = func._schema.name
+    return name.removesuffix("_") if func._schema.is_mutable else name
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _storage(x: Tensor) -> int:
+    """Tells pieces of memory apart; a sparse tensor has none of its own."""
+    return x.untyped_storage()._cdata if x.layout == torch.strided else id(x)

@@ -10,10 +10,12 @@ import torch
 from cases import Case, named, rows
 from torch import Tensor, nn
 
+from hfdist.curvature.engines import ProductEngine
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.microbatch import from_closure, from_task
 from hfdist.curvature.objective import Problem, Roles
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.verify import Verifier
 from hfdist.optim.options import HFOptions
 from hfdist.optim.step import HFState, hf_step
 
@@ -149,6 +151,7 @@ def test_modules_of_a_closure_are_found_while_they_run() -> None:
     problem = Problem(
         params=ParameterVector(model.parameters()),
         roles=Roles(gradient=role, curvature=role, loss=role),
+        engine=ProductEngine(verifier=Verifier(mode="off")),
     )
     _, g = problem.loss_and_gradient()
     problem.losses([(0.1, g), (0.2, g)])

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hfdist.curvature.engines import ProductEngine
 from hfdist.curvature.microbatch import Microbatch, from_parts
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.verify import Verifier
 
 
 @pytest.fixture
@@ -45,6 +47,7 @@ def test_each_role_sees_its_own_examples(model: nn.Module, curvature_opt: Any, s
         params=params,
         roles=Roles(gradient=g, curvature=c, loss=f),
         curvature_opt=curvature_opt,
+        engine=ProductEngine(verifier=Verifier(mode="off")),
     )
     loss, gradient = problem.loss_and_gradient()
     expected = mean_loss(model, gx, gy)

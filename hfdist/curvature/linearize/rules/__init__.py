@@ -6,6 +6,14 @@ without a rule has the generic derivative, which is slower.
 """
 
 from hfdist.curvature.linearize.rules import algebra, elementwise, layers, rearrange
-from hfdist.curvature.linearize.rules.table import RULES
+from hfdist.curvature.linearize.rules.table import READS_NO_CONSTANT, READS_RESULT_ONLY, RULES
 
-__all__ = ["RULES", "algebra", "elementwise", "layers", "rearrange"]
+__all__ = [
+    "READS_NO_CONSTANT",
+    "READS_RESULT_ONLY",
+    "RULES",
+    "algebra",
+    "elementwise",
+    "layers",
+    "rearrange",
+]

@@ -44,17 +44,17 @@ def _added(call: Call, factor_a: float, factor_b: float) -> Map:
     return f
 
 
-@rule("add")
+@rule("add", reads_no_constant=True)
 def _add(call: Call) -> Map:
     return _added(call, 1.0, call.kwargs.get("alpha", 1))
 
 
-@rule("sub")
+@rule("sub", reads_no_constant=True)
 def _sub(call: Call) -> Map:
     return _added(call, 1.0, -call.kwargs.get("alpha", 1))
 
 
-@rule("rsub")
+@rule("rsub", reads_no_constant=True)
 def _rsub(call: Call) -> Map:
     return _added(call, -call.kwargs.get("alpha", call.arg(2, 1)), 1.0)
 

@@ -48,9 +48,9 @@ def _tanh(t: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
     return aten.tanh_backward.grad_input(t, y, grad_input=out)
 
 
-RULES["aten::relu"] = _by_backward_kernel(_threshold)
-RULES["aten::sigmoid"] = _by_backward_kernel(_sigmoid)
-RULES["aten::tanh"] = _by_backward_kernel(_tanh)
+rule("relu", reads_result_only=True)(_by_backward_kernel(_threshold))
+rule("sigmoid", reads_result_only=True)(_by_backward_kernel(_sigmoid))
+rule("tanh", reads_result_only=True)(_by_backward_kernel(_tanh))
 
 
 def _by_slope(slope: Callable[[Call], Tensor]) -> Rule:
@@ -96,7 +96,7 @@ def _leaky_relu(call: Call) -> Map:
     return scaled(0, slope, call.out)
 
 
-RULES["aten::exp"] = _by_slope(lambda c: c.result().clone() if c.in_place else c.result())
+rule("exp", reads_result_only=True)(_by_slope(lambda call: call.result()))
 _SLOPES: dict[str, Callable[[Tensor], Tensor]] = {  # of x alone
     "log": lambda x: 1.0 / x,
     "log1p": lambda x: 1.0 / (1.0 + x),
@@ -127,7 +127,12 @@ def _pow(call: Call) -> Map:
     call.only(0)
     n = call.args[1]
     x = call.value(0)
-    return scaled(0, n * x.pow(n - 1), call.out)
+    slope = n * x.pow(n - 1)
+    if isinstance(n, Tensor):
+        slope = slope.masked_fill(n == 0, 0.0)  # not 0 * infinity, where x is 0
+    elif n == 0:
+        slope = torch.zeros_like(x)
+    return scaled(0, slope, call.out)
 
 
 @rule("clamp", "clamp_min", "clamp_max", "hardtanh")

@@ -90,7 +90,8 @@ def _group_norm(call: Call) -> Map:
     return f
 
 
-@rule("native_batch_norm", "cudnn_batch_norm")
+# (The running statistics are copied where the map needs them; in training, the operation moves them.)
+@rule("native_batch_norm", "cudnn_batch_norm", reads_no_constant=True)
 def _batch_norm(call: Call) -> Map:
     call.constant = {1, 2, 3}
     x, weight = call.value(0), call.args[1]

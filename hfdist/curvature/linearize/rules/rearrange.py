@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfdist.curvature.linearize.call import Call, Map, Unsupported, zeros_like
+from hfdist.curvature.linearize.call import Call, Map, NoDerivative, Unsupported, zeros_like
 from hfdist.curvature.linearize.rules.table import rule
 
 aten = torch.ops.aten
 
 
 @rule(
-    "view", "_unsafe_view", "_reshape_alias", "permute", "transpose", "t", "expand", "slice",
+    "permute", "transpose", "t", "expand", "slice",
     "select", "squeeze", "unsqueeze", "alias", "diagonal", "unfold",
     "split", "split_with_sizes", "unbind", "unsafe_split",
     "unsafe_split_with_sizes", "_to_copy",
@@ -23,6 +23,16 @@ aten = torch.ops.aten
 def _view(call: Call) -> Map:
     call.aliases = True
     return _same_operation(call)
+
+
+@rule("view", "_unsafe_view", "_reshape_alias")
+def _reshape(call: Call) -> Map:
+    if call.out.dtype != call.args[0].dtype:
+        raise Unsupported(f"{call.func} reads the bits as another dtype")
+    call.aliases = True
+    shape = call.out.shape
+    # A tangent may lie otherwise in memory than its value.
+    return lambda t, free: t[0].reshape(shape)
 
 
 @rule(
@@ -43,7 +53,7 @@ def _same_operation(call: Call) -> Map:
     return f
 
 
-@rule("cat", "stack")
+@rule("cat", "stack", reads_no_constant=True)
 def _join(call: Call) -> Map:
     func, parts, rest, kwargs = call.func, call.args[0], call.args[1:], call.kwargs
     places = [call.place((0, i)) for i in range(len(parts))]
@@ -55,7 +65,7 @@ def _join(call: Call) -> Map:
     return f
 
 
-@rule("copy")
+@rule("copy", reads_no_constant=True)
 def _copy(call: Call) -> Map:
     target, p = call.args[0], call.place(1)
     shape, dtype = target.shape, target.dtype
@@ -108,7 +118,7 @@ def _embedding(call: Call) -> Map:
     call.only(0)
     indices, padding = call.args[1], call.arg(2, -1)
     if call.arg(3, False):
-        raise Unsupported("embedding with scale_grad_by_freq: what it returns is no gradient")
+        raise NoDerivative("embedding with scale_grad_by_freq returns no gradient")
     # The row of the padding has no gradient.
     mask = None if padding < 0 else (indices != padding).unsqueeze(-1).to(call.args[0].dtype)
 

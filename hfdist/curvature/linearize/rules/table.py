@@ -11,13 +11,24 @@ from hfdist.curvature.linearize.call import Call, Map
 
 Rule = Callable[[Call], Map]
 RULES: dict[str, Rule] = {}
+READS_RESULT_ONLY: set[str] = set()
+"""Rules that need no value of an argument: in place, nothing has to be copied for them."""
+READS_NO_CONSTANT: set[str] = set()
+"""Rules whose map reads no value of an argument without a tangent, so that it may change afterwards."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(
+    *names: str, reads_result_only: bool = False, reads_no_constant: bool = False
+) -> Callable[[Rule], Rule]:
     """Enter a rule under names of operations."""
 
     def enter(f: Rule) -> Rule:
-        RULES.update({f"aten::{name}": f for name in names})
+        full = [f"aten::{name}" for name in names]
+        RULES.update(dict.fromkeys(full, f))
+        if reads_result_only:
+            READS_RESULT_ONLY.update(full)
+        if reads_no_constant:
+            READS_NO_CONSTANT.update(full)
         return f
 
     return enter
