@@ -34,6 +34,11 @@ class Program:
     uses_parameters: bool
     """Whether the loss reads parameters itself."""
 
+    @property
+    def stops_gradients(self) -> bool:
+        """Whether its gradient is not the derivative of its loss."""
+        return "detach" in str(self)
+
     def __str__(self) -> str:
         return "\n".join(
             [
@@ -149,7 +154,7 @@ _NEW: tuple[_Statement, ...] = (
     ("{0}[:, :1]", "M", "C"), ("{0}.mean(0)", "M", "R"), ("{0}[1]", "M", "R"), ("{0} * b", "R", "R"),
     ("b.tanh()", "", "R"),
     # views and copies
-    ("{0}.view(3, 4)", "M", "M"), ("{0}.view(2, 6).view(3, 4)", "M", "M"), ("{0}[:]", "M", "M"),
+    ("{0}.view(3, 4)", "M", "M"), ("{0}.reshape(2, 6).view(3, 4)", "M", "M"), ("{0}[:]", "M", "M"),
     ("{0}.clone()", "M", "M"), ("{0}.t()", "M", "T"), ("{0}.t()", "T", "M"),
     ("{0}.t().contiguous().t()", "M", "M"), ("{0}[:, :2]", "M", "H"), ("{0}[:, 1::2]", "M", "H"),
     ("{0}.narrow(1, 1, 2)", "M", "H"), ("{0}.view(3, 2, 2)[:, 0]", "M", "H"),

@@ -127,20 +127,10 @@ def families() -> list[Family]:
         of("XCiT", partial(_timm, "xcit", "Xcit", **patches | {"img_size": 16, "patch_size": 8}), 16, "timm"),
         of("MetaFormer", partial(_timm, "metaformer", "MetaFormer", depths=(1, 1), dims=(4, 8)), 16,
            "timm"),
-        of("ConvNeXt v2", partial(_timm, "convnext", "ConvNeXt", depths=(1, 1), dims=(4, 8),
-                                  kernel_sizes=(3, 3), use_grn=True, ls_init_value=None), 16, "timm"),
+        of("ConvNeXt v2", partial(_timm, "convnext", "ConvNeXt", depths=(1,) * 4, dims=(4,) * 4,
+                                  kernel_sizes=3, use_grn=True, ls_init_value=None), 32, "timm"),
         of("ResNet v2, standardized weights", _timm_resnet, 16, "timm"),
-        of("RegNet", _timm_regnet, 16, "timm"),
     ]  # fmt: skip
-
-
-def _timm_regnet() -> nn.Module:
-    from timm.models.regnet import RegNet, RegNetCfg
-
-    return RegNet(
-        RegNetCfg(depth=2, w0=8, wa=4.0, wm=2.0, group_size=2, bottle_ratio=1.0, se_ratio=0.25, stem_width=4),
-        num_classes=3,
-    )  # fmt: skip
 
 
 def _timm_resnet() -> nn.Module:
