@@ -118,10 +118,7 @@ def families() -> list[Family]:
            moe_intermediate_size=6, shared_expert_intermediate_size=6, **experts,
            **rounded),
         of("Mamba", "MambaForCausalLM", "MambaConfig", settings={
-            "hidden_size": 8, "state_size": 3, "num_hidden_layers": 1, "vocab_size": VOCABULARY}),
-        of("RWKV", "RwkvForCausalLM", "RwkvConfig", settings={
-            "hidden_size": 8, "attention_hidden_size": 8, "num_hidden_layers": 1,
-            "intermediate_size": 12, "vocab_size": VOCABULARY, "context_length": 16}),
+            "hidden_size": 8, "state_size": 3, "num_hidden_layers": 1, "vocab_size": VOCABULARY}, **rounded),
         of("T5", "T5ForConditionalGeneration", "T5Config", _translated, t5, training=True,
            **rounded),
         of("BART", "BartForConditionalGeneration", "BartConfig", _translated, seq2seq),
