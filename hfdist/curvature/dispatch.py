@@ -13,6 +13,8 @@ class Watch(TorchDispatchMode):
     `FixedRandomness.evaluation`).
     """
 
+    supports_higher_order_operators = True  # torch.cond and the like come to the handler, too
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,8 +25,8 @@ from hfdist.curvature.memory import MemoryCounter, memory_left
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, TryAgain
 from hfdist.curvature.outputs import is_reached
 from hfdist.curvature.params import ParameterVector
-from hfdist.curvature.verify import EvaluateAt, Point, Verifier, flat, suspects
-from hfdist.errors import TaskError
+from hfdist.curvature.verify import EvaluateAt, Point, Verifier, explained, flat, suspects
+from hfdist.errors import TaskError, UserError
 from hfdist.optim.options import HFOptions
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,8 @@ class ProductBuilder:
                 self._budget = 0  # and all that follow: memory is full
                 self.products.append(self._recomputed(microbatch))
                 return e, loss_gradient(e, self._tensors)
-            gradient, product = self._kept(microbatch, e, recorder)
+            with _explained():
+                gradient, product = self._kept(microbatch, e, recorder)
         if counter is not None:
             self._budget -= counter.num_bytes
         self.products.append(product)
@@ -150,7 +151,8 @@ class ProductBuilder:
         if self._engine.verifier.is_on and self._evaluate_at is not None and not self.products:
             # What every product will do, once and for inspection.
             e, recorder = self._evaluated(microbatch, replays=self._is_ggn)
-            gradient, _ = self._kept(microbatch, e, recorder)
+            with _explained():
+                gradient, _ = self._kept(microbatch, e, recorder)
             self._engine.used = None
         else:
             e, _ = self._evaluated(microbatch, replays=False)
@@ -243,6 +245,20 @@ class ProductBuilder:
                 verifier.check_hessian(product, e, gradient, probe)
                 verifier.done(["hessian"])
         return gradient, product
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What autograd cannot do is the task's: one message."""
+    try:
+        yield
+    except (UserError, TryAgain, ValueError):
+        raise
+    except Exception as error:
+        raise TaskError(
+            f"torch cannot differentiate this model and loss twice: {type(error).__name__}: "
+            f"{explained(error)}"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,15 +6,19 @@ same dropout masks, and none may leave a trace in the model's buffers.
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
+
+logger = logging.getLogger(__name__)
 
 _Key = tuple[nn.Module, str]
 
@@ -26,15 +30,23 @@ class FixedRandomness:
         device: Where the model runs.
         model: The model, if it is known; otherwise the modules that run are found while they run.
 
-    Buffers of modules in training mode (batch-norm statistics, counters) are put back after every
-    evaluation. What the recorded evaluations moved them to is averaged by weight and applied once,
-    by `moved_buffers` and `apply`.
+    Buffers (batch-norm statistics, counters) are put back after every evaluation. What the recorded
+    evaluations moved those of modules in training mode to is averaged by weight and applied once, by
+    `moved_buffers` and `apply`.
+
+    Activation checkpointing is switched off: its second forward pass would run when the random numbers,
+    kernels and buffers are no longer held, and products keep the activations anyway.
     """
 
     def __init__(self, device: torch.device, model: nn.Module | None = None) -> None:
         self._device = device
         self._discover = model is None
-        self._start: dict[_Key, Tensor] = {}  # value at the step's start
+        self._start: dict[
+            _Key, Tensor
+        ] = {}  # value at the step's start, of modules in training mode
+        self._resting: dict[_Key, Tensor] = {}  # of modules in evaluation mode
+        self._objects: dict[_Key, Tensor] = {}  # the buffers themselves
+        self._versions: dict[_Key, int] = {}
         self._sum: dict[_Key, Tensor] = {}  # weighted sum of the recorded values, float64
         self._weight = 0.0
         self._has_rnn = False
@@ -65,6 +77,7 @@ class FixedRandomness:
             # Only this attention kernel has the second derivatives that products need, and losses
             # must come from the same one.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_without_checkpointing())
             if self._discover:
                 hook = register_module_forward_pre_hook(lambda module, _: self._remember(module))
                 stack.callback(hook.remove)
@@ -96,10 +109,12 @@ class FixedRandomness:
             if isinstance(m, DistributedDataParallel):
                 self._wrappers[m] = (m.require_backward_grad_sync, m.require_forward_param_sync)
                 self._silence(m)
-            if m.training:
-                for name, buffer in m._buffers.items():
-                    if buffer is not None:
-                        self._start.setdefault((m, name), buffer.detach().clone())
+            for name, buffer in m._buffers.items():
+                if buffer is not None:
+                    own = self._start if m.training else self._resting
+                    own.setdefault((m, name), buffer.detach().clone())
+                    self._objects.setdefault((m, name), buffer)
+                    self._versions.setdefault((m, name), _version(buffer))
 
     @staticmethod
     def _silence(wrapper: DistributedDataParallel) -> None:
@@ -118,9 +133,20 @@ class FixedRandomness:
 
     @torch.no_grad()
     def _restore(self) -> None:
-        for module, name in self._moving():
+        for key, buffer in self._objects.items():
+            module, name = key
+            replaced = module._buffers.get(name) is not buffer
+            if replaced:
+                module._buffers[name] = buffer
+            if key in self._resting:
+                moved = _version(buffer) != self._versions[key]
+                if moved or replaced:
+                    _warn_of_resting(module, name)
+                if not moved:
+                    continue
             # .data: no event for autograd, which may have saved the buffer for a backward pass.
-            module._buffers[name].data.copy_(self._start[(module, name)])  # type: ignore[union-attr]
+            buffer.data.copy_(self._start[key] if key in self._start else self._resting[key])
+            self._versions[key] = _version(buffer)
 
     def _moving(self) -> list[_Key]:
         return [key for key in self._start if key[1]]
@@ -157,3 +183,53 @@ class FixedRandomness:
             if not buffer.is_floating_point():  # type: ignore[union-attr]
                 value = value.round()  # a counter: the mean of equal integers
             buffer.data.copy_(value)  # type: ignore[union-attr]
+
+
+@contextmanager
+def _without_checkpointing() -> Iterator[None]:
+    """`torch.utils.checkpoint.checkpoint` calls its function as if it were not there."""
+    module: Any = sys.modules.get("torch.utils.checkpoint")
+    if module is None:
+        yield
+        return
+    ways = {
+        "CheckpointFunction": _PlainFunction,
+        "_checkpoint_without_reentrant_generator": _plain_generator,
+        "_checkpoint_without_reentrant_generator_impl": _plain_generator,
+    }
+    own = {name: getattr(module, name) for name in ways if hasattr(module, name)}
+    for name in own:
+        setattr(module, name, ways[name])
+    try:
+        yield
+    finally:
+        for name, way in own.items():
+            setattr(module, name, way)
+
+
+class _PlainFunction:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _plain_generator(*_: Any, **__: Any) -> Iterator[None]:
+    yield
+
+
+def _version(buffer: Tensor) -> int:
+    return 0 if buffer.is_inference() else buffer._version
+
+
+def _warn_of_resting(module: nn.Module, name: str) -> None:
+    key = f"{type(module).__name__}.{name}"
+    if key not in _warned:
+        _warned.add(key)
+        logger.warning(
+            "buffer %s moves in evaluation mode: it is put back after every evaluation, so that a step "
+            "sees one function; train() keeps what it moves to",
+            key,
+        )
+
+
+_warned: set[str] = set()

@@ -65,7 +65,8 @@ class DoubleBackwardJacobian:
         self._used: list[int] = []
         if not outputs:
             return
-        self._w = [torch.zeros_like(z, requires_grad=True) for z in outputs]
+        # Any w does, but at zero some backward passes (logcumsumexp's) have no derivative.
+        self._w = [torch.ones_like(z, requires_grad=True) for z in outputs]
         Jtw = grad(outputs, list(tensors), self._w, create_graph=True, allow_unused=True)
         self._used = [k for k, g in enumerate(Jtw) if g is not None and g.requires_grad]
         self._Jtw = [Jtw[k] for k in self._used]

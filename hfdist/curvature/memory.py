@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from hfdist.curvature.dispatch import Watch
@@ -26,8 +27,10 @@ class MemoryCounter(Watch):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not func._schema.is_mutable and not any(
-            r.alias_info is not None for r in func._schema.returns
+        if (
+            isinstance(func, OpOverload)
+            and not func._schema.is_mutable
+            and not any(r.alias_info is not None for r in func._schema.returns)
         ):
             self.num_bytes += sum(t.nbytes for t in tree_leaves(out) if isinstance(t, Tensor))
         return out

@@ -34,6 +34,8 @@ class LossTraits:
 
     writes_into_outputs: bool = False
     """It is given copies of the outputs that it may write into."""
+    is_known: bool = False
+    """It was looked at."""
     is_an_output: bool = False
     """The model computes the loss, or a part of it, and returns it among its outputs."""
 
@@ -143,9 +145,11 @@ def from_parts(
                 raise TryAgain from None
             raise
         check(loss_sum)
-        if any(_is_loss_among(loss_sum, leaf, t, z) for leaf, t in zip(leaves, z)):
-            traits.is_an_output = True
-            raise TryAgain
+        if not traits.is_known:
+            traits.is_known = True
+            if any(is_part_of_loss(loss_sum, leaf, t, z) for leaf, t in zip(leaves, z)):
+                traits.is_an_output = True
+                raise TryAgain
         return Evaluation(
             loss_sum=loss_sum,
             weight=weight,
@@ -178,7 +182,7 @@ def outputs_of_loss(
     Raises:
         ValueError: See `reached_first`.
     """
-    others = [z for z in outputs if not is_part_of_loss(loss, z, outputs)]
+    others = [z for z in outputs if not is_part_of_loss(loss, z, z, outputs)]
     try:
         z = reached_first(loss, others)
     except ValueError:
@@ -193,25 +197,22 @@ def outputs_of_loss(
     return z
 
 
-def _is_loss_among(loss: Tensor, leaf: Tensor, output: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """`is_part_of_loss` of an output that the loss was given as a leaf."""
-    if output.numel() != 1 or not is_reached(loss, [leaf]):
-        return False
-    return is_computed_from(output, outputs) or (
-        len(outputs) == 1 and is_part_of_loss(loss, leaf, [leaf])
-    )
-
-
-def is_part_of_loss(loss: Tensor, output: Tensor, outputs: Sequence[Tensor]) -> bool:
+def is_part_of_loss(loss: Tensor, seen: Tensor, output: Tensor, outputs: Sequence[Tensor]) -> bool:
     """Whether an output is a loss itself: a single number that the loss uses, and that is computed from
-    other outputs or adds to the loss without curvature."""
-    if output.numel() != 1:
+    other outputs or adds to the loss without curvature; or one number an example, of both kinds.
+
+    `seen` is what stands for it in the loss's graph: itself, or a copy."""
+    if (output.ndim > 1 and output.numel() != 1) or not is_reached(loss, [seen]):
         return False
+    if output.numel() == 1:
+        return is_computed_from(output, outputs) or is_linear(loss, seen)
+    return is_computed_from(output, outputs) and is_linear(loss, seen)
+
+
+def is_linear(loss: Tensor, output: Tensor) -> bool:
+    """Whether the loss has no curvature in an output."""
     (slope,) = grad(loss, [output], create_graph=True, allow_unused=True)
-    if slope is None:
-        return False
-    is_linear = not (slope.requires_grad and is_reached(slope, [output]))
-    return is_linear or is_computed_from(output, outputs)
+    return slope is not None and not (slope.requires_grad and is_reached(slope, [output]))
 
 
 def from_closure(forward: Callable[[], Sequence[Any]], seed: int) -> Microbatch:

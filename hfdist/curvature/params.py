@@ -32,6 +32,11 @@ class ParameterVector:
                 f"parameters on several devices ({', '.join(sorted(map(str, devices)))}): "
                 "move the model to one"
             )
+        if any(t.is_complex() for t in self.tensors):
+            raise ValueError(
+                "complex parameters are not supported: hold real and imaginary part as a real parameter "
+                "(torch.view_as_real), and make it complex in forward() (torch.view_as_complex)"
+            )
         self.device = self.tensors[0].device
         self.dtype = self.tensors[0].dtype
         for t in self.tensors[1:]:

@@ -87,15 +87,20 @@ class Probe:
 
     direction: list[Tensor]
     """d, shaped like the parameters."""
+    here: Point
     at: Callable[[float], Point]
     """t -> the values at theta + t d; made once."""
     tolerance: Tolerance
 
-    def contradicts(
-        self, claimed: Tensor, here: Tensor, value: Callable[[Point], Tensor]
-    ) -> float | None:
-        """How far a claimed derivative along d is from central differences, relatively; None if it is not,
-        or if they cannot tell.
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether a second evaluation at theta gives the same loss."""
+        here, again = float(self.here.loss), float(self.at(0.0).loss)
+        return math.isclose(here, again, rel_tol=1e3 * torch.finfo(self.here.loss.dtype).eps)
+
+    def contradicts(self, claimed: Tensor, here: Tensor, value: Callable[[Point], Tensor]) -> float:
+        """How far a claimed derivative along d is from central differences, relatively: 0 where it is not,
+        NaN where they cannot tell.
 
         Args:
             claimed: The derivative of `value`.
@@ -109,17 +114,19 @@ class Probe:
             h = scale * self.tolerance.h
             plus, minus = (value(self.at(t)) for t in (h, -h))
             if not plus.shape == minus.shape == claimed.shape:
-                return None  # other numbers of outputs at other parameters
+                return math.nan  # other numbers of outputs at other parameters
             difference = (plus - minus) / (2 * h)
             error = _size(difference - claimed)
+            if math.isfinite(_size(difference)) and not math.isfinite(_size(claimed)):
+                return math.inf
             allowed = self.tolerance.difference * max(_size(difference), _size(claimed))
             if not error > allowed + rounding / h:  # also where something is not finite
-                return None
+                return math.nan if found or not math.isfinite(error) else 0.0
             found.append(difference)
         spread = max(_size(difference - found[0]) for difference in found)
         error = _size(found[0] - claimed)
         if spread > 0.5 * error:
-            return None
+            return math.nan
         return error / max(_size(found[0]), _size(claimed))
 
 
@@ -169,7 +176,7 @@ class Verifier:
         tolerance = _TOLERANCES.get(params.dtype)
         if tolerance is None or not math.isfinite(float(e.loss_sum.detach())):
             return None
-        probe = _probe(params, gradient, at, tolerance)
+        probe = _probe(params, Point.of(e), gradient, at, tolerance)
         slope = sum(
             (
                 torch.dot(g.detach().reshape(-1).double(), d.reshape(-1).double())
@@ -179,15 +186,14 @@ class Verifier:
             start=torch.zeros((), dtype=torch.float64, device=params.device),
         )
         error = probe.contradicts(slope, e.loss_sum, lambda point: point.loss)
-        if error is None:
-            return probe
-        again = float(at(params.read()).loss)
-        if not math.isclose(again, float(e.loss_sum.detach()), rel_tol=tolerance.rounding * 1e-2):
+        if error != 0.0 and not probe.is_repeatable:
             raise TaskError(
-                f"two evaluations of the same loss differ ({float(e.loss_sum.detach()):.9g} and "
-                f"{again:.9g}): the forward pass draws new data or keeps state between calls. Give "
-                "it the same data until the step is done, or set optim.verify=off"
+                f"two evaluations of the same loss differ ({float(probe.here.loss):.9g} and "
+                f"{float(probe.at(0.0).loss):.9g}): the forward pass draws new data or keeps state "
+                "between calls. Give it the same data until the step is done, or set optim.verify=off"
             )
+        if not error > 0.0:
+            return probe
         raise TaskError(
             f"gradient and loss disagree by {error:.1%} along a direction, so no step was taken. "
             f"{suspects(e.loss_sum)}A part of the loss has no gradient, or another one: look for detach, "
@@ -197,17 +203,19 @@ class Verifier:
 
     def wrong_product(self, product: GGNProduct, e: Evaluation, probe: Probe) -> str | None:
         """What is wrong with a microbatch's GGN product; None if nothing was found."""
-        d, tolerance, curved = probe.direction, probe.tolerance, product.H.curved
         try:
-            Jd = product.J(d)
-            if all(t is None for t in Jd):
-                Jd = [torch.zeros_like(e.outputs[k]) for k in curved]
+            return self._wrong_product(product, e, probe)
         except RuntimeError as error:
-            return f"{first_sentence(error)}"
+            return explained(error)
+
+    @staticmethod
+    def _wrong_product(product: GGNProduct, e: Evaluation, probe: Probe) -> str | None:
+        d, tolerance, curved = probe.direction, probe.tolerance, product.H.curved
+        Jd = product.J(d)
         known = [torch.zeros_like(e.outputs[k]) if t is None else t for k, t in zip(curved, Jd)]
         for k, t in zip(curved, known):
             error_J = probe.contradicts(t, e.outputs[k], _output(k))
-            if error_J is not None:
+            if error_J > 0.0:
                 return f"the derivative of output {k} is {error_J:.1%} off a difference of outputs"
         if not known:
             return None
@@ -246,13 +254,13 @@ class Verifier:
             Hd = product(probe.direction)
         except RuntimeError as error:
             raise TaskError(
-                f"the Hessian's product fails: {first_sentence(error)}. {suspects(e.loss_sum)}Use "
+                f"the Hessian's product fails: {explained(error)}. {suspects(e.loss_sum)}Use "
                 "curvature_opt=ggn, or a forward pass that torch can differentiate twice"
             ) from error
         error_H = probe.contradicts(
             flat(Hd, probe.direction), flat(gradient, probe.direction), _gradient
         )
-        if error_H is not None:
+        if error_H > 0.0:
             raise TaskError(
                 f"the Hessian's product is {error_H:.1%} off a difference of gradients. "
                 f"{suspects(e.loss_sum)}Use curvature_opt=ggn, or a forward pass that torch can "
@@ -262,6 +270,7 @@ class Verifier:
 
 def _probe(
     params: ParameterVector,
+    here: Point,
     gradient: Gradient,
     at_theta: Callable[[Tensor], Point],
     tolerance: Tolerance,
@@ -275,7 +284,11 @@ def _probe(
             aside = (aside / aside.norm().clamp_min(1e-12)).view(t.shape).to(t.dtype)
             length = max(float(t.detach().norm()), 1e-2 * math.sqrt(t.numel()))
             size = 0.0 if g is None else float(g.norm())
-            up = g / size if g is not None and 0.0 < size < math.inf else 0.0
+            up: Tensor | float = 0.0
+            if g is not None and 0.0 < size < math.inf:
+                up = g / size
+                # An entry without a gradient may be one on purpose: an embedding's padding.
+                aside = aside * (g != 0)
             direction.append(((up + 0.5 * aside) * length).to(t.dtype))
         theta, d = params.read(), params.flatten(direction)
     known: dict[float, Point] = {}
@@ -285,7 +298,7 @@ def _probe(
             known[t] = at_theta(theta + t * d)
         return known[t]
 
-    return Probe(direction, at, tolerance)
+    return Probe(direction, here, at, tolerance)
 
 
 def _output(k: int) -> Callable[[Point], Tensor]:
@@ -322,8 +335,24 @@ def suspects(loss: Tensor) -> str:
     return f"Its graph has custom autograd functions: {', '.join(sorted(names))}. "
 
 
-def first_sentence(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
+_FIXES = {
+    "_embedding_bag": "use nn.Embedding and a sum or mean over its result in place of nn.EmbeddingBag",
+    "_ctc_loss": "torch's CTC loss has no second derivative: write the forward algorithm in torch operations "
+    "(logsumexp over a loop), or use another loss",
+    "once_differentiable": "give the custom autograd.Function a backward() that torch can differentiate",
+    "scaled_dot_product": "use attention that torch computes by matrix products (Hugging Face: "
+    'attn_implementation="eager")',
+    "cudnn": "set torch.backends.cudnn.enabled = False around the recurrent layer",
+    "sparse": "use nn.Embedding(sparse=False)",
+}
+"""What an error of autograd contains, and what to do about it."""
+
+
+def explained(error: Exception) -> str:
+    """Autograd's error in one sentence, with the fix where it is known."""
+    said = str(error).strip().partition("\n")[0].rstrip(".")
+    fix = next((fix for sign, fix in _FIXES.items() if sign in said), None)
+    return said if fix is None else f"{said} ({fix})"
 
 
 def _inner(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:

@@ -65,7 +65,8 @@ class generic:
             ]
             unique = list(copies.values())
             curved = [outs[k] for k in self._curved]
-            self._w = [torch.zeros_like(y, requires_grad=True) for y in curved]
+            # (Ones: at zero, logcumsumexp's backward pass, which takes a logarithm, has no derivative.)
+            self._w = [torch.ones_like(y, requires_grad=True) for y in curved]
             Jtw = grad(curved, unique, self._w, create_graph=True, allow_unused=True)
         used = [k for k, g in enumerate(Jtw) if g is not None and g.requires_grad]
         self._graph = [Jtw[k] for k in used]

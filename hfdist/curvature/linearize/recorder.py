@@ -8,6 +8,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -74,6 +75,10 @@ class Recorder(Watch):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.failure is None and not isinstance(func, OpOverload):
+            self._fail(
+                Unsupported(f"{func} is no operation but a program (torch.cond and the like)")
+            )
         if self.failure is not None:
             return func(*args, **kwargs)
         self._note_versions()
