@@ -81,7 +81,7 @@ def measure(family: Family) -> Coverage:
     buffers = [b.clone() for b in model.buffers()]
 
     def plain_loss() -> Tensor:
-        return _as_used(model, buffers, lambda: task.loss(task.forward(model, batch), batch))  # type: ignore[return-value]
+        return _as_used(model, buffers, lambda: task.loss(task.forward(model, batch), batch))
 
     def logits() -> Tensor:
         return _as_used(model, buffers, lambda: family.logits(task.forward(model, batch)))
@@ -89,7 +89,7 @@ def measure(family: Family) -> Coverage:
     loss = plain_loss()
     gradient = vector.flatten(_contiguous(grad(loss, params, allow_unused=True)))
     z = logits()
-    expected = [_product(z, lambda t: family.criterion(t, batch), vector, vk) for vk in v]
+    expected = [reference_product(z, lambda t: family.criterion(t, batch), vector, vk) for vk in v]
     delta = -1e-2 * gradient / gradient.norm()
 
     role = [from_task(task, model, batch, SEED)]
@@ -125,7 +125,7 @@ def measure(family: Family) -> Coverage:
     )
 
 
-def _as_used(model: nn.Module, buffers: Sequence[Tensor], evaluate: Callable[[], Tensor]) -> Tensor:
+def _as_used(model: nn.Module, buffers: Sequence[Tensor], evaluate: Callable[[], Any]) -> Tensor:
     """A forward pass as the model's user makes it; its random numbers and its buffers stand still.
 
     The attention kernel is the one that has second derivatives: others differ from it by rounding.
@@ -138,7 +138,7 @@ def _as_used(model: nn.Module, buffers: Sequence[Tensor], evaluate: Callable[[],
     return result
 
 
-def _product(
+def reference_product(
     z: Tensor, criterion: Callable[[Tensor], Tensor], vector: ParameterVector, v: Tensor
 ) -> Tensor:
     """J' H_L J v [P] of outputs z with M elements, by M backward passes for J and M for H_L."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ VOCABULARY, LENGTH = 7, 3
 
 def _made(model: str, config: str, **settings: Any) -> nn.Module:
     """A random model of `transformers`: class names, and the configuration's values."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
     import transformers
 
     attention = settings.pop("attention", None)
@@ -63,19 +65,29 @@ def _logits(outputs: Any) -> Tensor:
 def families() -> list[Family]:
     """In the order of the table."""
     family = partial(Family, source="transformers", logits=_logits)
-    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
-             "vocab_size": VOCABULARY, "max_position_embeddings": 16}  # fmt: skip
-    decoder = small | {"num_key_value_heads": 1, "head_dim": 4, "pad_token_id": 0}
-    pictured = small | {"image_size": 8, "patch_size": 4, "num_labels": 3}
-    seq2seq = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-               "decoder_attention_heads": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12,
-               "vocab_size": VOCABULARY, "max_position_embeddings": 16}  # fmt: skip
-    gpt2 = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 16}
-    t5 = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2,
+    small: dict[str, Any] = {
+        "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 16,
+    }  # fmt: skip
+    decoder: dict[str, Any] = small | {"num_key_value_heads": 1, "head_dim": 4, "pad_token_id": 0}
+    pictured: dict[str, Any] = small | {"image_size": 8, "patch_size": 4, "num_labels": 3}
+    seq2seq: dict[str, Any] = {
+        "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 16,
+    }  # fmt: skip
+    gpt2: dict[str, Any] = {
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "vocab_size": VOCABULARY,
+        "n_positions": 16,
+    }
+    t5: dict[str, Any] = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2,
           "vocab_size": VOCABULARY, "decoder_start_token_id": 0}  # fmt: skip
 
     # Their norms are computed in float32, whatever the model's dtype.
-    rounded = {"tolerance": 1e-5}
+    rounded: dict[str, Any] = {"tolerance": 1e-5}
 
     def of(name: str, model: str, config: str, batch: Callable[[], Any] = _text,
            settings: dict[str, Any] = decoder, **more: Any) -> Family:  # fmt: skip
@@ -84,7 +96,7 @@ def families() -> list[Family]:
         return family(name=name, model=make, batch=batch, **own)
 
     # The grouped matrix product of torch has no float64.
-    experts = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+    experts: dict[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
     return [
         of("BERT, masked tokens", "BertForMaskedLM", "BertConfig", settings=small),
         of("BERT, masked tokens, training", "BertForMaskedLM", "BertConfig", settings=small,

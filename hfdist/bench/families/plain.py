@@ -1,6 +1,8 @@
-"""Families that need nothing but torch: graphs, operators in Fourier space, experts, recurrence, attention."""
+"""Families that need nothing but torch: graphs, Fourier operators, experts, recurrence, attention."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +97,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase], layers: int = 1) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase], layers: int = 1) -> None:
         super().__init__()
         self.rnn = kind(3, 4, num_layers=layers, batch_first=True, bidirectional=True)
         self.head = nn.Linear(8, 3)

@@ -74,7 +74,9 @@ def _vit() -> nn.Module:
 def _densenet() -> nn.Module:
     from torchvision.models import DenseNet
 
-    return DenseNet(growth_rate=2, block_config=(2, 2), num_init_features=4, bn_size=2, num_classes=3)
+    return DenseNet(
+        growth_rate=2, block_config=(2, 2), num_init_features=4, bn_size=2, num_classes=3
+    )
 
 
 def _shufflenet() -> nn.Module:
@@ -93,7 +95,9 @@ def _regnet() -> nn.Module:
 def _timm(module: str, kind: str, **settings: Any) -> nn.Module:
     import importlib
 
-    return getattr(importlib.import_module(f"timm.models.{module}"), kind)(num_classes=3, **settings)
+    return getattr(importlib.import_module(f"timm.models.{module}"), kind)(
+        num_classes=3, **settings
+    )
 
 
 def families() -> list[Family]:
