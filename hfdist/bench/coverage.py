@@ -177,7 +177,7 @@ def to_rows(results: Sequence[Coverage]) -> list[dict[str, Any]]:
             "loss": r.loss_error,
             "gradient": r.gradient_error,
             "product": r.product_error,
-            "note": r.refusal or ("" if r.is_right else "WRONG"),
+            "note": r.refusal or ("" if r.is_right else "wrong"),
         }
         for r in results
     ]
@@ -207,11 +207,12 @@ def to_markdown(results: Sequence[Coverage]) -> str:
         "| Family | Library | Parameters | Engine | Loss | Gradient | Product |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: |",
     ]
-    for row in to_rows(results):
-        errors = [f"{row[key]:.0e}" for key in ("loss", "gradient", "product")]
-        if row["note"]:
-            errors = [row["note"], "", ""] if row["engine"] == "refused" else errors
-        wrong = " (wrong)" if row["note"] == "WRONG" else ""
-        cells = [row["family"] + wrong, row["library"], f"{row['parameters']:,}", row["engine"]]
-        lines.append("| " + " | ".join([*cells, *errors]) + " |")
+    for r in results:
+        errors = [f"{e:.0e}" for e in (r.loss_error, r.gradient_error, r.product_error)]
+        if r.refusal:
+            errors = [r.refusal.partition(". ")[0], "", ""]
+        name = r.family.name + ("" if r.is_right or r.refusal else " (wrong)")
+        lines.append(
+            f"| {name} | {r.family.source} | {r.parameters:,} | {r.engine} | {' | '.join(errors)} |"
+        )
     return "\n".join(lines) + "\n"

@@ -260,7 +260,12 @@ def coverage(
     if as_json:
         print(json.dumps(bench.to_rows(results)))
     else:
-        _table("Errors beside first derivatives, in float64", bench.to_rows(results))
+        rows = bench.to_rows(results)
+        notes = {f"{row['library']}: {row['family']}": row.pop("note") for row in rows}
+        _table("Errors beside first derivatives, in float64", rows)
+        for family, note in notes.items():
+            if note:
+                print(f"{family}: {note}")
     if not all(result.is_right or result.refusal for result in results):
         raise typer.Exit(1)
 

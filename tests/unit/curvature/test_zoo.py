@@ -78,9 +78,11 @@ def test_page_names_what_is_wrong_and_what_is_refused() -> None:
         [
             right,
             dataclasses.replace(right, product_error=0.5),
-            dataclasses.replace(right, engine="refused", refusal="TaskError: for a reason"),
+            dataclasses.replace(
+                right, engine="refused", refusal="TaskError: for a reason. Do this"
+            ),
         ]
     )
     assert "3 families: 1 right, 1 refused, 1 wrong" in page
     assert "| perceptron (wrong) |" in page
-    assert "| refused | TaskError: for a reason |" in page
+    assert "| refused | TaskError: for a reason |  |" in page
