@@ -47,7 +47,8 @@ class HessianFree(torch.optim.Optimizer):
         curvature_opt, damping, adapt_damping, cg_max_iter, cg_decay_x0, use_cg_backtracking, lr,
             use_linesearch: See `hfdist.HFOptions`; as in PyTorchHessianFree.
         verbose: Log the steps at level INFO instead of DEBUG (logger `hfdist.hessian_free`).
-        preset: "default" (what the literature does) or "seed" (PyTorchHessianFree's rules).
+        preset: "default" (what the literature does) or "pytorch_hessianfree" (that package's rules; "seed"
+            is its first name).
         communicator: Ranks to sum over. By default all ranks of `torch.distributed` where the program
             has initialised it, else this process alone. Each rank evaluates its own shard.
         seed: Seed of the random numbers inside forward passes (dropout); by default torch's.
@@ -77,7 +78,7 @@ class HessianFree(torch.optim.Optimizer):
         use_linesearch: bool = True,
         verbose: bool = False,
         *,
-        preset: Literal["default", "seed"] = "default",
+        preset: Literal["default", "pytorch_hessianfree", "seed"] = "default",
         communicator: Communicator | None = None,
         seed: int | None = None,
         **options: Any,
@@ -242,7 +243,7 @@ class HessianFree(torch.optim.Optimizer):
             overrides=Overrides(
                 gradient=grad,
                 product=mvp,
-                preconditioner=None if M_func is None else lambda _: _of_parts(M_func, layout),
+                preconditioner=None if M_func is None else lambda _, __: _of_parts(M_func, layout),
             ),
             frozen=FixedRandomness(params.device, model),
             engine=self._product_engine(options),
@@ -372,15 +373,15 @@ class HessianFree(torch.optim.Optimizer):
     def _regularisation(self, params: ParameterVector) -> Regularisation:
         groups = self._groups_of(params)
 
-        def of_groups(key: str, neutral: float) -> float | Tensor:
+        def of_groups(key: str) -> float | Tensor:
             values = [float(group[key]) for group in groups]
             if all(v == values[0] for v in values) and (key != "damping_scale" or values[0] == 1):
                 return values[0]
             return params.spread(values)
 
-        scale = of_groups("damping_scale", 1.0)
+        scale = of_groups("damping_scale")
         return Regularisation(
-            weight_decay=of_groups("weight_decay", 0.0),
+            weight_decay=of_groups("weight_decay"),
             damping_scale=scale if isinstance(scale, Tensor) else None,
         )
 

@@ -23,7 +23,7 @@ from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.microbatch import as_sum, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
-from hfdist.curvature.preconditioners.for_task import empirical_fisher
+from hfdist.curvature.preconditioners import Context, make_preconditioner
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import MicrobatchPlan
 from hfdist.optim.options import HFOptions
@@ -177,6 +177,9 @@ def _hf_updates(arena: Arena, model: nn.Module, options: HFOptions) -> Iterator[
     rules = replace(options, weight_decay=arena.weight_decay)
     for step in itertools.count():
         role = [from_task(arena.task, model, arena.batch, seed=step)]
+        context = Context(
+            task=arena.task, model=model, gradient=[(role[0], arena.batch)], options=rules
+        )
         problem = Problem(
             params=params,
             roles=Roles(gradient=role, curvature=role, loss=role),
@@ -184,11 +187,8 @@ def _hf_updates(arena: Arena, model: nn.Module, options: HFOptions) -> Iterator[
             reduction=arena.task.loss_reduction,
             regularisation=Regularisation(weight_decay=arena.weight_decay),
             frozen=FixedRandomness(params.device, model),
+            overrides=Overrides(preconditioner=make_preconditioner(context)),
         )
-        if options.preconditioner == "empirical_fisher":
-            pairs = [(role[0], arena.batch)]
-            make = empirical_fisher(problem, arena.task, model, pairs, rules)
-            problem.overrides = Overrides(preconditioner=make)
         report, state = hf_step(problem, state, rules)
         yield (
             1

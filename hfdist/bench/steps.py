@@ -1,6 +1,6 @@
 """Time whole steps beside the same steps on BackPACK's products, and measure their memory.
 
-Both follow the seed preset's rules with the same number of CG iterations; only the product differs. As
+Both follow PyTorchHessianFree's rules with the same number of CG iterations; only the product differs. As
 PyTorchHessianFree does, BackPACK's step evaluates the model once for the products of `step`, and for
 every minibatch and product of `acc_step`.
 """
@@ -25,8 +25,8 @@ from hfdist.bench.workloads import Workload, chosen, workloads
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.params import ParameterVector
 from hfdist.hessian_free import HessianFree
-from hfdist.optim.cg import CGResult, cg
 from hfdist.optim.options import HFOptions
+from hfdist.optim.solvers.cg import CGResult, cg
 
 How = Literal["hfdist", "lean", "backpack"]
 """Our step, ours with a memory budget of zero and iterates in bfloat16, or the same step on BackPACK's
@@ -77,7 +77,7 @@ class _Runner:
         self.model.load_state_dict(self._start)
         optimizer = HessianFree(
             self.model.parameters(),
-            preset="seed",
+            preset="pytorch_hessianfree",
             cg_max_iter=self.cg_iterations,
             cg_tol=0.0,
             cg_stop_eps=0.0,

@@ -30,7 +30,7 @@ from hfdist.config.redaction import MASK, flatten, is_secret, masked, masked_ove
 from hfdist.config.tracking import TrackingConfig
 from hfdist.data.config import BatchesConfig
 from hfdist.errors import ConfigError
-from hfdist.optim.options import PRESETS, HFOptions
+from hfdist.optim.options import PRESETS, HFOptions, current
 from hfdist.rundir.files import write_atomically
 from hfdist.rundir.locations import normal
 
@@ -192,6 +192,8 @@ def from_dict(values: Mapping[str, Any], where: str = "the job") -> RunConfig:
     Raises:
         ConfigError: As `load_config`.
     """
+    if isinstance(values.get("optim"), Mapping):
+        values = {**values, "optim": current(values["optim"])}
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -218,10 +220,14 @@ def to_yaml(config: RunConfig) -> str:
 
 def schema() -> dict[str, Any]:
     """JSON schema of a job file, for editors."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **RunConfig.model_json_schema(),
-    }
+    described = RunConfig.model_json_schema()
+    # pydantic reads the docstrings of a class's own fields only: those of HFOptions are its groups'.
+    fields = described["$defs"][HFOptions.__name__]["properties"]
+    for group in HFOptions.__mro__[:-1]:
+        for key, field in TypeAdapter(group).json_schema()["properties"].items():
+            if "description" in field:
+                fields[key]["description"] = field["description"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}
 
 
 @cache

@@ -42,8 +42,8 @@ class Overrides:
     """Gradient [P] in place of the derivative of the loss."""
     product: Operator | None = None
     """Undamped curvature product in place of autograd's, of whole vectors [P]."""
-    preconditioner: Callable[[float], Operator | None] | None = None
-    """damping -> product with an approximate inverse, of this rank's parts."""
+    preconditioner: Callable[[Problem, float], Operator | None] | None = None
+    """(this objective, damping) -> product with an approximate inverse, of this rank's parts."""
 
 
 @dataclass(kw_only=True)
@@ -345,7 +345,7 @@ class Problem:
 
     def preconditioner(self, damping: float) -> Operator | None:
         make = self.overrides.preconditioner
-        return None if make is None else make(damping)
+        return None if make is None else make(self, damping)
 
     @property
     def damping_scale(self) -> Tensor | None:

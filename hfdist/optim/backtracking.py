@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 LossOf = Callable[[Sequence[int]], list[float]]
-"""Losses of candidates, by their places in the list of iterates; evaluated together."""
+"""Losses of candidates, by their indices in the list of candidates; evaluated together."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """The chosen candidate."""
 
-    place: int
+    index: int
     loss: float
 
 
@@ -30,15 +30,15 @@ def backtrack(num_candidates: int, loss_of: LossOf, rule: str, at_once: int = 1)
     """
     if rule == "full":
         losses = [_ordered(loss) for loss in loss_of(range(num_candidates))]
-        place = min(range(num_candidates), key=losses.__getitem__)
-        return Choice(place, losses[place])
+        index = min(range(num_candidates), key=losses.__getitem__)
+        return Choice(index, losses[index])
     best = Choice(num_candidates - 1, math.inf)
-    places = range(num_candidates)[::-1]
+    indices = range(num_candidates)[::-1]
     for start in range(0, num_candidates, at_once):
-        group = places[start : start + at_once]
-        for place, loss in zip(group, map(_ordered, loss_of(group))):
+        group = indices[start : start + at_once]
+        for index, loss in zip(group, map(_ordered, loss_of(group))):
             if loss < best.loss:
-                best = Choice(place, loss)
+                best = Choice(index, loss)
             elif math.isfinite(best.loss):
                 return best
     return best

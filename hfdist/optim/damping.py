@@ -1,10 +1,75 @@
-"""Tikhonov damping and its Levenberg-Marquardt adaptation, [1] sec. 4.1 and [2] sec. 8.5."""
+"""Tikhonov damping and the rules that choose the next lambda."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from hfdist.optim.options import HFOptions
+from hfdist.optim.option_group import OptionGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class DampingOptions(OptionGroup):
+    """Damping: A = B + damping * I."""
+
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "damping": (0.0, math.inf),
+        "damping_min": (0.0, math.inf),
+        "damping_increase": (1.0, math.inf),
+        "damping_decrease": (0.0, 1.0),
+        "damping_decay": (0.0, 1.0),
+    }
+
+    damping: float = 1.0
+    """Initial Tikhonov damping lambda >= 0 [1, sec. 4.1]; 0 switches damping off for good."""
+    adapt_damping: bool = True
+    """Adapt lambda by `damping_rule`; false is the rule "fixed"."""
+    damping_rule: Literal["auto", "lm", "fixed", "schedule", "chosen"] = "auto"
+    """How lambda changes from step to step: by the reduction ratio (lm: Levenberg-Marquardt [1, sec. 4.1]);
+    not at all (fixed); by the factor `damping_decay` a step (schedule); to the lambda of the candidate with
+    the lowest loss (chosen). auto: chosen for the solver krylov, lm for the others."""
+    damping_min: float = 1e-12
+    """Lower bound of the adapted lambda."""
+    damping_max: float = 1e12
+    """Upper bound of the adapted lambda."""
+    damping_increase: float = 3 / 2
+    """Factor on lambda when the reduction ratio is below `reduction_ratio_low`, or not finite."""
+    damping_decrease: float = 2 / 3
+    """Factor on lambda when the reduction ratio is above `reduction_ratio_high`."""
+    damping_decay: float = 0.95
+    """Factor on lambda a step under damping_rule=schedule."""
+    reduction_ratio_low: float = 0.25
+    """Reduction ratio under which the model is not trusted."""
+    reduction_ratio_high: float = 0.75
+    """Reduction ratio over which the model is trusted further."""
+    reduction_ratio: Literal["undamped", "damped"] = "undamped"
+    """Quadratic model in the ratio's denominator: without the damping term [2, sec. 8.5], or with."""
+    reduction_ratio_at: Literal["chosen", "last"] = "chosen"
+    """Step the ratio is taken at: the backtracked one from 0, or from CG's start to its last iterate."""
+    raise_damping_on_reject: bool = True
+    """Raise lambda after a rejected step, whatever the reduction ratio says."""
+
+    def check(self) -> None:
+        if self.damping_max < self.damping_min:
+            raise ValueError(
+                f"damping_max is {self.damping_max}: it must not be below damping_min "
+                f"({self.damping_min})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a step says about lambda."""
+
+    damping: float
+    """lambda of the step."""
+    rho: float = math.nan
+    """Reduction ratio; NaN where there is none."""
+    accepted: bool = False
+    candidate_damping: float | None = None
+    """lambda of the candidate that was taken, where the solver offered several."""
 
 
 def reduction_ratio(actual: float, predicted: float) -> float:
@@ -15,8 +80,9 @@ def reduction_ratio(actual: float, predicted: float) -> float:
     return actual / predicted if predicted != 0.0 else math.nan
 
 
-def levenberg_marquardt(damping: float, rho: float, options: HFOptions) -> float:
-    """The next lambda: raised for a ratio under 1/4 (or not finite), lowered over 3/4, within bounds."""
+def levenberg_marquardt(damping: float, rho: float, options: DampingOptions) -> float:
+    """The next lambda: raised for a ratio under 1/4 (or not finite), lowered over 3/4, within bounds
+    ([1] sec. 4.1 and [2] sec. 8.5)."""
     if not math.isfinite(rho) or rho < options.reduction_ratio_low:
         return raised(damping, options)
     if rho > options.reduction_ratio_high:
@@ -24,6 +90,48 @@ def levenberg_marquardt(damping: float, rho: float, options: HFOptions) -> float
     return damping
 
 
-def raised(damping: float, options: HFOptions) -> float:
+def raised(damping: float, options: DampingOptions) -> float:
     """lambda after a step that the model did not foresee."""
     return min(damping * options.damping_increase, max(options.damping_max, damping))
+
+
+# -- rules -------------------------------------------------------------------------------------------
+
+
+def _lm(outcome: Outcome, options: DampingOptions) -> float:
+    following = levenberg_marquardt(outcome.damping, outcome.rho, options)
+    if not outcome.accepted and options.raise_damping_on_reject:
+        following = max(following, raised(outcome.damping, options))
+    return following
+
+
+def _fixed(outcome: Outcome, options: DampingOptions) -> float:
+    return outcome.damping
+
+
+def _schedule(outcome: Outcome, options: DampingOptions) -> float:
+    damping = outcome.damping
+    return max(damping * options.damping_decay, min(options.damping_min, damping))
+
+
+def _chosen(outcome: Outcome, options: DampingOptions) -> float:
+    """A rejected step raises lambda as the candidates would have: fourfold."""
+    damping = outcome.damping if outcome.candidate_damping is None else outcome.candidate_damping
+    if not outcome.accepted:
+        damping = 4.0 * max(damping, outcome.damping)
+    return min(max(damping, options.damping_min), options.damping_max)
+
+
+DAMPING_RULES: dict[str, Callable[[Outcome, DampingOptions], float]] = {
+    "lm": _lm,
+    "fixed": _fixed,
+    "schedule": _schedule,
+    "chosen": _chosen,
+}
+"""The rules by their names in `damping_rule`: what the step came to -> the next lambda."""
+
+
+def next_damping(outcome: Outcome, options: DampingOptions, default: str) -> float:
+    """The next lambda by the options' rule; `default` is what "auto" means."""
+    rule = default if options.damping_rule == "auto" else options.damping_rule
+    return DAMPING_RULES[rule if options.adapt_damping else "fixed"](outcome, options)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hfdist.optim.options import HFOptions
+from hfdist.optim.choice import ChoiceOptions
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ def line_search(
     losses_at: Callable[[Sequence[float]], list[float]],
     loss_0: float,
     slope: float,
-    options: HFOptions,
+    options: ChoiceOptions,
     *,
     loss_1: float | None = None,
 ) -> LineSearchResult:

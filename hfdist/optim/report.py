@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 class Stop(enum.StrEnum):
-    """Why CG ended; `advice` says what to do about it."""
+    """Why the solver ended."""
 
     PROGRESS = "progress"
     RESIDUAL = "residual"
@@ -17,22 +17,7 @@ class Stop(enum.StrEnum):
     NON_FINITE = "non_finite"
     ZERO_GRADIENT = "zero_gradient"
     EXACT_START = "exact_start"
-
-    @property
-    def advice(self) -> str:
-        """One sentence for a person who reads the log."""
-        return _ADVICE[self]
-
-
-_ADVICE = {
-    Stop.PROGRESS: "the quadratic model stopped falling: the usual end.",
-    Stop.RESIDUAL: "the linear system is solved to cg_tol.",
-    Stop.MAX_ITERATIONS: "cg_max_iter was reached: a preconditioner or more damping would need fewer.",
-    Stop.NONPOSITIVE_CURVATURE: "p'Ap <= 0: raise the damping, or use curvature_opt=ggn.",
-    Stop.NON_FINITE: "a product was NaN or infinite: raise the damping, or look for overflow in the model.",
-    Stop.ZERO_GRADIENT: "the gradient is zero: this is a stationary point.",
-    Stop.EXACT_START: "the warm start already solves the system.",
-}
+    BOUNDARY = "boundary"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +43,7 @@ class StepReport:
     reduction_ratio_damped: float
     cg_iterations: int
     chosen_iterate: int
-    """CG iteration whose iterate was the step."""
+    """Iteration that the step belongs to."""
     stop: Stop
     residual: float
     """|b - Ax| / |b| at CG's end."""

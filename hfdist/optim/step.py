@@ -1,4 +1,4 @@
-"""One Hessian-free step: gradient, curvature, CG, backtracking, damping, line search."""
+"""One Hessian-free step: gradient, solve, choice among candidates, line search, damping."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from hfdist.optim.backtracking import Choice, backtrack
-from hfdist.optim.cg import CGResult, cg
-from hfdist.optim.damping import levenberg_marquardt, raised, reduction_ratio
+from hfdist.optim.damping import Outcome, next_damping, reduction_ratio
 from hfdist.optim.line_search import LineSearchResult, line_search
 from hfdist.optim.objective import Problem
 from hfdist.optim.options import HFOptions
 from hfdist.optim.report import StepReport, Stop
+from hfdist.optim.solvers import SOLVERS, Solution, System
 from hfdist.optim.space import Space
 
 
@@ -50,26 +50,29 @@ class Clock:
 
 
 class _Candidates:
-    """Losses of CG's iterates, each evaluated once; a zero iterate costs nothing."""
+    """Losses of the solver's candidates, each evaluated once; a zero step costs nothing."""
 
-    def __init__(self, problem: Problem, result: CGResult, start_is_zero: bool) -> None:
-        self._problem, self._result, self._iterates = problem, result, result.iterates
+    def __init__(self, problem: Problem, solution: Solution, start_is_zero: bool) -> None:
+        self._problem, self._solution = problem, solution
         self._start_is_zero = start_is_zero
-        self.known: dict[int, float] = {}  # place -> loss
+        self.known: dict[int, float] = {}  # index -> loss
         self.num_evaluations = 0
 
-    def __call__(self, places: Sequence[int]) -> list[float]:
-        if self._start_is_zero and 0 in places and self._iterates[0][0] == 0:
+    def __call__(self, indices: Sequence[int]) -> list[float]:
+        if self._start_is_zero and 0 in indices and self._solution.candidates[0].iteration == 0:
             self.known.setdefault(0, self._problem.start_loss())
-        new = [place for place in places if place not in self.known]
+        new = [index for index in indices if index not in self.known]
         if new:
-            steps = ((1.0, self._result.iterate(place)) for place in new)
+            steps = ((1.0, self._solution.step(index)) for index in new)
             self.known.update(zip(new, self._problem.losses(steps)))
             self.num_evaluations += len(new)
-        return [self.known[place] for place in places]
+        return [self.known[index] for index in indices]
 
     def by_iteration(self) -> tuple[tuple[int, float], ...]:
-        return tuple((self._iterates[place][0], self.known[place]) for place in sorted(self.known))
+        return tuple(
+            (self._solution.candidates[index].iteration, self.known[index])
+            for index in sorted(self.known)
+        )
 
 
 def hf_step(
@@ -102,45 +105,45 @@ def hf_step(
 
     x0 = _warm_start(state, options)
     with clock.phase("cg"):
-        result = cg(
-            problem.curvature(state.damping),
-            g.neg(),
-            x0,
-            problem.preconditioner(state.damping),
+        solution = SOLVERS[options.solver](
+            System(
+                curvature=problem.curvature,
+                exact_curvature=lambda damping: problem.curvature(damping, exact=True),
+                b=g.neg(),
+                damping=state.damping,
+                preconditioner=problem.preconditioner,
+                start=x0,
+                keep_path=options.use_cg_backtracking or options.reduction_ratio_at == "last",
+                space=space,
+                on_iteration=on_cg_iteration,
+            ),
             options,
-            exact=problem.curvature(state.damping, exact=True)
-            if options.cg_residual_replacement
-            else None,
-            keep_iterates=options.use_cg_backtracking or options.reduction_ratio_at == "last",
-            on_iteration=on_cg_iteration,
-            space=space,
         )
     problem.release()
-    if result.iterations == 0 and result.stop is not Stop.EXACT_START:
-        return _no_step(state, options, clock, loss, grad_norm, result.stop, result)
+    if solution.iterations == 0 and solution.stop is not Stop.EXACT_START:
+        return _no_step(state, options, clock, loss, grad_norm, solution.stop, solution)
 
-    candidates = _Candidates(problem, result, start_is_zero=x0 is None)
-    last = len(result.iterates) - 1
+    candidates = _Candidates(problem, solution, start_is_zero=x0 is None)
+    last = len(solution.candidates) - 1
     with clock.phase("backtracking"):
         loss_0 = problem.start_loss()
-        if options.use_cg_backtracking:
+        if not solution.is_path:
+            choice = backtrack(last + 1, candidates, "full")
+        elif options.use_cg_backtracking:
             choice = backtrack(
                 last + 1, candidates, options.cg_backtracking, options.candidates_per_pass
             )
         else:
             needed = options.adapt_damping or options.use_linesearch
             choice = Choice(last, candidates([last])[0] if needed else math.nan)
-        chosen_iterate, delta = result.iterates[choice.place][0], result.iterate(choice.place)
+        chosen, delta = solution.candidates[choice.index], solution.step(choice.index)
         slope, delta_squared = space.dots((g, delta), (delta, delta))
 
     with clock.phase("damping"):
         damped_ratio, undamped_ratio = _reduction_ratios(
-            problem, space, result, candidates, choice, loss_0, state.damping, options
+            problem, space, solution, candidates, choice, loss_0, options
         )
         rho = damped_ratio if options.reduction_ratio == "damped" else undamped_ratio
-        next_damping = state.damping
-        if options.adapt_damping:
-            next_damping = levenberg_marquardt(state.damping, rho, options)
 
     num_evaluations = 0
     with clock.phase("line_search"):
@@ -156,12 +159,17 @@ def hf_step(
             known = options.lr == 1.0 and not math.isnan(choice.loss)
             final = choice.loss if known else losses_at([options.lr])[0]
             found = LineSearchResult(options.lr if math.isfinite(final) else 0.0, final)
-        moves = chosen_iterate > 0 or x0 is not None
+        moves = chosen.iteration > 0 or x0 is not None
         accepted = found.alpha > 0.0 and moves
 
-    if not accepted and options.adapt_damping and options.raise_damping_on_reject:
-        next_damping = max(next_damping, raised(state.damping, options))
-    accepted, alpha, next_damping = problem.agree((accepted, found.alpha, next_damping))
+    outcome = Outcome(
+        damping=state.damping,
+        rho=rho,
+        accepted=accepted,
+        candidate_damping=None if solution.is_path else chosen.damping,
+    )
+    following = next_damping(outcome, options, _AUTO_DAMPING_RULE[solution.is_path])
+    accepted, alpha, following = problem.agree((accepted, found.alpha, following))
     if accepted:
         problem.move(alpha, delta)
     else:
@@ -174,32 +182,36 @@ def hf_step(
         accepted=accepted,
         alpha=alpha,
         damping=state.damping,
-        next_damping=next_damping,
+        next_damping=following,
         reduction_ratio=rho,
         reduction_ratio_undamped=undamped_ratio,
         reduction_ratio_damped=damped_ratio,
-        cg_iterations=result.iterations,
-        chosen_iterate=chosen_iterate,
-        stop=result.stop,
-        residual=result.residual,
+        cg_iterations=solution.iterations,
+        chosen_iterate=chosen.iteration,
+        stop=solution.stop,
+        residual=solution.residual,
         grad_norm=grad_norm,
         update_norm=alpha * math.sqrt(delta_squared),
         directional_derivative=slope,
-        num_products=result.num_products,
+        num_products=solution.num_products,
         product_engine=problem.product_engine,
-        solver_bytes=result.num_bytes + (0 if x0 is None else x0.nbytes),
+        solver_bytes=solution.num_bytes + (0 if x0 is None else x0.nbytes),
         num_loss_evaluations=candidates.num_evaluations + num_evaluations,
         seconds=clock.total(),
-        quadratic=tuple(result.quadratic),
+        quadratic=tuple(solution.quadratic),
         candidates=candidates.by_iteration(),
     )
     keep_start = accepted or not options.reset_warm_start
     next_state = HFState(
-        damping=next_damping,
-        x0=result.x if keep_start else None,
+        damping=following,
+        x0=solution.next_start if keep_start else None,
         step=state.step + 1,
     )
     return report, next_state
+
+
+_AUTO_DAMPING_RULE = {True: "lm", False: "chosen"}
+"""damping_rule=auto: candidates of several lambda choose among them by their losses."""
 
 
 def _warm_start(state: HFState, options: HFOptions) -> Tensor | None:
@@ -224,11 +236,10 @@ def _space(problem: Problem) -> Space:
 def _reduction_ratios(
     problem: Problem,
     space: Space,
-    result: CGResult,
+    solution: Solution,
     candidates: _Candidates,
     choice: Choice,
     loss_0: float,
-    damping: float,
     options: HFOptions,
 ) -> tuple[float, float]:
     """rho against the damped and the undamped quadratic model.
@@ -237,20 +248,25 @@ def _reduction_ratios(
     from CG's start to its last iterate, (f(x_n) - f(x_0)) / (q(x_n) - q(x_0)).
     """
 
-    def damping_term(x: Tensor) -> float:  # lambda/2 |x|^2 in the damping metric
-        scale = problem.damping_scale
-        return 0.5 * damping * space.dots((x, x if scale is None else scale * x))[0]
+    def model(index: int) -> tuple[float, float]:  # damped, undamped
+        candidate = solution.candidates[index]
+        if candidate.undamped_model is not None:
+            return candidate.model, candidate.undamped_model
+        # Without lambda/2 |x|^2 in the damping metric.
+        x, scale = solution.step(index), problem.damping_scale
+        x_squared = space.dots((x, x if scale is None else scale * x))[0]
+        return candidate.model, candidate.model - 0.5 * candidate.damping * x_squared
 
-    if options.reduction_ratio_at == "chosen":
-        iteration = result.iterates[choice.place][0]
-        actual, model = choice.loss - loss_0, result.quadratic[iteration]
-        term = damping_term(result.iterate(choice.place))
+    if options.reduction_ratio_at == "chosen" or not solution.is_path:
+        actual = choice.loss - loss_0
+        damped, undamped = model(choice.index)
     else:
-        last = len(result.iterates) - 1
+        last = len(solution.candidates) - 1
         f_first, f_last = candidates([0, last]) if options.adapt_damping else (math.nan, math.nan)
-        actual, model = f_last - f_first, result.quadratic[-1] - result.quadratic[0]
-        term = damping_term(result.iterate(last)) - damping_term(result.iterate(0))
-    return reduction_ratio(actual, model), reduction_ratio(actual, model - term)
+        actual = f_last - f_first
+        (damped, undamped), (damped_0, undamped_0) = model(last), model(0)
+        damped, undamped = damped - damped_0, undamped - undamped_0
+    return reduction_ratio(actual, damped), reduction_ratio(actual, undamped)
 
 
 def _no_step(
@@ -260,12 +276,13 @@ def _no_step(
     loss: float,
     grad_norm: float,
     stop: Stop,
-    result: CGResult | None = None,
+    solution: Solution | None = None,
 ) -> tuple[StepReport, HFState]:
     """A step that ends before there is a candidate: nothing moves, damping rises unless at rest."""
-    next_damping = state.damping
-    if options.adapt_damping and stop is not Stop.ZERO_GRADIENT:
-        next_damping = raised(state.damping, options)
+    following = state.damping
+    if stop is not Stop.ZERO_GRADIENT:
+        rule = _AUTO_DAMPING_RULE[solution is None or solution.is_path]
+        following = next_damping(Outcome(damping=state.damping), options, rule)
     report = StepReport(
         step=state.step,
         loss=loss,
@@ -273,19 +290,19 @@ def _no_step(
         accepted=False,
         alpha=0.0,
         damping=state.damping,
-        next_damping=next_damping,
+        next_damping=following,
         reduction_ratio=math.nan,
         reduction_ratio_undamped=math.nan,
         reduction_ratio_damped=math.nan,
         cg_iterations=0,
         chosen_iterate=0,
         stop=stop,
-        residual=1.0 if result is None else result.residual,
+        residual=1.0 if solution is None else solution.residual,
         grad_norm=grad_norm,
         update_norm=0.0,
         directional_derivative=0.0,
-        num_products=0 if result is None else result.num_products,
+        num_products=0 if solution is None else solution.num_products,
         num_loss_evaluations=0,
         seconds=clock.total(),
     )
-    return report, replace(state, damping=next_damping, x0=None, step=state.step + 1)
+    return report, replace(state, damping=following, x0=None, step=state.step + 1)

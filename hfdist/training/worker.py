@@ -23,7 +23,7 @@ from hfdist.curvature.layout import make_layout
 from hfdist.curvature.microbatch import Microbatch, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
-from hfdist.curvature.preconditioners.for_task import empirical_fisher
+from hfdist.curvature.preconditioners import Context, make_preconditioner
 from hfdist.curvature.verify import Verifier
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import MicrobatchPlan, RolePlan, StepPlan, data_passes, plan_step
@@ -222,7 +222,13 @@ class Worker:
         same_loss = plan.line_search is plan.gradient
         loss = gradient if same_loss else role(self._load(plan.line_search))
         options = self.config.optim
-        problem = Problem(
+        context = Context(
+            task=self.task,
+            model=self.model,
+            gradient=[(microbatch, batch) for microbatch, (_, batch) in zip(gradient, loaded)],
+            options=options,
+        )
+        return Problem(
             params=self.params,
             roles=Roles(gradient=gradient, curvature=curvature, loss=loss),
             comm=self.comm,
@@ -234,12 +240,8 @@ class Worker:
             engine=self._engine,
             autocast=autocast_dtype(options),
             abandon=lambda: self._stop.requested,
+            overrides=Overrides(preconditioner=make_preconditioner(context)),
         )
-        if options.preconditioner == "empirical_fisher":
-            pairs = [(microbatch, batch) for microbatch, (_, batch) in zip(gradient, loaded)]
-            make = empirical_fisher(problem, self.task, self.model, pairs, options)
-            problem.overrides = Overrides(preconditioner=make)
-        return problem
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics on the evaluation data."""

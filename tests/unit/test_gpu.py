@@ -11,8 +11,8 @@ from torch import nn
 
 import hfdist
 from hfdist.hessian_free import HessianFree
-from hfdist.optim.cg import cg
 from hfdist.optim.options import HFOptions
+from hfdist.optim.solvers.cg import cg
 
 pytestmark = [
     pytest.mark.gpu,

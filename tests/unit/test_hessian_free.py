@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hfdist.errors import TaskError
 from hfdist.hessian_free import HessianFree
 from hfdist.optim.report import Stop
 
@@ -112,34 +113,50 @@ def test_prints_nothing_and_logs(capsys: pytest.CaptureFixture[str], caplog: Any
 @pytest.mark.parametrize("curvature_opt", ["ggn", "hessian"])
 def test_one_forward_with_gradient_then_only_candidates(curvature_opt: str) -> None:
     model, (x, y) = net(), data()
-    with_graph = without = 0
+    calls = 0
 
     def forward() -> tuple[Tensor, Tensor]:
-        nonlocal with_graph, without
-        with_graph += torch.is_grad_enabled()
-        without += not torch.is_grad_enabled()
+        nonlocal calls
+        calls += 1
         outputs = model(x)
         return nn.functional.cross_entropy(outputs, y), outputs
 
-    optimizer = HessianFree(model.parameters(), curvature_opt=curvature_opt)
+    optimizer = HessianFree(model.parameters(), curvature_opt=curvature_opt, verify="off")
     for step in range(3):
-        with_graph = without = 0
+        calls = 0
         optimizer.step(forward)
-        assert with_graph == 1
-        assert without == optimizer.report.num_loss_evaluations
+        assert calls == 1 + optimizer.report.num_loss_evaluations
         if step == 0:  # from zero: f(0) is known, and so is the last iterate's loss at alpha = 1
-            assert without <= len(optimizer.report.candidates)
+            assert calls <= 1 + len(optimizer.report.candidates)
+
+
+@pytest.mark.parametrize("curvature_opt", ["ggn", "hessian"])
+def test_checks_cost_two_forward_passes_of_the_first_step(curvature_opt: str) -> None:
+    model, (x, y) = net(), data()
+    calls = 0
+
+    def forward() -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        outputs = model(x)
+        return nn.functional.cross_entropy(outputs, y), outputs
+
+    for verify, expected in (("first", [2, 0, 0]), ("always", [2, 2, 2]), ("off", [0, 0, 0])):
+        optimizer = HessianFree(model.parameters(), curvature_opt=curvature_opt, verify=verify)
+        for extra in expected:
+            calls = 0
+            optimizer.step(forward)
+            assert calls == 1 + extra + optimizer.report.num_loss_evaluations
 
 
 def test_acc_step_evaluates_each_minibatch_as_often() -> None:
     model, (x, y) = net(), data()
-    calls: list[bool] = []
-    model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
     pairs = list(zip(x.split(6), y.split(6)))
-    optimizer = HessianFree(model.parameters())
+    optimizer = HessianFree(model.parameters(), verify="off")
     optimizer.acc_step(model, nn.functional.cross_entropy, pairs)
-    assert sum(calls) == len(pairs)
-    assert len(calls) - sum(calls) == len(pairs) * optimizer.report.num_loss_evaluations
+    assert len(calls) == len(pairs) * (1 + optimizer.report.num_loss_evaluations)
 
 
 # -- acc_step is step on parts
@@ -233,7 +250,7 @@ def test_non_finite_values_leave_the_parameters_alone(bad: float, where: str) ->
 
     def forward() -> tuple[Tensor, Tensor]:
         loss, outputs = base()
-        if where == "loss" or (where == "trial" and not torch.is_grad_enabled()):
+        if where == "loss" or (where == "trial" and not same(before, bits(model.parameters()))):
             loss = loss * bad
         return loss, outputs
 
@@ -284,7 +301,7 @@ def test_a_rejected_step_leaves_every_bit() -> None:
 
     def forward() -> tuple[Tensor, Tensor]:
         loss, outputs = base()
-        return (loss if torch.is_grad_enabled() else loss + 10.0), outputs
+        return (loss if same(before, bits(model.parameters())) else loss + 10.0), outputs
 
     optimizer = HessianFree(model.parameters())
     optimizer.step(forward)
@@ -380,7 +397,10 @@ def test_determinism_check_warns_of_noise() -> None:
         return loss + next(noise), outputs
 
     with pytest.warns(UserWarning, match="two evaluations"):
-        HessianFree(model.parameters()).step(forward, test_deterministic=True)
+        HessianFree(model.parameters(), verify="off").step(forward, test_deterministic=True)
+    noise = iter(torch.linspace(0, 1, 1000).tolist())
+    with pytest.raises(TaskError, match="two evaluations of the same loss differ"):
+        HessianFree(model.parameters()).step(forward)
 
 
 # -- groups, freezing

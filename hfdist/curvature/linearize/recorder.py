@@ -60,7 +60,10 @@ class Recorder(Watch):
         self._steps: list[Step] = []
         self._kept: list[tuple[Tensor, int, str]] = []  # with their versions, and who needs them
         self._unversioned: list[tuple[Tensor, str]] = []
-        self._sharing: dict[int, list[ref[Tensor]]] = {}  # storage -> tensors with a tangent in it
+        self._sharing: dict[int, list[ref[Tensor]]] = {}  # memory -> tensors with a tangent in it
+        self._parts: WeakTensorKeyDictionary = (
+            WeakTensorKeyDictionary()
+        )  # tensor -> memory of its own
         for t in tensors:
             self._note_storage(t)
 
@@ -113,7 +116,7 @@ class Recorder(Watch):
             return None
         if self._rearrangements_only and name not in REARRANGEMENTS:
             # Also through a view that was made by another operation, and is not followed.
-            if mutates and any(self._tracked_in(_storage(x)) for x in _tensors(args)):
+            if mutates and any(self._tracked_in(self._memory(x)) for x in _tensors(args)):
                 raise Unsupported(f"{func} writes into what is followed")
             return None
         call = Call(func, args, kwargs, None, self._is_tracked, in_place=mutates)
@@ -134,16 +137,24 @@ class Recorder(Watch):
     def _is_shared(self, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a tensor with a tangent, or another argument, lies in the target's memory: its tangent
         would not follow what is written."""
-        storage = _storage(target)
-        return any(t is not target for t in self._tracked_in(storage)) or any(
-            _storage(x) == storage for x in _tensors((list(args[1:]), kwargs))
+        memory = self._memory(target)
+        return any(t is not target for t in self._tracked_in(memory)) or any(
+            self._memory(x) == memory for x in _tensors((list(args[1:]), kwargs))
         )
 
-    def _tracked_in(self, storage: int) -> list[Tensor]:
-        return [t for r in self._sharing.get(storage, ()) if (t := r()) is not None]
+    def _tracked_in(self, memory: int) -> list[Tensor]:
+        return [t for r in self._sharing.get(memory, ()) if (t := r()) is not None]
+
+    def _memory(self, x: Tensor) -> int:
+        """Tells pieces of memory apart."""
+        part: int | None = self._parts.get(x)
+        if part is not None:
+            return part
+        # A sparse tensor has no storage of its own.
+        return x.untyped_storage()._cdata if x.layout == torch.strided else id(x)
 
     def _note_storage(self, x: Tensor) -> None:
-        sharing = self._sharing.setdefault(_storage(x), [])
+        sharing = self._sharing.setdefault(self._memory(x), [])
         sharing[:] = [r for r in sharing if r() is not None]
         sharing.append(ref(x))
 
@@ -201,6 +212,10 @@ class Recorder(Watch):
             step.outputs.append(slot)
             if isinstance(y, Tensor) and y.is_floating_point() and k not in call.constant:
                 self._slots[y] = slot
+                if call.func._schema.name.startswith("aten::unsafe_"):
+                    self._parts[y] = -slot  # parts that are known not to overlap
+                elif call.aliases and call.inputs[0] in self._parts:
+                    self._parts[y] = self._parts[call.inputs[0]]
                 if not call.in_place:
                     self._note_storage(y)
         self._steps.append(step)
@@ -246,8 +261,3 @@ def _base_name(func: Any) -> str:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
-
-
-def _storage(x: Tensor) -> int:
-    """Tells pieces of memory apart; a sparse tensor has none of its own."""
-    return x.untyped_storage()._cdata if x.layout == torch.strided else id(x)

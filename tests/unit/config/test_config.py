@@ -292,8 +292,8 @@ def test_files_that_are_no_jobs(write: Any, text: str, words: list[str]) -> None
         # ranges and choices
         ("steps=-1", ["steps is -1", "at least 0"]),
         ("optim.damping=-1", ["optim.damping is -1", "at least 0"]),
-        ("optim.preset=sed", ["optim.preset is 'sed'", "'default' or 'seed'"]),
-        ("optim.preset=[a]", ["optim.preset is ['a']", "'default' or 'seed'"]),
+        ("optim.preset=sed", ["optim.preset is 'sed'", "'pytorch_hessianfree' or 'seed'"]),
+        ("optim.preset=[a]", ["optim.preset is ['a']", "'pytorch_hessianfree' or 'seed'"]),
         ("dtype=float16", ["dtype is 'float16'", "'float32' or 'float64'"]),
         ("device=gpu", ["device is 'gpu'", "cuda:N"]),
         ("name=''", ["name is ''"]),

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.microbatch import from_task
-from hfdist.curvature.objective import Problem, Regularisation, Roles
+from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import (
+    Context,
     DiagonalPreconditioner,
     backpack_squares,
     empirical_fisher_diagonal,
+    make_preconditioner,
     sum_of_squared_gradients,
 )
 from hfdist.curvature.preconditioners import empirical_fisher as empirical_fisher_module
-from hfdist.curvature.preconditioners.for_task import empirical_fisher
 from hfdist.optim.options import HFOptions
 
 SINGLE = [c for c in CASES if not c.coupled and not c.random]
@@ -182,16 +183,24 @@ def test_the_preconditioner_of_a_step(name: str, sizes: tuple[int, ...]) -> None
         parts.append((from_task(task, model, part, seed=low), part))
         low += size
     role = [microbatch for microbatch, _ in parts]
-    options = HFOptions(weight_decay=0.1, preconditioner_exponent=0.6)
+    options = HFOptions(
+        preconditioner="empirical_fisher", weight_decay=0.1, preconditioner_exponent=0.6
+    )
     problem = Problem(
         params=ParameterVector(trainable(model)),
         roles=Roles(gradient=role, curvature=role, loss=role),
         reduction="mean",
         regularisation=Regularisation(weight_decay=0.1),
         frozen=FixedRandomness(torch.device("cpu"), model),
+        overrides=Overrides(
+            preconditioner=make_preconditioner(
+                Context(task=task, model=model, gradient=parts, options=options)
+            )
+        ),
     )
     problem.loss_and_gradient()
-    M = empirical_fisher(problem, task, model, parts, options)(0.5)
+    M = problem.preconditioner(0.5)
+    assert M is not None
     f = case.function(model, batch, seed=0)
     _, weight = f.loss(f.outputs())
     expected = (by_examples(case, model) / weight + 0.1 + 0.5) ** -0.6

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfdist.optim.cg import backtracking_grid, cg, made_too_little_progress
 from hfdist.optim.options import HFOptions
 from hfdist.optim.report import Stop
+from hfdist.optim.solvers.cg import backtracking_grid, cg, made_too_little_progress
 from hfdist.optim.space import WHOLE, Space
 
 P = 20
@@ -314,7 +314,3 @@ def test_iterates_are_kept_in_less_memory(kept: str) -> None:
         torch.testing.assert_close(back, x, rtol=2**-8 if kept == "bfloat16" else 0.0, atol=0.0)
     if kept == "bfloat16":
         assert less.num_bytes < whole.num_bytes
-
-
-def test_every_way_to_stop_has_its_advice() -> None:
-    assert all(stop.advice.endswith(".") for stop in Stop)

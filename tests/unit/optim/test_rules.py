@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hfdist.optim.backtracking import backtrack
-from hfdist.optim.damping import levenberg_marquardt, raised, reduction_ratio
+from hfdist.optim.damping import (
+    DAMPING_RULES,
+    Outcome,
+    levenberg_marquardt,
+    next_damping,
+    raised,
+    reduction_ratio,
+)
 from hfdist.optim.line_search import line_search
 from hfdist.optim.options import PRESETS, HFOptions
 
@@ -67,19 +76,19 @@ def test_reduction_ratio_of_no_prediction_is_nan() -> None:
 def test_efficient_stops_at_the_first_rise() -> None:
     losses = Losses([0.0, 5.0, 1.0, 2.0, 3.0])
     choice = backtrack(5, losses, "efficient")
-    assert (choice.place, choice.loss) == (2, 1.0)
+    assert (choice.index, choice.loss) == (2, 1.0)
     assert losses.asked == [4, 3, 2, 1]
 
 
 def test_full_finds_the_lowest() -> None:
     choice = backtrack(5, Losses([0.5, 5.0, 1.0, 2.0, 3.0]), "full")
-    assert (choice.place, choice.loss) == (0, 0.5)
+    assert (choice.index, choice.loss) == (0, 0.5)
 
 
 @pytest.mark.parametrize("rule", ["efficient", "full"])
 def test_non_finite_losses_are_passed_over(rule: str) -> None:
     choice = backtrack(4, Losses([3.0, 1.0, math.nan, math.inf]), rule)
-    assert (choice.place, choice.loss) == (1, 1.0)
+    assert (choice.index, choice.loss) == (1, 1.0)
     worst = backtrack(2, Losses([math.nan, math.nan]), rule)
     assert worst.loss == math.inf
 
@@ -197,3 +206,28 @@ def test_presets_are_valid_and_a_change_wins() -> None:
     assert HFOptions.with_preset("seed", linesearch_max_iter=3).linesearch_max_iter == 3
     with pytest.raises(ValueError, match="literature"):
         HFOptions.with_preset("literature")
+
+
+@pytest.mark.parametrize("rule", [None, *DAMPING_RULES])
+@pytest.mark.parametrize("accepted", [False, True])
+@given(st.floats(1e-3, 1e3), st.floats(allow_nan=True, allow_infinity=True))
+def test_every_damping_rule_stays_within_the_bounds(
+    rule: str | None, accepted: bool, damping: float, rho: float
+) -> None:
+    options = HFOptions(damping_rule=rule or "auto", damping_min=1e-3, damping_max=1e3)
+    outcome = Outcome(damping=damping, rho=rho, accepted=accepted, candidate_damping=damping / 4)
+    following = next_damping(outcome, options, "lm")
+    assert 1e-3 <= following <= 1e3
+    assert next_damping(outcome, replace(options, adapt_damping=False), "lm") == damping
+    if rule is None:
+        assert following == next_damping(outcome, replace(options, damping_rule="lm"), "chosen")
+
+
+def test_the_option_names_exactly_the_damping_rules() -> None:
+    assert set(get_args(get_type_hints(HFOptions)["damping_rule"])) == {"auto", *DAMPING_RULES}
+    outcome = Outcome(damping=2.0, rho=0.5, accepted=True, candidate_damping=8.0)
+    following = {
+        rule: next_damping(outcome, HFOptions(damping_rule=rule, damping_decay=0.5), "lm")  # type: ignore[arg-type]
+        for rule in DAMPING_RULES
+    }
+    assert following == {"lm": 2.0, "fixed": 2.0, "schedule": 1.0, "chosen": 8.0}

@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from torch import nn
-
-from hfdist.curvature.microbatch import Microbatch
 from hfdist.curvature.objective import Problem
+from hfdist.curvature.preconditioners.context import Builder, Context
 from hfdist.curvature.preconditioners.diagonal import DiagonalPreconditioner
 from hfdist.curvature.preconditioners.empirical_fisher import sum_of_squared_gradients
 from hfdist.optim.objective import Operator
-from hfdist.optim.options import HFOptions
-from hfdist.tasks.task import Batch, Task
 
 
-def empirical_fisher(
-    problem: Problem,
-    task: Task,
-    model: nn.Module,
-    microbatches: Sequence[tuple[Microbatch, Batch]],
-    options: HFOptions,
-) -> Callable[[float], Operator]:
-    """damping -> M, for `Overrides.preconditioner`; call it after the problem's gradient.
+def empirical_fisher(context: Context) -> Builder:
+    """(sum_i g_i^2 / weight + weight_decay + damping)^-preconditioner_exponent, a diagonal."""
+    task, options = context.task, context.options
 
-    Args:
-        problem: Its gradient's weight normalises the diagonal, its layout says which part of it this
-            rank keeps.
-        task, model: Of the loss.
-        microbatches: This rank's, of the gradient role.
-        options: `weight_decay` and `preconditioner_exponent` are used.
-    """
-
-    def make(damping: float) -> Operator:
+    def build(problem: Problem, damping: float) -> Operator:
         squares = problem.params.zeros()
-        for microbatch, batch in microbatches:
+        for microbatch, batch in context.gradient:
             with problem.evaluation(microbatch):
                 squares += sum_of_squared_gradients(
                     problem.params,
-                    model,
+                    context.model,
                     task.loss,
                     task.forward,
                     batch,
@@ -48,4 +29,4 @@ def empirical_fisher(
         diagonal.add_(options.weight_decay)
         return DiagonalPreconditioner(diagonal, damping, options.preconditioner_exponent)
 
-    return make
+    return build

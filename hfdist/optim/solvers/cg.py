@@ -5,14 +5,74 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from hfdist.optim.objective import Operator
-from hfdist.optim.options import HFOptions
+from hfdist.optim.option_group import OptionGroup
 from hfdist.optim.report import Stop
+from hfdist.optim.solvers.solution import Candidate, Solution, System
 from hfdist.optim.space import WHOLE, Space
+
+
+@dataclass(frozen=True, kw_only=True)
+class CGOptions(OptionGroup):
+    """Conjugate gradients."""
+
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "cg_max_iter": (1, math.inf),
+        "cg_decay_x0": (0.0, 1.0),
+        "cg_decay_x0_steps": (1, math.inf),
+        "cg_stop_eps": (0.0, math.inf),
+        "cg_stop_window": (1, math.inf),
+        "cg_tol": (0.0, math.inf),
+        "cg_atol": (0.0, math.inf),
+        "cg_residual_replacement": (1, math.inf),
+    }
+
+    cg_max_iter: int | None = 250
+    """Most CG iterations a step [2, sec. 8.7]; null: the number of parameters."""
+    cg_decay_x0: float = 0.95
+    """CG starts from this times the last step's CG solution [2, sec. 10]; 0 starts from zero."""
+    cg_decay_x0_max: float | None = None
+    """If given, the decay rises linearly to this value [9, A.6] ..."""
+    cg_decay_x0_steps: int = 1000
+    """... over this many steps."""
+    reset_warm_start: bool = True
+    """Start CG from zero after a rejected step."""
+    cg_stop: Literal["martens", "relative_progress", "residual"] = "martens"
+    """Stopping rule: per-iteration progress [1, sec. 4.4], PyTorchHessianFree's variant of it, or the
+    residual alone."""
+    cg_stop_eps: float = 5e-4
+    """Progress of the quadratic under which CG stops."""
+    cg_stop_window: int = 10
+    """Progress is measured over max(this, i/10) iterations [1, sec. 4.4]."""
+    cg_tol: float = 1e-5
+    """CG stops once |r| <= max(cg_tol |b|, cg_atol)."""
+    cg_atol: float = 0.0
+    """See cg_tol."""
+    cg_residual_replacement: int | None = None
+    """Compute the residual anew, as Ax - b, every so many iterations, at the price of a product: rounding
+    (of `reduction_dtype`, or of long solves in float32) no longer piles up in it."""
+    nonpositive_curvature: Literal["stop", "use", "absolute", "ignore"] = "stop"
+    """When p'Ap <= 0: keep the iterate so far; move along p (a descent direction) and stop; go on with
+    |p'Ap| (saddle-free); or go on as if nothing happened (PyTorchHessianFree)."""
+    cg_grid_gamma: float = 1.3
+    """Iterates ceil(gamma^j) - 1 are kept for backtracking [1, sec. 4.6]."""
+    cg_iterates: Literal["full", "bfloat16", "host"] = "full"
+    """How they are kept: as they are, rounded to bfloat16 (the step taken is the rounded one, whose loss
+    was evaluated), or in the host's memory."""
+
+    def check(self) -> None:
+        if not self.cg_grid_gamma > 1.0:
+            raise ValueError(f"cg_grid_gamma is {self.cg_grid_gamma}: it must be greater than 1")
+        if self.cg_decay_x0_max is not None and not self.cg_decay_x0 <= self.cg_decay_x0_max <= 1.0:
+            raise ValueError(
+                f"cg_decay_x0_max is {self.cg_decay_x0_max}: it must lie between cg_decay_x0 "
+                f"({self.cg_decay_x0}) and 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +114,7 @@ def backtracking_grid(gamma: float) -> Callable[[int], bool]:
     return on_grid
 
 
-def made_too_little_progress(phi: list[float], options: HFOptions) -> bool:
+def made_too_little_progress(phi: list[float], options: CGOptions) -> bool:
     """The stopping rule on the quadratic's progress.
 
     "martens" [1, sec. 4.4]: i > k, phi_i < 0 and (phi_i - phi_{i-k}) / phi_i < k eps.
@@ -79,7 +139,7 @@ def cg(
     b: Tensor,
     x0: Tensor | None,
     M: Operator | None,
-    options: HFOptions,
+    options: CGOptions,
     *,
     exact: Operator | None = None,
     keep_iterates: bool = True,
@@ -202,6 +262,41 @@ def cg(
         iterates.pop()
     iterates.append((i, x))
     return _result(x, iterates, phi, stop, r_norm, b_norm, num_products)
+
+
+def solve(system: System, options: CGOptions) -> Solution:
+    """`cg` on the damped system; the kept iterates are the candidates."""
+    result = cg(
+        system.curvature(system.damping),
+        system.b,
+        system.start,
+        system.preconditioner(system.damping),
+        options,
+        exact=system.exact_curvature(system.damping) if options.cg_residual_replacement else None,
+        keep_iterates=system.keep_path,
+        on_iteration=system.on_iteration,
+        space=system.space,
+    )
+    return solution(result, system.damping)
+
+
+def solution(result: CGResult, damping: float) -> Solution:
+    """A solve's outcome in the words of every solver; `damping` is lambda in its quadratic."""
+    return Solution(
+        candidates=[
+            Candidate(iteration=i, model=result.quadratic[i], damping=damping)
+            for i, _ in result.iterates
+        ],
+        step=result.iterate,
+        is_path=True,
+        next_start=result.x,
+        quadratic=result.quadratic,
+        iterations=result.iterations,
+        stop=result.stop,
+        residual=result.residual,
+        num_products=result.num_products,
+        num_bytes=result.num_bytes,
+    )
 
 
 _KEPT: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,0 +1,75 @@
+"""What a solver is given, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hfdist.optim.objective import Operator
+from hfdist.optim.report import Stop
+from hfdist.optim.space import WHOLE, Space
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """The step's model m(x) = x'Bx/2 - b'x, to be minimised approximately and with damping."""
+
+    curvature: Callable[[float], Operator]
+    """lambda -> v -> (B + lambda D) v, D the damping metric."""
+    exact_curvature: Callable[[float], Operator]
+    """The same with less rounding; may share memory with it."""
+    b: Tensor
+    """Minus the gradient [n]; finite."""
+    damping: float
+    """lambda."""
+    preconditioner: Callable[[float], Operator | None] = lambda damping: None
+    """lambda -> M, an approximation of the inverse of B + lambda D; None: the identity."""
+    start: Tensor | None = None
+    """Where to start [n]; None is zero."""
+    keep_path: bool = True
+    """Candidates on the way are wanted, not only the last."""
+    space: Space = WHOLE
+    """How vectors lie over ranks."""
+    on_iteration: Callable[[int, float], None] | None = None
+    """Called with the number of each finished iteration and the space's signal; what it raises
+    propagates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A step that the solver offers."""
+
+    iteration: int
+    """Number of the iteration that it belongs to."""
+    model: float
+    """m(x) + damping/2 x'Dx."""
+    damping: float
+    """lambda in `model`."""
+    undamped_model: float | None = None
+    """m(x), where the solver has it; computed from `model` otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """Outcome of a solve, whatever the solver."""
+
+    candidates: Sequence[Candidate]
+    """At least one, in the order of the iterations, or of falling lambda."""
+    step: Callable[[int], Tensor]
+    """Index of a candidate -> its x [n]."""
+    is_path: bool
+    """Whether the candidates lie on the way of one iteration: their losses then tend to fall and to rise
+    again, and backtracking need not look at all of them."""
+    next_start: Tensor | None
+    """What the next step may start from [n]; None where the solver starts from zero."""
+    quadratic: Sequence[float]
+    """The damped model after 0, 1, .. iterations."""
+    iterations: int
+    stop: Stop
+    residual: float
+    """|b - Ax| / |b| at the end."""
+    num_products: int
+    num_bytes: int
+    """Memory of the solver's vectors on this rank's device."""
