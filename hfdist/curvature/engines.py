@@ -166,6 +166,7 @@ class ProductBuilder:
         return kind(lambda: self._evaluated(microbatch, replays), self._tensors)
 
     def _point_at(self, microbatch: Microbatch) -> Callable[[Tensor], Point]:
+        @torch.no_grad()  # what is computed here is none of the program's
         def point(e: Evaluation) -> Point:
             point = Point.of(e)
             if self._is_ggn:
@@ -187,6 +188,14 @@ class ProductBuilder:
         """Whether this microbatch is to be checked: the first of a step."""
         is_first = self._evaluate_at is not None and not self.products
         return is_first and self._engine.verifier.wants(operations)
+
+    def _checked(self, operations: Sequence[str]) -> None:
+        self._engine.verifier.done(operations)
+        if self._engine.verifier.holds_detached:
+            self._engine.warn(
+                "the loss depends on parameters through what the program detaches: gradient and products "
+                "take that for constant, as autograd does, while candidates' losses follow it"
+            )
 
     def _kept(
         self, microbatch: Microbatch, e: Evaluation, recorder: Recorder | None
@@ -224,7 +233,7 @@ class ProductBuilder:
             if reason is None:
                 self._engine.used = name
                 if probe is not None:
-                    verifier.done(operations)
+                    self._checked(operations)
                 return parts.gradient, parts.whole(product)
             verifier.refused.add(name)
             self._engine.warn(f"curvature products by {name} are not used: {reason}")
@@ -243,7 +252,7 @@ class ProductBuilder:
             probe = verifier.check_gradient(self._params, e, gradient, self._point_at(microbatch))
             if probe is not None:
                 verifier.check_hessian(product, e, gradient, probe)
-                verifier.done(["hessian"])
+                self._checked(["hessian"])
         return gradient, product
 
 
