@@ -225,7 +225,7 @@ _SCALAR = (
 )  # fmt: skip
 _EACH_AFTER = (
     "", "l *= w[0]", "l[0] = 0.0", "l[1:] *= 3.0", "l = l * l.detach()", "l[l > 0.5] = 0.0",
-    "l.view(-1)[:2].mul_(2.0)", "l = l.sort(0).values", "l /= 4", "l.clamp_(max=1.2)", "l = l.square()",
+    "l.narrow(0, 0, 2).mul_(2.0)", "l = l.sort(0).values", "l /= 4", "l.clamp_(max=1.2)", "l = l.square()",
     "l.masked_fill_(l.detach() > 1, 0.0)",
 )  # fmt: skip
 _AFTER = (
