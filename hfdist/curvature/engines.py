@@ -166,6 +166,7 @@ class ProductBuilder:
         return kind(lambda: self._evaluated(microbatch, replays), self._tensors)
 
     def _point_at(self, microbatch: Microbatch) -> Callable[[Tensor], Point]:
+        @torch.no_grad()  # what is computed here is none of the program's
         def point(e: Evaluation) -> Point:
             point = Point.of(e)
             if self._is_ggn:

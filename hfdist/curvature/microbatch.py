@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
@@ -130,7 +131,10 @@ def from_parts(
         with recorder or nullcontext():
             outputs = forward()
         z = differentiable_tensors(outputs)
-        leaves = [t.detach().requires_grad_() for t in z]
+        with torch.no_grad():  # not a detach of the program's, see `verify.HeldFixed`
+            leaves = [t.detach() for t in z]
+        for leaf in leaves:
+            leaf.requires_grad_()
         copies = [t.clone() for t in leaves] if traits.writes_into_outputs else leaves
         outputs = replaced(outputs, {id(t): c for t, c in zip(z, copies)})
         watch, follow = LossWatch(), Recorder(leaves, rearrangements_only=True)

@@ -9,20 +9,26 @@ than before, one microbatch is also evaluated at theta + h d and theta - h d:
 - d' J' H J d, whose left part is a backward pass, against (Jd)' H (Jd): J' is the adjoint of J;
 - H Jd in closed form against double backward through the loss.
 
+An embedding's `padding_idx` tells autograd to hold a row fixed: it is held fixed in these evaluations, too,
+where they disagree otherwise.
+
 A difference of losses has an error of its own, by rounding and by kinks: what it says counts if it
 says the same at several h.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from hfdist.curvature.ggn import GGNProduct
 from hfdist.curvature.layout import Product
@@ -57,6 +63,52 @@ class Point:
         return cls(loss=e.loss_sum.detach(), outputs=[z.detach() for z in e.outputs])
 
 
+class HeldFixed(TorchFunctionMode):
+    """Keeps what autograd is told to hold fixed: the first pass inside notes the values, later ones get them.
+
+    That is the row of `padding_idx` of embeddings and, if asked for, results of `detach`. What runs without
+    gradients, as the inside of custom functions does, is left alone; so is what autograd itself detaches.
+    """
+
+    def __init__(self, *, detached: bool) -> None:
+        super().__init__()
+        self._detached = detached
+        self._values: list[Tensor] = []
+        self._next: int | None = None
+        """Of the values, in later passes."""
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._next = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return out
+        if func is Tensor.detach and self._detached:
+            return self._held(out)
+        if func is F.embedding:
+            named = dict(zip(("input", "weight", "padding_idx"), args)) | kwargs
+            padding = named.get("padding_idx")
+            if padding is not None:
+                row = self._held(named["weight"][padding])
+                is_padding = named["input"] == padding % len(named["weight"])
+                return torch.where(is_padding.unsqueeze(-1), row, out)
+        return out
+
+    def _held(self, value: Tensor) -> Tensor:
+        if self._next is None:
+            self._values.append(value.detach().clone())
+            return value
+        if self._next == len(self._values) or self._values[self._next].shape != value.shape:
+            return value  # another program at other parameters
+        self._next += 1
+        return self._values[self._next - 1].clone()
+
+
 _MOST_CHECKS = 4
 """Of a run: a program that is never the same twice is not checked for ever."""
 
@@ -88,9 +140,36 @@ class Probe:
     direction: list[Tensor]
     """d, shaped like the parameters."""
     here: Point
-    at: Callable[[float], Point]
-    """t -> the values at theta + t d; made once."""
+    evaluate: Callable[[float], Point]
+    """t -> the values at theta + t d."""
     tolerance: Tolerance
+    _known: dict[float, Point] = field(default_factory=dict)
+
+    def at(self, t: float) -> Point:
+        """The values at theta + t d; made once."""
+        if t not in self._known:
+            self._known[t] = self.evaluate(t)
+        return self._known[t]
+
+    def ways(self) -> Iterator[Probe]:
+        """This probe, and that of the program with the padding's row of embeddings held fixed."""
+        yield self
+        held = self.held(detached=False)
+        if held is not None:
+            yield held
+
+    def held(self, *, detached: bool) -> Probe | None:
+        """This probe of the program with what it tells autograd to hold fixed held fixed (see `HeldFixed`);
+        None if that cannot be done."""
+        hold = HeldFixed(detached=detached)
+
+        def evaluate(t: float) -> Point:
+            with hold:
+                return self.evaluate(t)
+
+        held = dataclasses.replace(self, evaluate=evaluate, _known={})
+        # Values are noted at theta. Writes into what was detached cannot be held.
+        return held if float(held.at(0.0).loss) == float(self.here.loss) else None
 
     @property
     def is_repeatable(self) -> bool:
@@ -192,21 +271,38 @@ class Verifier:
                 f"{float(probe.at(0.0).loss):.9g}): the forward pass draws new data or keeps state "
                 "between calls. Give it the same data until the step is done, or set optim.verify=off"
             )
-        if not error > 0.0:
-            return probe
+        for way in probe.ways():
+            if not way.contradicts(slope, e.loss_sum, lambda point: point.loss) > 0.0:
+                return way
+        cause = (
+            f"{suspects(e)}A part of the loss has no gradient, or another one: look for no_grad, item, "
+            "numpy, rounding, gradient hooks and custom autograd.Function classes"
+        )
+        held = probe.held(detached=True)
+        if held is not None and not (
+            held.contradicts(slope, e.loss_sum, lambda point: point.loss) > 0.0
+        ):
+            cause = (
+                "They agree where what the program detaches is held fixed: autograd takes it for constant, "
+                "while the losses of candidates follow it"
+            )
         raise TaskError(
-            f"gradient and loss disagree by {error:.1%} along a direction, so no step was taken. "
-            f"{suspects(e)}A part of the loss has no gradient, or another one: look for detach, "
-            "no_grad, item, numpy, rounding, gradient hooks and custom autograd.Function classes. If "
-            "that is meant, set optim.verify=off"
+            f"gradient and loss disagree by {error:.1%} along a direction, so no step was taken. {cause}. "
+            "If that is meant, set optim.verify=off"
         )
 
     def wrong_product(self, product: GGNProduct, e: Evaluation, probe: Probe) -> str | None:
         """What is wrong with a microbatch's GGN product; None if nothing was found."""
-        try:
-            return self._wrong_product(product, e, probe)
-        except RuntimeError as error:
-            return explained(error)
+        reasons: list[str] = []
+        for way in probe.ways():
+            try:
+                reason = self._wrong_product(product, e, way)
+            except RuntimeError as error:
+                return explained(error)
+            if reason is None:
+                return None
+            reasons.append(reason)
+        return reasons[0]
 
     @staticmethod
     def _wrong_product(product: GGNProduct, e: Evaluation, probe: Probe) -> str | None:
@@ -257,12 +353,16 @@ class Verifier:
                 f"the Hessian's product fails: {explained(error)}. {suspects(e)}Use "
                 "curvature_opt=ggn, or a forward pass that torch can differentiate twice"
             ) from error
-        error_H = probe.contradicts(
-            flat(Hd, probe.direction), flat(gradient, probe.direction), _gradient
-        )
-        if error_H > 0.0:
+        errors: list[float] = []
+        for way in probe.ways():
+            errors.append(
+                way.contradicts(flat(Hd, way.direction), flat(gradient, way.direction), _gradient)
+            )
+            if not errors[-1] > 0.0:
+                break
+        else:
             raise TaskError(
-                f"the Hessian's product is {error_H:.1%} off a difference of gradients. "
+                f"the Hessian's product is {errors[0]:.1%} off a difference of gradients. "
                 f"{suspects(e)}Use curvature_opt=ggn, or a forward pass that torch can "
                 "differentiate twice, or set optim.verify=off"
             )
@@ -291,14 +391,7 @@ def _probe(
                 aside = aside * (g != 0)
             direction.append(((up + 0.5 * aside) * length).to(t.dtype))
         theta, d = params.read(), params.flatten(direction)
-    known: dict[float, Point] = {}
-
-    def at(t: float) -> Point:
-        if t not in known:
-            known[t] = at_theta(theta + t * d)
-        return known[t]
-
-    return Probe(direction, here, at, tolerance)
+    return Probe(direction, here, lambda t: at_theta(theta + t * d), tolerance)
 
 
 def _output(k: int) -> Callable[[Point], Tensor]:

@@ -46,7 +46,7 @@ FUNCTIONS: dict[str, Function] = {
     "index": lambda x, y: x[:, INDEX],
     "masked": lambda x, y: x.masked_fill(MASK, 3.0),
     "where": lambda x, y: torch.where(MASK, x, y) + torch.where(MASK, x, 1.0),
-    "pad": lambda x, y: F.pad(x, (1, 2)),
+    "pad": lambda x, y: F.pad(x, (1, 2)) * F.pad(y, (2, 1), value=0.7),
     "tril": lambda x, y: x.tril(),
     "cumsum": lambda x, y: x.cumsum(1),
     "copy": lambda x, y: torch.zeros_like(x).copy_(x),

@@ -37,7 +37,7 @@ def _reshape(call: Call) -> Map:
 
 @rule(
     "clone", "neg", "sum", "mean", "flip", "roll", "repeat", "cumsum", "tril", "triu", "index_select",
-    "constant_pad_nd", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d",
+    "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d",
     "_adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
     "upsample_bilinear2d", "reflection_pad1d", "reflection_pad2d", "im2col", "col2im", "gather",
     "index",
