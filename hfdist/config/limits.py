@@ -115,7 +115,7 @@ def what_is_wrong(key: str, value: Any) -> str:
         return next((found for v in value if (found := what_is_wrong(key, v))), "")
     if isinstance(value, str):
         if not _is_text(value):
-            return f"is {value!r}: it holds characters that are no text (UTF-8)"
+            return f"is {value[:80]!r}: it holds characters that are no text (UTF-8)"
     elif not _is_text(key):
         return "is no text (UTF-8)"
     if key.startswith("task_args"):
@@ -127,7 +127,7 @@ def what_is_wrong(key: str, value: Any) -> str:
     if isinstance(value, int) and abs(value) > _MAX_INTEGER:
         return f"is about 1e{len(str(abs(value) >> 64)) + 19}: it must be below 2^63"
     if isinstance(value, str) and "\0" in value:
-        return f"is {value!r}: it holds a NUL byte"
+        return f"is {value[:80]!r}: it holds a NUL byte"
     if isinstance(value, str) and has_user_information(value):
         return (
             "holds a user's name or password: it would stand in every record of the run. Leave it out, and "

@@ -222,7 +222,10 @@ def test_train_resume_and_evaluate(job: Path, call: Any, monkeypatch: pytest.Mon
     resumed = call("resume", run_dir, "steps=5")
     assert resumed.returncode == 0, resumed.stderr
     assert "going on at step 3 of 5" in resumed.stdout
-    assert [line[:8] for line in resumed.stdout.splitlines()[1:3]] == ["step 4/5", "step 5/5"]
+    assert [line.split("  ")[0] for line in resumed.stdout.splitlines()[1:3]] == [
+        "step 3 (4/5)",
+        "step 4 (5/5)",
+    ]
     assert str(run_dir) in resumed.stdout
     assert "steps: 5" in (run_dir / "config.yaml").read_text()
 
@@ -365,6 +368,7 @@ def test_init_makes_a_project_that_trains_and_tests_itself(tmp_path: Path, call:
     assert {p.name for p in folder.iterdir()} == {
         "README.md",
         "job.yaml",
+        "schema.json",  # which the job file names
         "task.py",
         "test_task.py",
     }
