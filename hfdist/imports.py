@@ -17,5 +17,4 @@ def without_collection() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            gc.freeze()
             gc.enable()

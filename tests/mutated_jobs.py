@@ -1,4 +1,4 @@
-"""Jobs, tasks and runs with something wrong in them, made from a number: the same number, the same mistake."""
+"""Jobs, tasks and runs with something wrong in them: each a function of a number."""
 
 from __future__ import annotations
 
