@@ -473,7 +473,7 @@ def test_code_of_somebody_else_is_run_on_request_only(
     for verb in (["resume", run_dir, "steps=2"], ["evaluate", run_dir]):
         refused = call(*verb)
         assert refused.returncode == 2
-        assert "--trust" in one_error(refused)
+        assert "--trust" in _only_message(refused)
         assert "task.py" in refused.stderr or "config.yaml" in refused.stderr
     assert call("evaluate", run_dir, "--trust").returncode == 0
     trusted = call("resume", run_dir, "steps=2", "--trust", "--quiet")
@@ -491,7 +491,7 @@ def test_an_error_that_nobody_thought_of_is_one_message_too(
     monkeypatch.setattr(config, "schema", broken)
     answer = call("schema")
     assert answer.returncode == 1
-    assert "unexpected RuntimeError: first line" in one_error(answer)
+    assert "unexpected RuntimeError: first line" in _only_message(answer)
     answer = call("--debug", "schema")
     assert "Traceback" in answer.stderr
     assert "hidden" not in answer.stderr

@@ -102,6 +102,26 @@ def test_workers_have_a_limit_before_anything_is_started(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "launch.timeout_seconds",
+        "launch.placement_timeout",
+        "tracking.finish_timeout",
+        "tracking.system_metrics_every",
+    ],
+)
+def test_times_fit_into_timers(key: str) -> None:
+    section, _, name = key.partition(".")
+    with pytest.raises(ConfigError, match=rf"{key} is 1e\+300 seconds"):
+        job(**{section: {name: 1e300}})
+
+
+def test_threads_have_a_limit() -> None:
+    with pytest.raises(ConfigError, match=r"threads_per_worker is 999999999: it must be from 1 to"):
+        job(launch={"threads_per_worker": 999_999_999})
+
+
 # -- texts
 
 
