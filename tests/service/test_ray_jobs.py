@@ -158,7 +158,7 @@ def test_a_job_from_submission_to_its_continuation(
     assert jobs["one-r2"]["status"] == "SUCCEEDED"
     assert jobs["one-r2"]["run_id"] == "one"
     assert jobs["one-r2"]["task"] == "task.py:Slow"
-    assert jobs["one-r2"]["steps"] == str(more)
+    assert jobs["one-r2"]["steps"] == more
     shown = json.dumps(jobs) + command("jobs", "logs", "one", *at).stdout
     assert "hidden-" not in shown
     assert command("jobs", "delete", "one-r2", *at).returncode == 0
