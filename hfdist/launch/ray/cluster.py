@@ -105,10 +105,10 @@ def _refuses_token(address: str) -> bool:
         return False
     try:
         import grpc
-        from ray.core.generated import gcs_service_pb2 as messages
-        from ray.core.generated import gcs_service_pb2_grpc as services
+        from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
     except ImportError:  # private to Ray
         return False
+    messages: Any = gcs_service_pb2  # made at run time: its names are known to nobody before
     metadata = []
     if os.environ.get("RAY_AUTH_MODE") == "token":
         token = os.environ.get("RAY_AUTH_TOKEN") or ""
@@ -117,10 +117,8 @@ def _refuses_token(address: str) -> bool:
         metadata = [("authorization", f"Bearer {token}")]
     with grpc.insecure_channel(where) as channel:
         try:
-            services.NodeInfoGcsServiceStub(channel).GetClusterId(
-                messages.GetClusterIdRequest(),  # type: ignore[attr-defined]
-                metadata=metadata,
-                timeout=10.0,
+            gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId(
+                messages.GetClusterIdRequest(), metadata=metadata, timeout=10.0
             )
         except grpc.RpcError as error:
             return error.code() is grpc.StatusCode.UNAUTHENTICATED

@@ -76,6 +76,24 @@ class NoExample(Own):
     def example_inputs(self, batch):
         raise KeyError("inputs")
 
+class NaN(Own):
+    def loss(self, outputs, batch):
+        return super().loss(outputs, batch) * float("nan")
+
+class Inf(Own):
+    def loss(self, outputs, batch):
+        return super().loss(outputs, batch) + float("inf")
+
+class Uphill(Own):
+    def loss(self, outputs, batch):
+        # A gradient that points the wrong way: no step lowers the loss.
+        loss = super().loss(outputs, batch)
+        return 2 * loss.detach() - loss
+
+class Bottom(Own):
+    def loss(self, outputs, batch):
+        return 0.0 * super().loss(outputs, batch)
+
 class NoModel(Own):
     def model(self):
         return "a model"
@@ -349,3 +367,50 @@ def test_another_damping_on_resume_takes_effect(job: Path) -> None:
     assert changed[4]["damping"] == 7.0
     again = records(api.resume(part["run_dir"], ["steps=6"]))
     assert again[5]["damping"] in (7.0, pytest.approx(7.0 * 1.5), pytest.approx(7.0 / 1.5))
+
+
+# -- runs that train nothing
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [("NaN", ["nan", "4 steps"]), ("Uphill", ["none of 4 steps was accepted", "optim.damping"])],
+)
+def test_a_run_that_trains_nothing_has_failed(job: Path, task: str, words: list[str]) -> None:
+    result = hfdist.train(job, [f"task=task.py:{task}", "steps=4", "task_args.dropout=0"])
+    assert result["status"] == "FAILED"
+    assert result["steps"] == 4
+    for word in words:
+        assert word in result["error"]
+    text = (Path(result["run_dir"]) / "result.json").read_text()
+    assert "NaN" not in text.replace(result["error"], "")  # JSON has none
+    assert json.loads(text) == result
+    # Nothing is lost: the run can go on, with another rule.
+    again = api.resume(result["run_dir"], ["steps=5"])
+    assert (again["status"], again["steps"]) == ("FAILED", 5)
+
+
+def test_a_run_at_rest_is_no_failure(job: Path) -> None:
+    result = hfdist.train(job, ["task=task.py:Bottom", "steps=2"])
+    assert result["status"] == "FINISHED"
+
+
+def test_fewer_steps_than_are_done_are_refused(job: Path) -> None:
+    run_dir = Path(hfdist.train(job, ["steps=3"])["run_dir"])
+    before = {
+        p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and "logs" not in p.parts
+    }
+    with pytest.raises(ConfigError, match=r"steps is 2, but the run has done 3") as caught:
+        api.resume(run_dir, ["steps=2"])
+    assert caught.value.exit_code == 2
+    after = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and "logs" not in p.parts}
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "run_id", ["../x", "a b/e", "", ".", "..", "-x", "x" * 300, "a\nb", "a/b", "\0"]
+)
+def test_run_ids_are_checked_before_anything_is_made(job: Path, run_id: str) -> None:
+    with pytest.raises(ConfigError, match="run id"):
+        hfdist.train(job, run_id=run_id)
+    assert not (job.parent / "runs").exists()
