@@ -27,6 +27,7 @@ from hfdist.checkpoint.storage import open_storage
 from hfdist.errors import ConfigError, StorageError, SupersededError, UserError
 from hfdist.launch.child import Failed
 from hfdist.launch.logs import logging_to_file, path_of
+from hfdist.launch.ray.failures import first_failure
 from hfdist.launch.ray.loopback import is_loopback
 from hfdist.launch.ray.relay import RelayDisplay, RelayHandler
 from hfdist.rundir.locations import home_of, is_address
@@ -78,7 +79,9 @@ class FailureWatch(UserCallback):
         import ray
 
         failures: dict[int, tuple[Failed, float]] = ray.get(self._relay.failures.remote())
-        ray.get(self._relay.down.remote(sorted(worker_exceptions)))
+        nodes: dict[int, str] = ray.get(self._relay.nodes.remote())
+        cause = first_failure(failures, worker_exceptions, nodes)
+        ray.get(self._relay.down.remote(cause))
         for failed, _ in failures.values():
             if is_mistake(failed):
                 raise DoNotRetry(failed.message)
@@ -192,9 +195,11 @@ def _work(job: Assignment, rank: int) -> dict[str, Any]:
     )
     display: Display = QuietDisplay()
     resume = job.resume
-    if rank == 0:
-        import ray
+    import ray
 
+    node = f"{platform.node()} ({ray.util.get_node_ip_address()}, process {os.getpid()})"
+    job.relay.at.remote(rank, node)
+    if rank == 0:
         room = ray.util.get_current_placement_group()
         groups = ray.get(job.relay.begin.remote(room))
         display = RelayDisplay(job.relay)
