@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,8 @@ from hfdist.config.job import RunConfig
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import make_layout
-from hfdist.curvature.microbatch import Microbatch, from_task
+from hfdist.curvature.linearize import Recorder
+from hfdist.curvature.microbatch import Evaluation, Microbatch, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners.for_task import empirical_fisher
@@ -55,6 +56,8 @@ class Job:
     """A tracker of the launcher's own, told the same as the configured one."""
     retried: bool = False
     """The launcher tries again after failures that another try may mend, and records the last itself."""
+    is_leaving: Callable[[], bool] | None = None
+    """Whether a worker's machine will soon be taken away: every step is then checkpointed at once."""
 
 
 def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
@@ -102,7 +105,15 @@ class Worker:
         self._tried = self._try_task()
         tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
         self._coordinator = Coordinator(
-            job.config, job.run_dir, self.model, self._layout, comm, tracker, display, stop
+            job.config,
+            job.run_dir,
+            self.model,
+            self._layout,
+            comm,
+            tracker,
+            display,
+            stop,
+            job.is_leaving,
         )
 
     def run(self) -> dict[str, Any]:
@@ -217,7 +228,7 @@ class Worker:
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
             return [
-                from_task(self.task, self.model, batch, mixed(seed, place.number))
+                self._stoppable(from_task(self.task, self.model, batch, mixed(seed, place.number)))
                 for place, batch in batches
             ]
 
@@ -246,6 +257,19 @@ class Worker:
             make = empirical_fisher(problem, self.task, self.model, pairs, options)
             problem.overrides = Overrides(preconditioner=make)
         return problem
+
+    def _stoppable(self, microbatch: Microbatch) -> Microbatch:
+        """A microbatch that abandons the step where a stop was asked for: a pass over many may take longer
+        than a machine that is taken back still has. Several ranks agree on that between passes only."""
+        if self.comm.world_size > 1:
+            return microbatch
+
+        def evaluate(split: bool, recorder: Recorder | None = None) -> Evaluation:
+            if self._stop.requested:
+                raise Interrupted
+            return microbatch.evaluate(split, recorder)
+
+        return dataclasses.replace(microbatch, evaluate=evaluate)
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics on the evaluation data."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
-from ray.train import UserCallback, get_context
+from ray.train import UserCallback, get_context, get_preemption_info
 from ray.train.torch import TorchConfig
 from ray.train.torch import config as torch_config
 
@@ -213,10 +213,16 @@ def _work(job: Assignment, rank: int) -> dict[str, Any]:
             resume=comm.broadcast_object(resume),
             extra_tracker=RayMetricsTracker() if rank == 0 else None,
             retried=True,
+            is_leaving=_is_leaving,
         ),
         comm,
         display,
     )
+
+
+def _is_leaving() -> bool:
+    """Whether a node of the group drains: spot instances and upgrades give such a notice."""
+    return get_preemption_info() is not None
 
 
 def _join(job: Assignment) -> Communicator:
