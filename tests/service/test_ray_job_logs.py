@@ -79,6 +79,6 @@ def test_losses_are_told_once_with_rank_node_and_how(tmp_path: Path) -> None:
     for number, line in enumerate(restarts, 1):
         assert re.match(r"rank [01] on \S+ \(127\.0\.0\.1, process \d+\) ", line), line
         assert f"(failure {number} of 5 allowed)" in line
-    assert re.search(r"its node died|SIGKILL", restarts[0])
+    assert re.search(r"its node|SIGKILL", restarts[0])
     assert f"process {worker.pid})" in restarts[1]
-    assert "SIGKILL" in restarts[1]
+    assert re.search(r"SIGKILL|does not answer", restarts[1])

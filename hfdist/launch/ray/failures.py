@@ -67,6 +67,9 @@ def first_failure(
     # Ray does not say which signal it was; of all, only this one leaves a process no last word in its log.
     hint = " (by SIGKILL, by hand or because memory ran out, if its log says nothing)"
     silent = {rank: how + hint if how == _SILENT else how for rank, how in silent.items()}
+    if not own and not silent:  # Ray has not seen yet what their peers miss
+        gone = "does not answer any more: its process or its node is lost"
+        silent = {rank: gone for rank in nodes if rank not in said}
     if not own and not silent:
         ranks = ", ".join(map(str, sorted({*said, *lost})))
         return f"rank {ranks} failed: a peer is gone"

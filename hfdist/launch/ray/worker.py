@@ -201,7 +201,7 @@ def _work(job: Assignment, rank: int) -> dict[str, Any]:
     job.relay.at.remote(rank, node)
     if rank == 0:
         room = ray.util.get_current_placement_group()
-        groups = ray.get(job.relay.begin.remote(room))
+        groups = ray.get(job.relay.begin.remote(room, comm.world_size))
         display = RelayDisplay(job.relay)
         # A group after the first goes on where the one before it was, if that left anything.
         checkpoints = open_storage(f"{home_of(job.config.output, job.run_dir)}/checkpoints")

@@ -97,4 +97,6 @@ def test_a_restart_names_rank_node_and_how_and_not_those_that_miss_a_peer() -> N
     assert both.startswith("rank 0 on ann")
     assert "its node died" in both
     assert "; rank 1 on bob (10.0.0.2, process 8) was killed because its node ran out" in both
-    assert first_failure(peer, {}, nodes) == "rank 0 failed: a peer is gone"
+    early = first_failure(peer, {0: RuntimeError("rank 0")}, nodes)  # before Ray has seen it
+    assert early.startswith("rank 1 on bob (10.0.0.2, process 8) does not answer any more")
+    assert first_failure(peer, {}, {}) == "rank 0 failed: a peer is gone"
