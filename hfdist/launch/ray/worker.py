@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import platform
-import socket
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from ray.train.torch import config as torch_config
 
 from hfdist.checkpoint import mirror
 from hfdist.checkpoint.storage import open_storage
+from hfdist.comm.environment import serve_store
 from hfdist.errors import ConfigError, StorageError, SupersededError, UserError
 from hfdist.launch.child import Failed
 from hfdist.launch.logs import logging_to_file, path_of
@@ -120,27 +120,12 @@ class GroupConfig(TorchConfig):
         return _GroupBackend
 
 
-_stores: list[Any] = []  # they serve as long as they are kept
-
-
 def set_up_group(**arguments: Any) -> None:
     """Join the process group, in a worker; the store where ranks meet listens on 127.0.0.1 alone where the
     cluster does (torch's own listens on all addresses, and asks for no token)."""
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if arguments["world_rank"] == 0 and is_loopback(host) and port.isdigit():
-        from torch.distributed import TCPStore
-
-        with socket.create_server((host, int(port))) as listener:
-            store = TCPStore(
-                host,
-                int(port),
-                arguments["world_size"],
-                is_master=True,
-                wait_for_workers=False,
-                multi_tenant=True,  # torch's own, at the same port, joins it
-                master_listen_fd=os.dup(listener.fileno()),
-            )
-        _stores.append(store)
+        serve_store(host, int(port), arguments["world_size"])
     module: Any = torch_config
     module._setup_torch_process_group(**arguments)
 
