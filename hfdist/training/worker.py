@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,8 @@ from hfdist.config.job import RunConfig
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import make_layout
-from hfdist.curvature.microbatch import Microbatch, from_task
+from hfdist.curvature.linearize import Recorder
+from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
@@ -64,6 +65,8 @@ class Job:
     """A tracker of the launcher's own, told the same as the configured one."""
     retried: bool = False
     """The launcher tries again after failures that another try may mend, and records the last itself."""
+    is_leaving: Callable[[], bool] | None = None
+    """Whether a worker's machine will soon be taken away: every step is then checkpointed at once."""
 
 
 def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
@@ -117,7 +120,15 @@ class Worker:
         self._check_batch_norm()
         tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
         self._coordinator = Coordinator(
-            job.config, job.run_dir, self.model, self._layout, comm, tracker, display, stop
+            job.config,
+            job.run_dir,
+            self.model,
+            self._layout,
+            comm,
+            tracker,
+            display,
+            stop,
+            job.is_leaving,
         )
 
     def run(self) -> dict[str, Any]:
@@ -284,7 +295,7 @@ class Worker:
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
             return [
-                from_task(self.task, self.model, batch, mixed(seed, place.number))
+                self._stoppable(from_task(self.task, self.model, batch, mixed(seed, place.number)))
                 for place, batch in batches
             ]
 
@@ -315,6 +326,19 @@ class Worker:
             abandon=lambda: self._stop.requested,
             overrides=Overrides(preconditioner=make_preconditioner(context)),
         )
+
+    def _stoppable(self, microbatch: Microbatch) -> Microbatch:
+        """A microbatch that abandons the step where a stop was asked for: a pass over many may take longer
+        than a machine that is taken back still has. Several ranks agree on that between passes only."""
+        if self.comm.world_size > 1:
+            return microbatch
+
+        def evaluate(traits: LossTraits | None, recorder: Recorder | None = None) -> Evaluation:
+            if self._stop.requested:
+                raise Interrupted
+            return microbatch.evaluate(traits, recorder)
+
+        return dataclasses.replace(microbatch, evaluate=evaluate)
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics on the evaluation data."""
