@@ -57,6 +57,14 @@ class Nodes:
         self._cluster.remove_node(node, allow_graceful=False)
         self.members.remove(node)
 
+    def drain(self, node: Any, *, seconds: float) -> None:
+        """Give notice that a node will be taken away, as the owners of spot instances do."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+        command += ["--address", self.address, "--node-id", node.node_id]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        command += ["--deadline-remaining-seconds", str(int(seconds))]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+
     def pause(self, node: Any) -> None:
         """Cut a node off: its raylet and all workers are there and answer nobody."""
         self._signal(node, signal.SIGSTOP)

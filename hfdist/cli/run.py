@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hfdist.cli.options import JobFile, Json, Overrides, Plain, Quiet, RunDir, Trust
+from hfdist.imports import without_collection
 
 
 def train(
@@ -31,7 +32,8 @@ def train(
 
     On several machines: [bold]torchrun ... -m hfdist train JOB.yaml[/] on each.
     """
-    from hfdist import api
+    with without_collection():
+        from hfdist import api
 
     result = api.train(job, overrides or (), display=_display(quiet, as_json, plain), run_id=run_id)
     exit_as(result)
@@ -69,9 +71,10 @@ def resume(
 
         resume_job(str(run_dir), overrides, address, follow, as_json)
         return
-    from hfdist import api
     from hfdist.cli.trust import check_trust
 
+    with without_collection():
+        from hfdist import api
     check_trust(run_dir, overrides, trust)
     exit_as(api.resume(run_dir, overrides or (), display=_display(quiet, as_json, plain)))
 

@@ -31,18 +31,20 @@ def submit(
 
     What .gitignore ignores stays behind. [bold]output[/] must be a folder that all nodes see.
     """
+    from hfdist.rundir.locations import check_run_id
+
+    if run_id is not None:
+        check_run_id(run_id)  # before anything slow is loaded
     from hfdist import api
     from hfdist.config.job import load_config
     from hfdist.errors import ConfigError
     from hfdist.launch.ray import jobs as ray_jobs
-    from hfdist.rundir.locations import check_run_id
 
     config = load_config(job, [*(overrides or ()), "launch.backend=ray"])
     folder = (folder or job.parent).resolve()
     if not job.resolve().is_relative_to(folder):
         raise ConfigError(f"job file {job} is not in the folder {folder} that travels with it")
     run_id = api.new_run_id(config.name) if run_id is None else run_id
-    check_run_id(run_id)
     address = ray_jobs.dashboard_address(address)
     submitted = ray_jobs.submit(
         job,

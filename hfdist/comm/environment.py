@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -116,3 +117,22 @@ def record_failure(error: BaseException) -> None:
     handler = get_error_handler()
     handler.initialize()
     handler.record_exception(error)
+
+
+_stores: list[dist.TCPStore] = []  # they serve as long as they are kept
+
+
+def serve_store(host: str, port: int, world_size: int) -> None:
+    """Start the store where ranks meet, on rank 0, before the group is made; it listens at `host` alone,
+    where torch's own would listen at all addresses of the machine."""
+    with socket.create_server((host, port)) as listener:
+        store = dist.TCPStore(
+            host,
+            port,
+            world_size,
+            is_master=True,
+            wait_for_workers=False,
+            multi_tenant=True,  # torch's own, at the same port, joins it
+            master_listen_fd=os.dup(listener.fileno()),
+        )
+    _stores.append(store)

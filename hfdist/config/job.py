@@ -28,7 +28,7 @@ from hfdist.config.checkpoint import CheckpointConfig
 from hfdist.config.evaluate import EvaluateConfig
 from hfdist.config.launch import LaunchConfig
 from hfdist.config.limits import MAX_DEPTH, check_references, check_size, what_is_wrong
-from hfdist.config.messages import explain
+from hfdist.config.messages import explain, short
 from hfdist.config.notify import NotifyConfig
 from hfdist.config.redaction import MASK, flatten, is_secret, masked, masked_override
 from hfdist.config.tracking import TrackingConfig
@@ -286,12 +286,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    shown = masked_override(override)
+    shown = short(masked_override(override))
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
         raise ConfigError(f"override {shown!r}: write key=value, like optim.damping=0.1")
-    check_size(text, f"override {shown[:80]!r}")
+    check_size(text, f"override {shown!r}")
     try:
         parsed: Any = OmegaConf.create(f"value: {text}")
         value = OmegaConf.to_container(parsed, resolve=False)["value"]  # type: ignore[index,call-overload]
@@ -301,7 +301,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         ) from error
     *sections, last = key.split(".")
     if len(sections) > MAX_DEPTH:
-        raise ConfigError(f"override {shown[:80]!r}: more than {MAX_DEPTH} levels")
+        raise ConfigError(f"override {shown!r}: more than {MAX_DEPTH} levels")
     place = values
     for section in sections:
         if place.get(section) is None:

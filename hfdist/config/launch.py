@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 MAX_WORKERS = 1 << 16
+MAX_THREADS = 4096
 _PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
@@ -55,9 +56,9 @@ class LaunchConfig:
             raise ValueError(
                 f"placement is {self.placement!r}: it must be one of {', '.join(_PLACEMENTS)}"
             )
-        if self.threads_per_worker is not None and self.threads_per_worker < 1:
+        if self.threads_per_worker is not None and not 1 <= self.threads_per_worker <= MAX_THREADS:
             raise ValueError(
-                f"threads_per_worker is {self.threads_per_worker}: it must be at least 1"
+                f"threads_per_worker is {self.threads_per_worker}: it must be from 1 to {MAX_THREADS}"
             )
         if not 0.0 < self.timeout_seconds < float("inf"):
             raise ValueError(f"timeout_seconds is {self.timeout_seconds}: it must be above 0")

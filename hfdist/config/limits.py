@@ -18,6 +18,8 @@ MAX_VALUES = 10_000
 MAX_DEPTH = 50
 _MAX_INTEGER = 2**63 - 1
 _REFERENCE = re.compile(r"\$\{\s*([\w.\-\[\]]+)\s*\}")
+_SECONDS = ("_seconds", "_timeout", "_every")  # ends of keys that hold some
+_MOST_SECONDS = 1e8  # three years; timers overflow later
 _NO_BOUND = "optim.damping_max"
 """The one number that may be infinite."""
 
@@ -115,7 +117,7 @@ def what_is_wrong(key: str, value: Any) -> str:
         return next((found for v in value if (found := what_is_wrong(key, v))), "")
     if isinstance(value, str):
         if not _is_text(value):
-            return f"is {value!r}: it holds characters that are no text (UTF-8)"
+            return f"is {value[:80]!r}: it holds characters that are no text (UTF-8)"
     elif not _is_text(key):
         return "is no text (UTF-8)"
     if key.startswith("task_args"):
@@ -124,10 +126,12 @@ def what_is_wrong(key: str, value: Any) -> str:
         if (key, value) == (_NO_BOUND, math.inf):
             return ""
         return f"is {value}: it must be a finite number"
+    if isinstance(value, float) and key.endswith(_SECONDS) and value > _MOST_SECONDS:
+        return f"is {value:g} seconds: it must be at most {_MOST_SECONDS:g}"
     if isinstance(value, int) and abs(value) > _MAX_INTEGER:
         return f"is about 1e{len(str(abs(value) >> 64)) + 19}: it must be below 2^63"
     if isinstance(value, str) and "\0" in value:
-        return f"is {value!r}: it holds a NUL byte"
+        return f"is {value[:80]!r}: it holds a NUL byte"
     if isinstance(value, str) and has_user_information(value):
         return (
             "holds a user's name or password: it would stand in every record of the run. Leave it out, and "

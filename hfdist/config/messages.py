@@ -49,7 +49,7 @@ def _explain(key: str, findings: list[Mapping[str, Any]], known: Collection[str]
     first = findings[0]
     kind, message = first["type"], str(first["msg"])
     if _is_unknown(first):
-        return f"unknown key {key!r}{nearest(key, known)}"
+        return f"unknown key {short(key)!r}{nearest(key, known)}"
     if kind == "missing":
         return f"key {key!r} is missing"
     if kind == "value_error":
@@ -108,4 +108,9 @@ def _as_yaml(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(value)
+    return short(repr(value))
+
+
+def short(text: str) -> str:
+    """A text as a part of a message."""
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"

@@ -9,8 +9,8 @@ than before, one microbatch is also evaluated at theta + h d and theta - h d:
 - d' J' H J d, whose left part is a backward pass, against (Jd)' H (Jd): J' is the adjoint of J;
 - H Jd in closed form against double backward through the loss.
 
-What autograd is told to hold fixed (`detach`, an embedding's `padding_idx`) is held fixed in these
-evaluations, too, where they disagree otherwise.
+An embedding's `padding_idx` tells autograd to hold a row fixed: it is held fixed in these evaluations, too,
+where they disagree otherwise.
 
 A difference of losses has an error of its own, by rounding and by kinks: what it says counts if it
 says the same at several h.
@@ -143,8 +143,6 @@ class Probe:
     evaluate: Callable[[float], Point]
     """t -> the values at theta + t d."""
     tolerance: Tolerance
-    holds_detached: bool = False
-    """Whether what the program detaches keeps its values at theta."""
     _known: dict[float, Point] = field(default_factory=dict)
 
     def at(self, t: float) -> Point:
@@ -154,20 +152,24 @@ class Probe:
         return self._known[t]
 
     def ways(self) -> Iterator[Probe]:
-        """This probe, and those of the program with what it tells autograd to hold fixed held fixed: of
-        embeddings the row of the padding, then what it detaches, too."""
+        """This probe, and that of the program with the padding's row of embeddings held fixed."""
         yield self
-        for detached in (False, True):
-            hold = HeldFixed(detached=detached)
+        held = self.held(detached=False)
+        if held is not None:
+            yield held
 
-            def evaluate(t: float, hold: HeldFixed = hold) -> Point:
-                with hold:
-                    return self.evaluate(t)
+    def held(self, *, detached: bool) -> Probe | None:
+        """This probe of the program with what it tells autograd to hold fixed held fixed (see `HeldFixed`);
+        None if that cannot be done."""
+        hold = HeldFixed(detached=detached)
 
-            held = dataclasses.replace(self, evaluate=evaluate, holds_detached=detached, _known={})
-            # Values are noted at theta. Writes into what was detached cannot be held.
-            if float(held.at(0.0).loss) == float(self.here.loss):
-                yield held
+        def evaluate(t: float) -> Point:
+            with hold:
+                return self.evaluate(t)
+
+        held = dataclasses.replace(self, evaluate=evaluate, _known={})
+        # Values are noted at theta. Writes into what was detached cannot be held.
+        return held if float(held.at(0.0).loss) == float(self.here.loss) else None
 
     @property
     def is_repeatable(self) -> bool:
@@ -219,8 +221,6 @@ class Verifier:
     mode: Literal["first", "always", "off"] = "first"
     refused: set[str] = field(default_factory=set)
     """Engines that were wrong."""
-    holds_detached: bool = False
-    """Whether a gradient or product was right only with what the program detaches held fixed."""
     _seen: set[str] = field(default_factory=set)
     _num_checks: int = 0
 
@@ -273,13 +273,22 @@ class Verifier:
             )
         for way in probe.ways():
             if not way.contradicts(slope, e.loss_sum, lambda point: point.loss) > 0.0:
-                self.holds_detached |= way.holds_detached
                 return way
+        cause = (
+            f"{suspects(e)}A part of the loss has no gradient, or another one: look for no_grad, item, "
+            "numpy, rounding, gradient hooks and custom autograd.Function classes"
+        )
+        held = probe.held(detached=True)
+        if held is not None and not (
+            held.contradicts(slope, e.loss_sum, lambda point: point.loss) > 0.0
+        ):
+            cause = (
+                "They agree where what the program detaches is held fixed: autograd takes it for constant, "
+                "while the losses of candidates follow it"
+            )
         raise TaskError(
-            f"gradient and loss disagree by {error:.1%} along a direction, so no step was taken. "
-            f"{suspects(e.loss_sum)}A part of the loss has no gradient, or another one: look for detach, "
-            "no_grad, item, numpy, rounding, gradient hooks and custom autograd.Function classes. If "
-            "that is meant, set optim.verify=off"
+            f"gradient and loss disagree by {error:.1%} along a direction, so no step was taken. {cause}. "
+            "If that is meant, set optim.verify=off"
         )
 
     def wrong_product(self, product: GGNProduct, e: Evaluation, probe: Probe) -> str | None:
@@ -291,7 +300,6 @@ class Verifier:
             except RuntimeError as error:
                 return explained(error)
             if reason is None:
-                self.holds_detached |= way.holds_detached
                 return None
             reasons.append(reason)
         return reasons[0]
@@ -342,7 +350,7 @@ class Verifier:
             Hd = product(probe.direction)
         except RuntimeError as error:
             raise TaskError(
-                f"the Hessian's product fails: {explained(error)}. {suspects(e.loss_sum)}Use "
+                f"the Hessian's product fails: {explained(error)}. {suspects(e)}Use "
                 "curvature_opt=ggn, or a forward pass that torch can differentiate twice"
             ) from error
         errors: list[float] = []
@@ -351,12 +359,11 @@ class Verifier:
                 way.contradicts(flat(Hd, way.direction), flat(gradient, way.direction), _gradient)
             )
             if not errors[-1] > 0.0:
-                self.holds_detached |= way.holds_detached
                 break
         else:
             raise TaskError(
                 f"the Hessian's product is {errors[0]:.1%} off a difference of gradients. "
-                f"{suspects(e.loss_sum)}Use curvature_opt=ggn, or a forward pass that torch can "
+                f"{suspects(e)}Use curvature_opt=ggn, or a forward pass that torch can "
                 "differentiate twice, or set optim.verify=off"
             )
 
@@ -404,10 +411,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def suspects(loss: Tensor) -> str:
-    """A sentence that names the custom autograd functions in a loss's graph; empty without any."""
+def suspects(e: Evaluation) -> str:
+    """A sentence that names the custom autograd functions in an evaluation's graph; empty without any."""
     names: set[str] = set()
-    waiting, seen = [loss.grad_fn], set()
+    waiting, seen = [t.grad_fn for t in (e.loss_sum, *e.outputs)], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

@@ -177,7 +177,7 @@ def length(data: Any, what: str, purpose: str) -> int | None:
         raise DataError(
             f"{what} returns a {name}, which is no map-style data set: give it __len__ and __getitem__"
         )
-    with user_code(f"len() of the {name} of {what}", type(data).__len__, DataError):
+    with user_code(f"len({name}) of {what}", type(data).__len__, DataError):
         n = len(data)
     if n == 0:
         raise DataError(f"{what} returns an empty {name}: there is nothing to {purpose}")

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hfdist.imports import without_collection
+
 # The spool does the waiting: a server that is away must not hold the background thread for minutes, and a
 # request that may have arrived is not blindly repeated. Users' own values win.
 _DEFAULTS = {
@@ -31,7 +33,8 @@ def prepare() -> None:
     """Load MLflow: slow, so it is done before the first step rather than beside it."""
     for key, value in _DEFAULTS.items():
         os.environ.setdefault(key, value)
-    import mlflow  # noqa: F401
+    with without_collection():
+        import mlflow  # noqa: F401
 
     # A new sqlite store reports every migration: no news to a person who trains a model.
     for name in (

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfdist.imports import without_collection
 from hfdist.tracking.client import is_server
 from hfdist.tracking.find_or_create import OpenRun
 from hfdist.tracking.own_code import own_code
@@ -143,7 +144,9 @@ def _exported(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
 ) -> Any | None:
     """The model's graph, for any number of examples; None if the model has none."""
-    from torch.export import Dim, export
+    with without_collection():
+        import torch.export._trace  # all that an export loads
+        from torch.export import Dim, export
 
     # An axis of length one would be taken for a constant.
     args2, kwargs2 = _tree_map(_doubled, (args, kwargs))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
+import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -49,15 +51,15 @@ def check_agreement(comm: Communicator, config: RunConfig) -> None:
             )
 
 
-def check_replicas(comm: Communicator, tensors: Iterable[Tensor], flag: bool = False) -> bool:
-    """Compare a checksum of the ranks' parameters, and let ranks raise a flag: one small gather.
+def check_replicas(comm: Communicator, tensors: Iterable[Tensor], flag: int = 0) -> int:
+    """Compare a checksum of the ranks' parameters, and let ranks raise flags: one small gather.
 
     Args:
         tensors: What must be bitwise equal on all ranks, in the same order.
-        flag: This rank's.
+        flag: This rank's, one bit each.
 
     Returns:
-        Whether any rank's flag is set.
+        The flags that any rank has raised.
 
     Raises:
         ReplicaError: Parameters differ; names the ranks.
@@ -73,7 +75,7 @@ def check_replicas(comm: Communicator, tensors: Iterable[Tensor], flag: bool = F
             "or a hook changes them on one rank only, or a device computes wrongly. "
             "`hfdist resume RUN_DIR` goes on from the newest checkpoint"
         )
-    return any(answer[1] for answer in answers)
+    return functools.reduce(operator.or_, (answer[1] for answer in answers))
 
 
 # -- checksum ------------------------------------------------------------------------------------

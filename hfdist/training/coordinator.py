@@ -35,6 +35,7 @@ from hfdist.training.display import Display
 
 logger = logging.getLogger(__name__)
 
+_STOP, _LEAVING = 1, 2  # what a rank says at the end of a step, as bits
 _DESCRIBED = ("seed", "dtype", "optim.", "batches.", "task_args.")
 """Keys of the job that say how it trains."""
 
@@ -64,6 +65,7 @@ class Coordinator:
         comm: The ranks.
         tracker, display: The lead's; others pass ones that do nothing.
         stop: This process's signals.
+        is_leaving: Whether a worker's machine will soon be taken away.
     """
 
     def __init__(
@@ -76,10 +78,12 @@ class Coordinator:
         tracker: Tracker,
         display: Display,
         stop: StopRequest,
+        is_leaving: Callable[[], bool] | None = None,
     ) -> None:
         self._config, self._run_dir, self._model, self._comm = config, run_dir, model, comm
         self._layout = layout
         self._tracker, self._display, self._stop = tracker, display, stop
+        self._is_leaving = is_leaving
         self._home = home_of(config.output, run_dir)
         self._store = CheckpointStore(f"{self._home}/checkpoints", config.checkpoint, comm)
         output = config.output if is_address(config.output) else run_dir.parent
@@ -147,9 +151,11 @@ class Coordinator:
             run, hf = saved["run"], saved["optimizer"]
             x0 = hf.get("x0")
             set_rng_state(saved["rng"])
+            asked = self._config.optim.damping
+            is_changed = asked != saved["config"]["optim"]["damping"]
             return Progress(
                 state=HFState(
-                    damping=hf["damping"],
+                    damping=asked if is_changed else hf["damping"],
                     x0=None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
                     step=hf["step"],
                 ),
@@ -180,7 +186,9 @@ class Coordinator:
             Whether the run is to stop now, the same on every rank.
         """
         progress.wall_seconds = time.perf_counter() - self._clock
-        stopping = check_replicas(self._comm, params.tensors, flag=self._stop.requested)
+        flag = _STOP * self._stop.requested
+        flag |= _LEAVING * (self._is_leaving is not None and self._is_leaving())
+        flag = check_replicas(self._comm, params.tensors, flag)
         done = report.step + 1
         if self._comm.is_rank_0:
             if self._lease.is_cheap:
@@ -203,9 +211,12 @@ class Coordinator:
             self._log.append(record)
             self._records.append(record)
             self._display.step(report.step, report, extra | progress.evaluation)
-        if done % self._config.checkpoint.every == 0 and done < self._config.steps:
+        is_due = done % self._config.checkpoint.every == 0 or flag & _LEAVING
+        if is_due and done < self._config.steps:
             self.save(progress)
-        return stopping
+            if flag & _LEAVING:  # the machine may be gone before the next step ends
+                self._store.wait()
+        return bool(flag & _STOP)
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint of the present state, unless it is written already."""

@@ -246,7 +246,7 @@ def summary(result: Mapping[str, Any]) -> str:
         f"{result['wall_seconds']:.1f} s, {result['cg_iterations']} CG iterations"
         + (f", loss {loss:.6g}" if loss is not None else "")
     ]
-    evaluation = {k[5:]: v for k, v in result.items() if k.startswith("eval_")}
+    evaluation = {k[5:]: v for k, v in result.items() if k.startswith("eval_") and v is not None}
     if evaluation:
         lines.append("evaluation: " + ", ".join(f"{k} {v:.6g}" for k, v in evaluation.items()))
     run_dir = result["run_dir"]

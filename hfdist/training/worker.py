@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,8 @@ from hfdist.config.job import RunConfig
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import make_layout
-from hfdist.curvature.microbatch import Microbatch, from_task
+from hfdist.curvature.linearize import Recorder
+from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
@@ -64,6 +65,8 @@ class Job:
     """A tracker of the launcher's own, told the same as the configured one."""
     retried: bool = False
     """The launcher tries again after failures that another try may mend, and records the last itself."""
+    is_leaving: Callable[[], bool] | None = None
+    """Whether a worker's machine will soon be taken away: every step is then checkpointed at once."""
 
 
 def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
@@ -114,9 +117,18 @@ class Worker:
             )
         self._plan(0)
         self._tried = self._try_task()
+        self._check_batch_norm()
         tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
         self._coordinator = Coordinator(
-            job.config, job.run_dir, self.model, self._layout, comm, tracker, display, stop
+            job.config,
+            job.run_dir,
+            self.model,
+            self._layout,
+            comm,
+            tracker,
+            display,
+            stop,
+            job.is_leaving,
         )
 
     def run(self) -> dict[str, Any]:
@@ -202,6 +214,37 @@ class Worker:
                 ) from error
         return batch
 
+    def _check_batch_norm(self) -> None:
+        """No microbatch of any rank is a single example that batch norm has no statistics of.
+
+        Raises:
+            ConfigError: One is.
+        """
+        if self.num_examples is None or not self._has_batch_norm():
+            return
+        sizes = {
+            len(microbatch.indices)
+            for step in (0, self.config.steps - 1)
+            for rank in range(self.comm.world_size)
+            for microbatch in _microbatch_plans(self._plan(step, rank))
+        }
+        if 1 not in sizes:
+            return
+        one = self._loader.load(MicrobatchPlan(number=0, indices=torch.arange(1)))
+        try:
+            with FixedRandomness(self.comm.device, self.model).evaluation(seed=0):
+                self.task.forward(self.model.train(), one)
+        except (ValueError, TaskError) as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ConfigError(
+                "batch norm cannot normalise a microbatch of 1 example: choose batches.microbatch, the sizes "
+                "of the roles and launch.workers so that every microbatch has at least 2"
+            ) from error
+
+    def _has_batch_norm(self) -> bool:
+        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+
     def _example_inputs(self) -> Any:
         """What the model takes of a batch, for one example: no step need have been taken here."""
         return _first_example(self.task.example_inputs(self._tried))
@@ -233,13 +276,13 @@ class Worker:
             progress.evaluation = self.evaluate()
         return report
 
-    def _plan(self, step: int) -> StepPlan:
+    def _plan(self, step: int, rank: int | None = None) -> StepPlan:
         return plan_step(
             self.config.batches,
             num_examples=self.num_examples,
             seed=self.config.seed,
             step=step,
-            rank=self.comm.rank,
+            rank=self.comm.rank if rank is None else rank,
             world_size=self.comm.world_size,
             costs=self._costs,
         )
@@ -252,7 +295,7 @@ class Worker:
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
             return [
-                from_task(self.task, self.model, batch, mixed(seed, place.number))
+                self._stoppable(from_task(self.task, self.model, batch, mixed(seed, place.number)))
                 for place, batch in batches
             ]
 
@@ -283,6 +326,19 @@ class Worker:
             abandon=lambda: self._stop.requested,
             overrides=Overrides(preconditioner=make_preconditioner(context)),
         )
+
+    def _stoppable(self, microbatch: Microbatch) -> Microbatch:
+        """A microbatch that abandons the step where a stop was asked for: a pass over many may take longer
+        than a machine that is taken back still has. Several ranks agree on that between passes only."""
+        if self.comm.world_size > 1:
+            return microbatch
+
+        def evaluate(traits: LossTraits | None, recorder: Recorder | None = None) -> Evaluation:
+            if self._stop.requested:
+                raise Interrupted
+            return microbatch.evaluate(traits, recorder)
+
+        return dataclasses.replace(microbatch, evaluate=evaluate)
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics on the evaluation data."""
@@ -331,10 +387,7 @@ class Worker:
 
     def _warn_about_batch_norm(self) -> None:
         several = self.comm.world_size > 1 or self.config.batches.microbatch is not None
-        has_batch_norm = any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
-        )
-        if several and has_batch_norm and self.comm.is_rank_0:
+        if several and self._has_batch_norm() and self.comm.is_rank_0:
             logger.warning(
                 "batch norm: every microbatch of every rank is normalised by its own statistics, in "
                 "losses, gradients and products alike; the running statistics become the "

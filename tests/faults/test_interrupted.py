@@ -122,6 +122,51 @@ def test_interrupted_it_saves_says_so_and_goes_on(job: Path, number: signal.Sign
     )
 
 
+PREEMPTED_TASK = """
+import time
+from hfdist.tasks.digits import DigitsClassifier
+
+class SlowLater(DigitsClassifier):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def loss(self, *arguments):
+        self.calls += 1
+        if self.calls > 400:
+            time.sleep(0.5)
+        return super().loss(*arguments)
+"""
+NOTICE = (
+    20.0  # seconds, of which loading the machine may take some; a pass over the data takes 90 s
+)
+
+
+@pytest.mark.timeout(240)
+def test_a_machine_that_is_taken_back_leaves_a_checkpoint_inside_its_notice(tmp_path: Path) -> None:
+    """SIGTERM in the middle of a pass that takes longer than the notice, then SIGKILL."""
+    (tmp_path / "later.py").write_text(PREEMPTED_TASK)
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        "task: later.py:SlowLater\nsteps: 50\nbatches: {microbatch: 8}\noptim: {cg_max_iter: 1}\n"
+        f"checkpoint: {{every: 100}}\ntracking: {{enabled: false}}\noutput: {tmp_path}/runs\n"
+    )
+    run_dir = tmp_path / "runs" / "spot"
+    process = start("train", str(job), "--run-id", "spot", "--quiet")
+    wait_for_steps(process, run_dir, 1)
+    time.sleep(2.0)
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(NOTICE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    end(process, 30)
+    done = (run_dir / "metrics.jsonl").read_text().count("\n")
+    newest = max(int(p.name.rpartition("-")[2]) for p in (run_dir / "checkpoints").iterdir())
+    assert newest == done >= 1
+    assert process.returncode == 130
+
+
 def test_a_full_disk_is_one_message_and_leaves_a_checkpoint(job: Path) -> None:
     """A limit on file sizes stands for a disk that is full."""
     code = (

@@ -89,7 +89,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("raise", ["rank 1", "ValueError", "the fault of rank one"]),
+        (
+            "raise",
+            ["rank 1", "Fault.loss()", "ValueError", "the fault of rank one", "fault_task.py:"],
+        ),
         ("kill", ["rank 1", "SIGKILL"]),
         ("stop", ["rank 1"]),
     ],

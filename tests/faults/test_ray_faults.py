@@ -193,6 +193,35 @@ def test_an_elastic_run_that_is_ending_does_not_restart_to_grow(tmp_path: Path, 
     assert (run_dir / "model" / "MLmodel").is_file(), program.output
 
 
+@pytest.mark.timeout(1000)
+def test_a_node_that_drains_loses_no_committed_step(tmp_path: Path, job: Path) -> None:
+    """The notice that a spot instance gets: checkpoints are far apart, and none of its steps is repeated."""
+    with nodes(tmp_path, {"num_cpus": 0}, {"num_cpus": 1}, {"num_cpus": 1}) as cluster:
+        arguments = [
+            *("train", str(job), "--json", "--run-id", "drained", "steps=4000"),
+            *("launch.backend=ray", f"launch.address={cluster.address}"),
+            *("launch.workers=[1, 2]", "launch.max_failures=5", "checkpoint.every=100000"),
+        ]
+        with hfdist(*arguments, environment=cluster.environment, cwd=tmp_path) as program:
+            program.wait_for(group(0, 2), 300)
+            program.wait_for(lambda p: len(p.events("step")) >= 5, 120)
+            drained = cluster.members[2]
+            cluster.drain(drained, seconds=15)
+            time.sleep(16)
+            cluster.kill(drained)
+            program.wait_for(lambda p: len(p.events("start")) >= 2, 240)
+            known = len(program.events("step"))
+            program.wait_for(lambda p: len(p.events("step")) > known + 3, 120)
+            program.signal(signal.SIGINT)
+            assert program.end(90) == 130, program.output
+    steps = [event["step"] for event in program.events("step")]
+    again = program.events("start")[1]["first_step"]
+    print(f"went on at step {again} of {len(steps)}")
+    assert again >= 5
+    # At most the step that ended while the node was taken away is repeated.
+    assert len(steps) - len(set(steps)) <= 1
+
+
 @pytest.mark.timeout(600)
 def test_a_node_that_was_taken_for_lost_comes_back(tmp_path: Path, job: Path) -> None:
     """The node of the lead is halted (as by a network that fails), the run goes on without it, and then it

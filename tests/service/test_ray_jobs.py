@@ -158,7 +158,7 @@ def test_a_job_from_submission_to_its_continuation(
     assert jobs["one-r2"]["status"] == "SUCCEEDED"
     assert jobs["one-r2"]["run_id"] == "one"
     assert jobs["one-r2"]["task"] == "task.py:Slow"
-    assert jobs["one-r2"]["steps"] == str(more)
+    assert jobs["one-r2"]["steps"] == more
     shown = json.dumps(jobs) + command("jobs", "logs", "one", *at).stdout
     assert "hidden-" not in shown
     assert command("jobs", "delete", "one-r2", *at).returncode == 0
@@ -175,6 +175,80 @@ def test_a_mistake_in_a_job(command: Command, dashboard: str, project: Path) -> 
     assert not (project / "runs" / "bad").exists()
     unknown = command("jobs", "status", "nobody", *at)
     assert (unknown.returncode, "has no job nobody" in unknown.stderr) == (2, True)
+
+
+def test_names_are_checked_before_anything_is_sent(
+    command: Command, dashboard: str, project: Path
+) -> None:
+    for name in ("../x", ""):
+        refused = command(
+            *("submit", str(project / "job.yaml"), "--address", dashboard, f"--run-id={name}")
+        )
+        assert refused.returncode == 2
+        assert "run id" in refused.stderr
+    listed = json.loads(command("jobs", "list", "--address", dashboard, "--json").stdout)
+    assert not [job for job in listed if job["id"] in ("../x", "a b/e")]
+
+
+def test_jobs_that_ray_itself_cannot_name_are_deleted(
+    command: Command, dashboard: str, home: Path
+) -> None:
+    """Such as older versions have left: they wait for a driver that never comes."""
+    ghosts = ("../x", "a b/e")
+    code = (
+        "import sys\n"
+        "from hfdist.launch.ray.jobs import jobs_of\n"
+        "for name in sys.argv[2:]:\n"
+        "    try:\n"
+        "        with jobs_of(sys.argv[1]) as client:\n"
+        "            client.submit_job(entrypoint='true', submission_id=name)\n"
+        "    except Exception as error:\n"
+        "        print(error)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    said = subprocess.run(
+        [sys.executable, "-c", code, dashboard, *ghosts],
+        env=environment | {"HOME": str(home), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    ).stdout
+    for line in said.splitlines():
+        assert len(line.partition(" says: ")[2]) > 10, said  # never empty, nor a stop
+    at = ("--address", dashboard)
+    listed = json.loads(command("jobs", "list", *at, "--json").stdout)
+    assert set(ghosts) <= {job["id"] for job in listed}
+    assert "id:         ../x" in command("jobs", "status", "../x", *at).stdout
+    assert "never began" in command("jobs", "stop", "../x", *at).stderr
+    for name in ghosts:
+        deleted = command("jobs", "delete", name, *at)
+        assert deleted.returncode == 0, deleted.stderr
+    listed = json.loads(command("jobs", "list", *at, "--json").stdout)
+    assert not [job for job in listed if job["id"] in ghosts or job["id"].startswith("forget")]
+    missing = command("jobs", "delete", "../y", *at)
+    assert missing.returncode == 2
+    assert "has no job ../y" in missing.stderr
+
+
+def test_a_sweep_with_a_wrong_token_says_so(
+    command: Command, dashboard: str, project: Path, home: Path
+) -> None:
+    wrong = home / "wrong"
+    wrong.write_text("0" * 64)
+    refused = command(
+        *(
+            "sweep",
+            str(project / "job.yaml"),
+            "steps=1,2",
+            f"output={home}/swept",
+            "--address",
+            "auto",
+        ),
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=str(wrong),
+    )
+    assert refused.returncode == 2
+    assert "does not accept this user" in refused.stderr
 
 
 def test_no_dashboard(command: Command) -> None:

@@ -222,7 +222,10 @@ def test_train_resume_and_evaluate(job: Path, call: Any, monkeypatch: pytest.Mon
     resumed = call("resume", run_dir, "steps=5")
     assert resumed.returncode == 0, resumed.stderr
     assert "going on at step 3 of 5" in resumed.stdout
-    assert [line[:8] for line in resumed.stdout.splitlines()[1:3]] == ["step 4/5", "step 5/5"]
+    assert [line.split("  ")[0] for line in resumed.stdout.splitlines()[1:3]] == [
+        "step 3 (4/5)",
+        "step 4 (5/5)",
+    ]
     assert str(run_dir) in resumed.stdout
     assert "steps: 5" in (run_dir / "config.yaml").read_text()
 
@@ -365,6 +368,7 @@ def test_init_makes_a_project_that_trains_and_tests_itself(tmp_path: Path, call:
     assert {p.name for p in folder.iterdir()} == {
         "README.md",
         "job.yaml",
+        "schema.json",  # which the job file names
         "task.py",
         "test_task.py",
     }
@@ -378,3 +382,116 @@ def test_init_makes_a_project_that_trains_and_tests_itself(tmp_path: Path, call:
     )
     assert tested.returncode == 0, tested.stdout
     assert "1 passed" in tested.stdout
+
+
+# -- what people read
+
+
+def commands(app: Any, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    import typer
+
+    found = [above]
+    command = typer.main.get_command(app) if not above else app
+    for name, sub in getattr(command, "commands", {}).items():
+        found += commands(sub, (*above, name))
+    return found
+
+
+def test_no_help_shows_a_type_beside_a_flag(call: Any) -> None:
+    from hfdist.cli.app import app
+
+    for words in commands(app):
+        shown = call(*words, "--help").stdout
+        assert "<bool>" not in shown, words
+        assert "--help" in shown
+
+
+def test_the_help_says_what_exit_codes_mean(call: Any) -> None:
+    shown = " ".join(call("--help").stdout.split())
+    for words in ("0 done", "1 the run failed", "2 a mistake", "130 stopped"):
+        assert words in shown
+
+
+ROWS = [
+    {
+        "workload": "autoencoder-of-digits",
+        **{f"figure {k}": 0.0531234567 + k for k in range(9)},
+        "n": 7,
+    }
+]
+
+
+def test_tables_are_whole_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    from hfdist.cli.tables import print_table
+
+    print_table(ROWS, title="Speed")
+    shown = capsys.readouterr().out
+    assert "autoencoder-of-digits" in shown
+    for k in range(9):
+        assert f"figure {k}" in shown
+        assert f"{0.0531234567 + k:.4g}" in shown
+    assert "…" not in shown
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 100, 300])
+def test_a_narrow_terminal_has_fewer_columns_and_no_parts_of_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    from hfdist.cli.tables import print_table
+
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, a terminal
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(ROWS, dispensable=("figure 0",))
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    table = shown.partition("not shown")[0]
+    assert "…" not in table
+    assert "autoencoder-of-digits" in "".join(table.split()) or width < 30
+    if width > 30:
+        assert all(len(line) <= width for line in table.splitlines())
+    if width < 300:
+        assert "not shown: figure 0" in shown.replace("\n", " ")
+    else:
+        assert "not shown" not in shown
+
+
+# -- whose code is run
+
+
+def test_code_of_somebody_else_is_run_on_request_only(
+    job: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = call(
+        "train", job, "--run-id", "theirs", "steps=1", f"output={job.parent}/runs", "--quiet"
+    )
+    assert trained.returncode == 0, trained.stderr
+    run_dir = job.parent / "runs" / "theirs"
+    own = os.getuid()
+    if own == 0:
+        os.chown(job.parent / "task.py", 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    for verb in (["resume", run_dir, "steps=2"], ["evaluate", run_dir]):
+        refused = call(*verb)
+        assert refused.returncode == 2
+        assert "--trust" in _only_message(refused)
+        assert "task.py" in refused.stderr or "config.yaml" in refused.stderr
+    assert call("evaluate", run_dir, "--trust").returncode == 0
+    trusted = call("resume", run_dir, "steps=2", "--trust", "--quiet")
+    assert trusted.returncode == 0, trusted.stderr
+
+
+def test_an_error_that_nobody_thought_of_is_one_message_too(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hfdist.config import job as config
+
+    def broken() -> None:
+        raise RuntimeError("first line\nsecond line at http://me:hidden@host")
+
+    monkeypatch.setattr(config, "schema", broken)
+    answer = call("schema")
+    assert answer.returncode == 1
+    assert "unexpected RuntimeError: first line" in _only_message(answer)
+    answer = call("--debug", "schema")
+    assert "Traceback" in answer.stderr
+    assert "hidden" not in answer.stderr

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,8 @@ from hfdist.launch.ray.token import (
     token_path,
     use_token,
 )
+
+logger = logging.getLogger(__name__)
 
 _OBJECT_STORE = 128 * 1024 * 1024  # bytes; nothing but the job and its events passes through it
 
@@ -50,6 +53,7 @@ def connected(address: str | None) -> Iterator[None]:
     if address == "auto":
         address = head_here() or address
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_reports())
         if address:
             host, port = _host_and_port(address)
             if port and is_closed(host, port):
@@ -105,10 +109,10 @@ def _refuses_token(address: str) -> bool:
         return False
     try:
         import grpc
-        from ray.core.generated import gcs_service_pb2 as messages
-        from ray.core.generated import gcs_service_pb2_grpc as services
+        from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
     except ImportError:  # private to Ray
         return False
+    messages: Any = gcs_service_pb2  # made at run time: its names are known to nobody before
     metadata = []
     if os.environ.get("RAY_AUTH_MODE") == "token":
         token = os.environ.get("RAY_AUTH_TOKEN") or ""
@@ -117,10 +121,8 @@ def _refuses_token(address: str) -> bool:
         metadata = [("authorization", f"Bearer {token}")]
     with grpc.insecure_channel(where) as channel:
         try:
-            services.NodeInfoGcsServiceStub(channel).GetClusterId(
-                messages.GetClusterIdRequest(),  # type: ignore[attr-defined]
-                metadata=metadata,
-                timeout=10.0,
+            gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId(
+                messages.GetClusterIdRequest(), metadata=metadata, timeout=10.0
             )
         except grpc.RpcError as error:
             return error.code() is grpc.StatusCode.UNAUTHENTICATED
@@ -206,12 +208,36 @@ def room_asked_for(demand: Demand) -> Iterator[None]:
         ray.util.remove_placement_group(group)
 
 
-def resources_in_use(names: Iterable[str]) -> str | None:
-    """What is left of resources while workers wait for them: "1 of 8 GPU free"; None if none wait."""
+def resources_in_use(demand: Demand) -> str | None:
+    """What workers that are not there yet wait for; None if none wait."""
     import ray
 
     groups = ray.util.placement_group_table().values()
     if not any(group["state"] == "PENDING" for group in groups):
         return None
     free, there = ray.available_resources(), ray.cluster_resources()
-    return ", ".join(f"{free.get(n, 0.0):g} of {there.get(n, 0.0):g} {n} free" for n in names)
+    asked = {n: amount * demand.num_workers for n, amount in demand.per_worker.items()}
+    if all(free.get(name, 0.0) >= amount for name, amount in asked.items()):
+        return "there is room for the workers: Ray Train is about to start them"
+    short = (n for n, amount in asked.items() if free.get(n, 0.0) < amount)
+    used = ", ".join(f"{free.get(n, 0.0):g} of {there.get(n, 0.0):g} {n} free" for n in short)
+    return f"waiting for other jobs to end: {used}"
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keep what Ray says of lost nodes and workers out of the driver's output, dumps of raylets and colour
+    codes included: the driver says itself which rank was lost, where, and what happens next."""
+    from ray._private import worker
+
+    module: Any = worker
+    ordinary = module.print_to_stdstream
+
+    def keep(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        logger.debug("Ray: %s", " ".join(map(str, data.get("lines", ())))[:2000])
+
+    module.print_to_stdstream = keep
+    try:
+        yield
+    finally:
+        module.print_to_stdstream = ordinary

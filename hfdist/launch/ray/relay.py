@@ -42,17 +42,21 @@ class Relay:
         self._failed: dict[int, tuple[Failed, float]] = {}
         self._groups = 0
         self._failures = 0
+        self._nodes: dict[int, str] = {}
+        self._world_size = 0
         self._room: PlacementGroup | None = None
         self._is_stopping = False
         self._has_no_step_left = False
 
-    def begin(self, room: PlacementGroup | None) -> int:
-        """The lead of a new group says that it is there; returns how many groups there were.
+    def begin(self, room: PlacementGroup | None, world_size: int) -> int:
+        """Rank 0 of a new group says that it is there; returns how many groups there were.
 
         Args:
             room: The resources that the group's workers hold.
+            world_size: How many they are.
         """
         self._groups += 1
+        self._world_size = world_size
         self._room = room
         self._failed.clear()
         self._is_stopping = self._has_no_step_left = False
@@ -66,11 +70,19 @@ class Relay:
         """A worker ends by an error of its own or a peer's."""
         self._failed[rank] = (failed, time.monotonic())
 
-    def down(self, ranks: list[int]) -> Standing:
-        """The present group has failed, through these ranks, or, with none, through its controller."""
+    def down(self, cause: str) -> Standing:
+        """The present group has failed; `cause` says who failed first, and how."""
         self._failures += 1
-        self._events.append(("_down", (ranks,)))
+        self._events.append(("_down", (cause, self._failures)))
         return self.standing()
+
+    def at(self, rank: int, node: str) -> None:
+        """A worker says where it is: node and process."""
+        self._nodes[rank] = node
+
+    def nodes(self) -> dict[int, str]:
+        """Where each rank of the present group is or was."""
+        return {rank: node for rank, node in self._nodes.items() if rank < self._world_size}
 
     def standing(self) -> Standing:
         """What has become of the run's groups so far."""

@@ -51,6 +51,7 @@ _TUNING = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1.0",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -94,8 +95,8 @@ class _Driver:
         self._signals = SignalCount()
         self._has_begun = False
         self._groups = 0
-        self._down: list[int] | None = None
-        """Ranks that failed last, while no new group is there."""
+        self._is_down = False
+        """Whether the last group has failed, and no new one is there."""
         self._ended = threading.Event()
         self._result: dict[str, Any] | None = None
         self._error: BaseException | None = None
@@ -212,7 +213,7 @@ class _Driver:
         now: Standing = ray.get(self._relay.standing.remote())
         if now.groups > before.groups:
             if now.failures == before.failures:  # no worker: the controller itself
-                now = ray.get(self._relay.down.remote([]))
+                now = ray.get(self._relay.down.remote("Ray Train's controller failed"))
             if now.failures > self._config.launch.max_failures:
                 raise error
         if now.room is not None:  # taken for ever, where the controller is lost
@@ -288,7 +289,7 @@ class _Driver:
 
     @property
     def _is_training(self) -> bool:
-        return self._groups > 0 and self._down is None
+        return self._groups > 0 and not self._is_down
 
     def _show(self) -> None:
         import ray
@@ -310,20 +311,20 @@ class _Driver:
                 ) from error
         for method, arguments in events:
             if method == "_down":
-                self._down, self._waiting_since = arguments[0], time.monotonic()
+                self._is_down, self._waiting_since = True, time.monotonic()
                 self._told = self._waiting_since
-                ranks = ", ".join(map(str, arguments[0]))
-                failed = f"rank {ranks} failed" if ranks else "Ray Train's controller failed"
-                self._display.message(
-                    f"{failed}: the workers restart from the newest checkpoint"
-                    if self._config.launch.max_failures
-                    else failed
-                )
+                cause, failures = arguments
+                allowed = self._config.launch.max_failures
+                if failures <= allowed:  # or it is the run's own error
+                    self._display.message(
+                        f"{cause}: the workers restart from the newest checkpoint (failure {failures} of "
+                        f"{allowed} allowed)"
+                    )
                 continue
             if method in ("start", "step") and is_address(self._config.output):
                 (self._run_dir / "metrics.jsonl").touch()  # that it grows, where others write it
             if method == "start":
-                self._down = None
+                self._is_down = False
                 self._has_begun = True
             getattr(self._display, method)(*arguments)
         self._groups = groups
@@ -346,8 +347,8 @@ class _Driver:
         demand = self._demand(nodes)
         missing = what_is_missing(demand, nodes)
         if missing is None:
-            if used := resources_in_use(demand.per_worker):
-                self._display.message(f"waiting for other jobs to end: {used}")
+            if used := resources_in_use(demand):
+                self._display.message(used)
             return
         self._display.message(f"waiting for nodes: {missing}")
         patience = self._patience() or _AUTOSCALER_PATIENCE

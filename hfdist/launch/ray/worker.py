@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import platform
-import socket
 import sys
 import threading
 import time
@@ -17,15 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
-from ray.train import UserCallback, get_context
+from ray.train import UserCallback, get_context, get_preemption_info
 from ray.train.torch import TorchConfig
 from ray.train.torch import config as torch_config
 
 from hfdist.checkpoint import mirror
 from hfdist.checkpoint.storage import open_storage
+from hfdist.comm.environment import serve_store
 from hfdist.errors import ConfigError, StorageError, SupersededError
 from hfdist.launch.child import Failed
 from hfdist.launch.logs import logging_to_file, path_of
+from hfdist.launch.ray.failures import first_failure
 from hfdist.launch.ray.loopback import is_loopback
 from hfdist.launch.ray.relay import RelayDisplay, RelayHandler
 from hfdist.rundir import files
@@ -78,7 +79,9 @@ class FailureWatch(UserCallback):
         import ray
 
         failures: dict[int, tuple[Failed, float]] = ray.get(self._relay.failures.remote())
-        ray.get(self._relay.down.remote(sorted(worker_exceptions)))
+        nodes: dict[int, str] = ray.get(self._relay.nodes.remote())
+        cause = first_failure(failures, worker_exceptions, nodes)
+        ray.get(self._relay.down.remote(cause))
         for failed, _ in failures.values():
             if is_mistake(failed):
                 raise DoNotRetry(failed.message)
@@ -117,27 +120,12 @@ class GroupConfig(TorchConfig):
         return _GroupBackend
 
 
-_stores: list[Any] = []  # they serve as long as they are kept
-
-
 def set_up_group(**arguments: Any) -> None:
     """Join the process group, in a worker; the store where ranks meet listens on 127.0.0.1 alone where the
     cluster does (torch's own listens on all addresses, and asks for no token)."""
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if arguments["world_rank"] == 0 and is_loopback(host) and port.isdigit():
-        from torch.distributed import TCPStore
-
-        with socket.create_server((host, int(port))) as listener:
-            store = TCPStore(
-                host,
-                int(port),
-                arguments["world_size"],
-                is_master=True,
-                wait_for_workers=False,
-                multi_tenant=True,  # torch's own, at the same port, joins it
-                master_listen_fd=os.dup(listener.fileno()),
-            )
-        _stores.append(store)
+        serve_store(host, int(port), arguments["world_size"])
     module: Any = torch_config
     module._setup_torch_process_group(**arguments)
 
@@ -186,11 +174,13 @@ def _work(job: Assignment, rank: int) -> dict[str, Any]:
     )
     display: Display = QuietDisplay()
     resume = job.resume
-    if rank == 0:
-        import ray
+    import ray
 
+    node = f"{platform.node()} ({ray.util.get_node_ip_address()}, process {os.getpid()})"
+    job.relay.at.remote(rank, node)
+    if rank == 0:
         room = ray.util.get_current_placement_group()
-        groups = ray.get(job.relay.begin.remote(room))
+        groups = ray.get(job.relay.begin.remote(room, comm.world_size))
         display = RelayDisplay(job.relay)
         # A group after the first goes on where the one before it was, if that left anything.
         checkpoints = open_storage(f"{home_of(job.config.output, job.run_dir)}/{files.CHECKPOINTS}")
@@ -202,10 +192,16 @@ def _work(job: Assignment, rank: int) -> dict[str, Any]:
             resume=comm.broadcast_object(resume),
             extra_tracker=RayMetricsTracker() if rank == 0 else None,
             retried=True,
+            is_leaving=_is_leaving,
         ),
         comm,
         display,
     )
+
+
+def _is_leaving() -> bool:
+    """Whether a node of the group drains: spot instances and upgrades give such a notice."""
+    return get_preemption_info() is not None
 
 
 def _join(job: Assignment) -> Communicator:

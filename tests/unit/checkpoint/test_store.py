@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
@@ -247,3 +248,79 @@ def test_digest_sees_every_bit_and_nothing_else() -> None:
     changed["w"][1, 2] = torch.nextafter(changed["w"][1, 2], torch.tensor(9.0))
     assert parameters_sha256(changed) != parameters_sha256(a)
     assert parameters_sha256({"w": a["w"].double(), "b": a["b"]}) != parameters_sha256(a)
+
+
+# -- checkpoints by somebody else
+
+
+def rewritten(folder: Path, name: str, content: bytes, under: str | None = None) -> None:
+    """Replace a file of the newest checkpoint, with a manifest that says that it is whole."""
+    checkpoint = max(path for path in folder.iterdir() if path.is_dir())
+    (checkpoint / (under or name)).write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"].pop(name, None)
+    digest = hashlib.sha256(content).hexdigest()
+    manifest["files"][under or name] = {"size": len(content), "sha256": digest}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(
+            ("tensors-0.safetensors", bad)
+            for bad in (b"", b"x" * 99, b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{}")
+        ),
+        *(
+            ("state.json", bad)
+            for bad in (b"", b"[]", b"7", b"{", b"\xff", b'{"$tensor": "none"}', b"[" * 9999)
+        ),
+    ],
+)
+def test_a_digest_that_fits_makes_no_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: bytes
+) -> None:
+    written = store(tmp_path, asynchronous=False)
+    written.save(1, STATE, 1.0)
+    written.save(2, STATE, 0.5)
+    rewritten(tmp_path, name, content)
+    assert store(tmp_path).load()[0] == 1
+    assert "is damaged" in caplog.text
+    with pytest.raises(CheckpointError, match="is whole"):
+        store(tmp_path).load(2)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "../../x", "/x", "a/b", "..", "", "tensors-0.safetensors/../x"]
+)
+def test_names_of_a_manifest_stay_in_its_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    written = store(folder, asynchronous=False)
+    written.save(1, STATE, 1.0)
+    target = next(path for path in folder.iterdir() if path.is_dir())
+    manifest = json.loads((target / "manifest.json").read_text())
+    secret = tmp_path / "run" / "x"
+    secret.write_bytes(b"mine")
+    digest = hashlib.sha256(b"mine").hexdigest()
+    manifest["files"][name] = {"size": 4, "sha256": digest}
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    reading = store(folder, asynchronous=False, keep=1)
+    with pytest.raises(CheckpointError, match="no file of a checkpoint"):
+        reading.load()
+    reading.save(2, STATE, 0.1)  # and what it names is left alone when the checkpoint goes
+    reading.wait()
+    assert secret.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "manifest", ["{}", "[]", "7", "null", '{"format": "x"}', '{"files": 1, "format": 1}', "{"]
+)
+def test_a_manifest_that_is_none_is_told(tmp_path: Path, manifest: str) -> None:
+    written = store(tmp_path, asynchronous=False)
+    written.save(1, STATE, 1.0)
+    (max(p for p in tmp_path.iterdir() if p.is_dir()) / "manifest.json").write_text(manifest)
+    for which in (None, "best", 1):
+        with pytest.raises(CheckpointError):
+            store(tmp_path).load(which)
+    store(tmp_path, asynchronous=False).save(2, STATE, 0.5)
+    assert store(tmp_path).load("best")[0] == 2

@@ -64,7 +64,7 @@ class Empty(Own):
     def __init__(self):
         super().__init__(examples=0)
 
-class FixedRandomness(Own):
+class Frozen(Own):
     def model(self):
         return super().model().requires_grad_(False)
 
@@ -75,6 +75,24 @@ class Overflowing(Own):
 class NoExample(Own):
     def example_inputs(self, batch):
         raise KeyError("inputs")
+
+class NaN(Own):
+    def loss(self, outputs, batch):
+        return super().loss(outputs, batch) * float("nan")
+
+class Inf(Own):
+    def loss(self, outputs, batch):
+        return super().loss(outputs, batch) + float("inf")
+
+class Uphill(Own):
+    def loss(self, outputs, batch):
+        # A gradient that points the wrong way: no step lowers the loss.
+        loss = super().loss(outputs, batch)
+        return 2 * loss.detach() - loss
+
+class Bottom(Own):
+    def loss(self, outputs, batch):
+        return 0.0 * super().loss(outputs, batch)
 
 class NoModel(Own):
     def model(self):
@@ -250,7 +268,10 @@ def test_no_plot_model_or_file_fails_a_run(job: Path, caplog: pytest.LogCaptureF
     assert result["status"] == "FINISHED"
     assert json.loads((run_dir / "result.json").read_text()) == result
     assert "the plots are not drawn: " in caplog.text
-    assert "the model is not recorded: KeyError: 'inputs'" in caplog.text
+    assert (
+        "the model is not recorded: TaskError: NoExample.example_inputs() fails: KeyError: 'inputs'"
+        in caplog.text
+    )
 
 
 # -- bad input
@@ -266,7 +287,7 @@ def test_no_plot_model_or_file_fails_a_run(job: Path, caplog: pytest.LogCaptureF
         (["task=task.py:VectorLoss"], TaskError, ["VectorLoss.loss", "scalar", "[4, 1]"]),
         (["task=task.py:Detached"], TaskError, ["Detached.loss", "not differentiable"]),
         (["task=task.py:Broken"], TaskError, ["Broken", "RuntimeError"]),
-        (["task=task.py:FixedRandomness"], TaskError, ["trainable"]),
+        (["task=task.py:Frozen"], TaskError, ["trainable"]),
         (["task=task.py:NoModel"], TaskError, ["Module", "str"]),
         (["task=task.py:Empty"], DataError, ["empty"]),
         (["batches.gradient=41"], DataError, ["batches.gradient", "41", "40"]),
@@ -315,3 +336,81 @@ def test_a_run_is_not_started_twice(job: Path) -> None:
 def test_no_run_folder_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run's folder"):
         api.resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_refused"),
+    [
+        (["batches.microbatch=1"], True),
+        (["batches.microbatch=23"], True),  # 24 examples: the last is alone
+        (["batches.gradient=1", "batches.curvature=null", "batches.line_search=null"], True),
+        (["batches.microbatch=2"], False),
+    ],
+)
+def test_one_example_under_batch_norm_is_told_before_training(
+    job: Path, changes: list[str], is_refused: bool
+) -> None:
+    if not is_refused:
+        assert hfdist.train(job, ["steps=1", *changes])["status"] == "FINISHED"
+        return
+    with pytest.raises(ConfigError, match="batch norm cannot normalise a microbatch of 1 example"):
+        hfdist.train(job, changes)
+    assert not list((job.parent / "runs").glob("*/metrics.jsonl"))
+
+
+def test_another_damping_on_resume_takes_effect(job: Path) -> None:
+    whole = records(hfdist.train(job, ["steps=4"]))
+    part = hfdist.train(job, ["steps=3"])
+    kept = records(api.resume(part["run_dir"], ["steps=4"]))
+    assert kept[3]["damping"] == whole[3]["damping"]
+    changed = records(api.resume(part["run_dir"], ["steps=5", "optim.damping=7"]))
+    assert changed[4]["damping"] == 7.0
+    again = records(api.resume(part["run_dir"], ["steps=6"]))
+    assert again[5]["damping"] in (7.0, pytest.approx(7.0 * 1.5), pytest.approx(7.0 / 1.5))
+
+
+# -- runs that train nothing
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [("NaN", ["nan", "4 steps"]), ("Uphill", ["none of 4 steps was accepted", "optim.damping"])],
+)
+def test_a_run_that_trains_nothing_has_failed(job: Path, task: str, words: list[str]) -> None:
+    result = hfdist.train(job, [f"task=task.py:{task}", "steps=4", "task_args.dropout=0"])
+    assert result["status"] == "FAILED"
+    assert result["steps"] == 4
+    for word in words:
+        assert word in result["error"]
+    text = (Path(result["run_dir"]) / "result.json").read_text()
+    assert "NaN" not in text.replace(result["error"], "")  # JSON has none
+    assert json.loads(text) == result
+    # Nothing is lost: the run can go on, with another rule.
+    again = api.resume(result["run_dir"], ["steps=5"])
+    assert (again["status"], again["steps"]) == ("FAILED", 5)
+
+
+def test_a_run_at_rest_is_no_failure(job: Path) -> None:
+    result = hfdist.train(job, ["task=task.py:Bottom", "steps=2"])
+    assert result["status"] == "FINISHED"
+
+
+def test_fewer_steps_than_are_done_are_refused(job: Path) -> None:
+    run_dir = Path(hfdist.train(job, ["steps=3"])["run_dir"])
+    before = {
+        p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and "logs" not in p.parts
+    }
+    with pytest.raises(ConfigError, match=r"steps is 2, but the run has done 3") as caught:
+        api.resume(run_dir, ["steps=2"])
+    assert caught.value.exit_code == 2
+    after = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and "logs" not in p.parts}
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "run_id", ["../x", "a b/e", "", ".", "..", "-x", "x" * 300, "a\nb", "a/b", "\0"]
+)
+def test_run_ids_are_checked_before_anything_is_made(job: Path, run_id: str) -> None:
+    with pytest.raises(ConfigError, match="run id"):
+        hfdist.train(job, run_id=run_id)
+    assert not (job.parent / "runs").exists()

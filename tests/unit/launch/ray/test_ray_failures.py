@@ -8,7 +8,7 @@ import pytest
 
 from hfdist.errors import ConfigError, WorkerError
 from hfdist.launch.child import Failed
-from hfdist.launch.ray.failures import cause_of
+from hfdist.launch.ray.failures import cause_of, first_failure
 
 ray_exceptions = pytest.importorskip("ray.exceptions")
 
@@ -81,3 +81,22 @@ def test_a_controller_that_is_gone_is_named(tmp_path: Path) -> None:
     assert "Ray Train's controller was killed because its node ran out of memory" in str(starved)
     other = cause_of({}, {}, RuntimeError("no such thing\nand more"), tmp_path)
     assert str(other) == "Ray Train gave up: no such thing"
+
+
+def test_a_restart_names_rank_node_and_how_and_not_those_that_miss_a_peer() -> None:
+    nodes = {0: "ann (10.0.0.1, process 7)", 1: "bob (10.0.0.2, process 8)"}
+    peer = {0: (said("PeerError", "another rank died"), 1.0)}
+    lost = {0: RuntimeError("rank 0"), 1: RuntimeError(GONE)}
+    text = first_failure(peer, lost, nodes)
+    assert text.startswith("rank 1 on bob (10.0.0.2, process 8) ended without a word: killed")
+    assert "SIGKILL" in text
+    assert "rank 0" not in text
+    own = {**peer, 1: (said("KeyError", "'x'\nmore"), 2.0)}
+    assert first_failure(own, lost, {}) == "rank 1 failed: KeyError: 'x'"
+    both = first_failure({}, {0: RuntimeError(UNREACHABLE), 1: RuntimeError(OUT_OF_MEMORY)}, nodes)
+    assert both.startswith("rank 0 on ann")
+    assert "its node died" in both
+    assert "; rank 1 on bob (10.0.0.2, process 8) was killed because its node ran out" in both
+    early = first_failure(peer, {0: RuntimeError("rank 0")}, nodes)  # before Ray has seen it
+    assert early.startswith("rank 1 on bob (10.0.0.2, process 8) does not answer any more")
+    assert first_failure(peer, {}, {}) == "rank 0 failed: a peer is gone"
