@@ -182,7 +182,7 @@ _WRITES: tuple[_Statement, ...] = (
     ("{0}.fill_(0.5)", "M", None), ("{0}.index_add_(1, torch.tensor([3, 1]), {1})", "MH", None),
     ("{0}.index_put_((torch.tensor([0, 0]),), {1}[:2], accumulate=True)", "MM", None),
     ("{0}.scatter_(1, k[:, :1].long(), {1})", "MC", None), ("{0}.cumsum_(1)", "M", None),
-    ("{0}.fill_diagonal_(0.1)", "M", None), ("{0}.view(-1)[3:9].mul_(2.0)", "M", None),
+    ("{0}.fill_diagonal_(0.1)", "M", None), ("{0}.narrow(0, 1, 2)[:, 1:].mul_(2.0)", "M", None),
     ("{0}.t().mul_({1})", "MT", None), ("{0}.diagonal().mul_(3.0)", "M", None),
     # through views that have a name
     ("{0} *= 2.0", "H", None), ("{0} += {1}", "HH", None), ("{0}.mul_({1})", "HC", None),
