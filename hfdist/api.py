@@ -18,11 +18,9 @@ from hfdist.launch.start import start
 from hfdist.launch.torchrun import is_rank_0, is_restart, run_id_of_group
 from hfdist.rundir import files
 from hfdist.rundir.files import write_atomically
-from hfdist.rundir.locations import folder_of_runs, home_of, is_address
+from hfdist.rundir.locations import check_run_id, folder_of_runs, home_of, is_address
 from hfdist.training.display import DISPLAYS
 from hfdist.training.worker import local_folder
-
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def train(
@@ -50,9 +48,9 @@ def train(
     if isinstance(job, RunConfig) and overrides:
         raise ConfigError("overrides belong to a job file: change the RunConfig itself")
     config = job if isinstance(job, RunConfig) else load_config(job, overrides)
-    run_id = run_id or run_id_of_group(slug(config.name)) or new_run_id(config.name)
-    if not _RUN_ID.fullmatch(run_id):
-        raise ConfigError(f"run id {run_id!r}: use letters, digits, dots, dashes and underscores")
+    if run_id is None:
+        run_id = run_id_of_group(slug(config.name)) or new_run_id(config.name)
+    check_run_id(run_id)
     run_dir = folder_of_runs(config.output) / run_id
     if not is_restart() and mirror.exists(config.output, run_dir):
         home = home_of(config.output, run_dir)

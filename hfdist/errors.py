@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from hfdist.addresses import without_user_information
+
+_LONGEST = 400  # characters of another program's message
+
 
 class UserError(Exception):
-    """Bad input. The message names the key or file at fault and the mend.
+    """Bad input. The message names the key or file at fault and the fix.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. What is written of it anywhere
+    (result.json, logs, MLflow) is this message, so no address in it keeps its user and password.
     """
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_user_information(message))
 
 
 class ConfigError(UserError):
@@ -18,6 +26,12 @@ class ConfigError(UserError):
 
 class TaskError(UserError):
     """A task that cannot be imported, built or differentiated; names the task and the method."""
+
+
+class TaskFailure(TaskError):
+    """The task's own code failed after training had begun: another try may go better."""
+
+    exit_code = 1
 
 
 class DataError(UserError):
@@ -63,4 +77,9 @@ class Interrupted(Exception):
 
 def first_line(error: object) -> str:
     """What an error of a library says in its first line: those after it are for its developers."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # a message that cannot be made must not hide the error
+        lines = []
+    line = lines[0] if lines else type(error).__name__
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."

@@ -475,7 +475,10 @@ class HessianFree(torch.optim.Optimizer):
                 lambda: model(inputs), loss_of, mixed(seed, comm.rank, number), "loss_func"
             )
 
-        return [microbatch(number, pair) for number, pair in enumerate(data)]
+        found = [microbatch(number, pair) for number, pair in enumerate(data)]
+        if not found and comm.world_size == 1:  # of several ranks, one may have nothing
+            raise ValueError("a list of minibatches is empty: give at least one (inputs, targets)")
+        return found
 
     def _test_deterministic(self, problem: Problem) -> None:
         """Two evaluations of loss and product must agree; both are made with frozen randomness, so

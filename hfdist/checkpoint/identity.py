@@ -39,7 +39,7 @@ def raw_bytes(tensor: Tensor) -> Tensor:
     return t.reshape(-1).view(torch.uint8)
 
 
-def check(saved: Mapping[str, Tensor], model_state: Mapping[str, Tensor]) -> None:
+def check(saved: Mapping[str, Tensor] | None, model_state: Mapping[str, Tensor]) -> None:
     """Whether saved parameters and buffers fit a model: same names, shapes and dtypes.
 
     Args:
@@ -49,6 +49,8 @@ def check(saved: Mapping[str, Tensor], model_state: Mapping[str, Tensor]) -> Non
     Raises:
         CheckpointError: The first difference, in the model's order, and what to do.
     """
+    if not isinstance(saved, Mapping) or not all(isinstance(t, Tensor) for t in saved.values()):
+        raise CheckpointError("the checkpoint holds no model: start a new run")
     difference = _first_difference(saved, model_state)
     if difference is not None:
         raise CheckpointError(

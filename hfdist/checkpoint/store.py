@@ -19,7 +19,7 @@ from hfdist.checkpoint.encoding import Encoder, decode, shares, to_host
 from hfdist.checkpoint.storage import Storage, open_storage
 from hfdist.comm import Communicator
 from hfdist.config.checkpoint import CheckpointConfig
-from hfdist.errors import CheckpointError, StorageError
+from hfdist.errors import CheckpointError, StorageError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
 _NAME = re.compile(r"(\d{6})-step-(\d{8})")
+_FILE = re.compile(r"state\.json|tensors-\d+\.safetensors")
 _WAIT_FOR_RANKS = 120.0  # seconds that rank 0 waits for the others' parts
 
 
@@ -184,9 +185,14 @@ class CheckpointStore:
                 self._storage.remove_folder(name)
 
     def _best(self, names: list[str]) -> str | None:
-        metrics = {name: self._manifest(name).get("metric") for name in names}
-        known = {name: m for name, m in metrics.items() if m is not None and m == m}
+        known = {name: m for name in names if (m := self._metric(name)) is not None and m == m}
         return min(known, key=lambda name: (known[name], name)) if known else None
+
+    def _metric(self, name: str) -> float | None:
+        try:
+            return float(self._manifest(name)["metric"])
+        except (ValueError, KeyError, TypeError):  # none; or a damaged manifest, which is no best
+            return None
 
     # -- read ------------------------------------------------------------------------------------
 
@@ -206,13 +212,19 @@ class CheckpointStore:
         chosen = self._comm.broadcast_object(self._choose(which) if self._comm.is_rank_0 else "")
         if chosen.startswith("!"):
             raise CheckpointError(chosen[1:])
-        manifest = self._manifest(chosen)
+        return self._read(chosen)
+
+    def _read(self, name: str) -> tuple[int, dict[str, Any]]:
+        """The step and the state of a checkpoint; raises whatever is wrong with it."""
+        manifest = self._manifest(name)
         tensors: dict[str, Tensor] = {}
-        for name in manifest["files"]:
-            if name != STATE:
-                tensors |= safetensors.torch.load(self._storage.read(chosen, name))
-        document = json.loads(self._storage.read(chosen, STATE))
-        return manifest["step"], decode(document, tensors.__getitem__)
+        for file in manifest["files"]:
+            if file != STATE:
+                tensors |= safetensors.torch.load(self._storage.read(name, file))
+        state = decode(json.loads(self._storage.read(name, STATE)), tensors.__getitem__)
+        if not isinstance(state, dict):
+            raise ValueError(f"{STATE} holds no state")
+        return int(manifest["step"]), state
 
     def _choose(self, which: int | Literal["best"] | None) -> str:
         try:
@@ -249,13 +261,17 @@ class CheckpointStore:
             if manifest["format"] > FORMAT:
                 return f"format {manifest['format']} is newer than this program"
             for file, entry in manifest["files"].items():
+                # Whoever wrote the manifest says which files are read: none outside of the folder.
+                if not _FILE.fullmatch(file):
+                    return f"its manifest names {file!r}, which is no file of a checkpoint"
                 data = self._storage.read(name, file)
                 if len(data) != entry["size"]:
                     return f"{file} has {len(data)} bytes instead of {entry['size']}"
                 if hashlib.sha256(data).hexdigest() != entry["sha256"]:
                     return f"{file} does not have the SHA-256 of its manifest"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"{type(error).__name__}: {error}"
+            self._read(name)  # a digest says that a file is whole, not that it is one of ours
+        except Exception as error:
+            return f"{type(error).__name__}: {first_line(error)}"
         return ""
 
     def _manifest(self, name: str) -> dict[str, Any]:

@@ -9,12 +9,36 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from hfdist.cli import bench, cluster, jobs, look, project, run, submit, sweep
 from hfdist.launch.logs import StderrHandler
+
+
+class _FlagsWithoutType:
+    """Help that shows no type (`<bool>`) beside options that take no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Command(_FlagsWithoutType, TyperCommand):
+    pass
+
+
+class _Group(_FlagsWithoutType, TyperGroup):
+    pass
+
+
+EXIT_CODES = """Exit codes: 0 done; 1 the run failed, or trained nothing; 2 a mistake in the command, the
+job, the task or the data; 130 stopped by Ctrl-C or SIGTERM, after a checkpoint."""
 
 app = typer.Typer(
     name="hfdist",
@@ -22,6 +46,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    cls=_Group,
+    epilog=EXIT_CODES.replace("\n", " "),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -41,26 +67,28 @@ def _help(verb: Callable[..., None]) -> str:
 
 for panel, verbs in _VERBS.items():
     for verb in verbs:
-        app.command(rich_help_panel=panel, help=_help(verb))(verb)
-app.add_typer(bench.app, name="bench", rich_help_panel="Look")
-for name, family in {"jobs": jobs.app, "cluster": cluster.app}.items():
-    app.add_typer(family, name=name, rich_help_panel="Cluster")
+        app.command(rich_help_panel=panel, help=_help(verb), cls=_Command)(verb)
+for name, family, panel in (
+    ("bench", bench.app, "Look"),
+    ("jobs", jobs.app, "Cluster"),
+    ("cluster", cluster.app, "Cluster"),
+):
+    for registered in family.registered_commands:
+        registered.cls = _Command
+    app.add_typer(family, name=name, rich_help_panel=panel, cls=_Group)
 
 
 @app.callback()
 def _options(
     debug: Annotated[
         bool,
-        typer.Option(
-            "--debug", help="Show tracebacks and debug messages.", envvar="HFDIST_DEBUG", metavar=""
-        ),
+        typer.Option("--debug", help="Show tracebacks and debug messages.", envvar="HFDIST_DEBUG"),
     ] = False,
     version: Annotated[
         bool,
         typer.Option(
             "--version",
             help="Print versions and exit.",
-            metavar="",
             is_eager=True,
             callback=look.print_version,
         ),
@@ -88,18 +116,30 @@ def main() -> None:
 
 @contextlib.contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """A user's mistake is one message and its exit code; Ctrl-C is 130; a traceback is for --debug."""
+    """Every error is one message and its exit code; Ctrl-C is 130; a traceback is for --debug."""
     try:
         yield
     except Exception as error:
-        from hfdist.errors import UserError
+        from hfdist.addresses import without_user_information
+        from hfdist.errors import UserError, first_line
 
-        if not isinstance(error, UserError):
-            raise
         if os.environ.get("HFDIST_DEBUG"):
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+            print(without_user_information(traceback.format_exc()), file=sys.stderr)
+        if isinstance(error, UserError):
+            message, code = str(error), error.exit_code
+        elif isinstance(error, OSError) and error.strerror:
+            about = [str(name) for name in (error.filename, error.filename2) if name is not None]
+            message, code = ": ".join([*map(_short, about), error.strerror]), 2
+        else:
+            kind, said = type(error).__name__, without_user_information(first_line(error))
+            message = f"unexpected {kind}: {said} (a fault of hfdist: --debug shows where)"
+            code = 1
+        print(f"error: {message or type(error).__name__}", file=sys.stderr, flush=True)
+        sys.exit(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-40:]}"

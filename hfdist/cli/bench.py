@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from hfdist.cli.tables import print_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,7 +56,9 @@ def products(
     if as_json:
         print(json.dumps(bench.to_rows(timings)))
     else:
-        _table("Curvature products, in gradients of the same batch", bench.to_rows(timings))
+        print_table(
+            bench.to_rows(timings), title="Curvature products, in gradients of the same batch"
+        )
 
 
 @app.command()
@@ -96,14 +99,14 @@ def step(
         print(json.dumps(rows))
         return
     phases = [row.pop("phases") for row in rows]
-    _table(f"Steps of {iterations} CG iterations", rows)
-    _table(
-        "Seconds by phase",
+    print_table(rows, title=f"Steps of {iterations} CG iterations")
+    print_table(
         [
             {"workload": row["workload"], "kind": row["kind"], "by": row["by"], **phase}
             for row, phase in zip(rows, phases)
             if phase
         ],
+        title="Seconds by phase",
     )
 
 
@@ -145,8 +148,7 @@ def scaling(
     if as_json:
         print(json.dumps(report.to_dict()))
         return
-    _table(
-        f"Steps on this machine ({report.num_parameters:,} parameters, {threads} thread(s) a rank)",
+    print_table(
         [
             {
                 "ranks": check.world_size,
@@ -159,9 +161,9 @@ def scaling(
             }
             for check in report.checks
         ],
+        title=f"Steps on this machine ({report.num_parameters:,} parameters, {threads} thread(s) a rank)",
     )
-    _table(
-        "Fitted rates",
+    print_table(
         [
             {
                 "busy ranks": W,
@@ -173,10 +175,11 @@ def scaling(
             }
             for W, m in report.machines.items()
         ],
+        title="Fitted rates",
     )
     for name, rows in report.ahead.items():
         chosen = [row for row in rows if row["world_size"] in (1, 8, 64, 512, 4096)]
-        _table(f"Foreseen efficiency: {name}", chosen)
+        print_table(chosen, title=f"Foreseen efficiency: {name}")
 
 
 @app.command()
@@ -221,20 +224,6 @@ def optimizers(
     if as_json:
         print(json.dumps(rows))
     else:
-        _table(f"{config.name}, {seconds:g} s each, a batch of {arena.num_examples}", rows)
-
-
-def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for key in rows[0]:
-        table.add_column(str(key), justify="right" if _is_number(rows[0][key]) else "left")
-    for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+        print_table(
+            rows, title=f"{config.name}, {seconds:g} s each, a batch of {arena.num_examples}"
+        )

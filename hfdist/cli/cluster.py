@@ -40,6 +40,7 @@ def start_head(
     print(f"cluster:   {node.address} (process {node.pid}, log {node.log})")
     print(f"dashboard: http://{host}:{dashboard_port}")
     print(f"token:     {token_path()}")
+    print(f"open to:   {_open_to(host)}")
     print(f"join it:   hfdist cluster join {node.address}")
     print(f"submit:    hfdist submit JOB.yaml --address http://{host}:{dashboard_port}")
 
@@ -70,6 +71,19 @@ def stop() -> None:
         print(
             f"stopped {'the head of ' if node.is_head else ''}{node.address} (process {node.pid})"
         )
+
+
+def _open_to(host: str) -> str:
+    """Who can reach the node's ports, and how that is changed."""
+    from hfdist.launch.ray.loopback import is_loopback
+
+    if is_loopback(host):
+        return "this machine alone: every port is at 127.0.0.1"
+    return (
+        f"whoever reaches this machine: the dashboard is at {host}, all else listens on all addresses. Jobs "
+        "and cluster ask for the token; /metrics, and ranks that meet in a run, do not: let a firewall "
+        "admit the cluster's nodes alone"
+    )
 
 
 def _size(cpus: float | None, gpus: float | None, resources: list[str] | None):  # type: ignore[no-untyped-def]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hfdist.cli.options import Address, Json
+from hfdist.cli.tables import print_table
 
 app = typer.Typer(
     help="Jobs of a Ray cluster: list, status, logs, stop, delete.", no_args_is_help=True
@@ -25,17 +26,22 @@ def list_(address: Address = None, as_json: Json = False) -> None:
     if as_json:
         _print_json(jobs)
         return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for title in ("job", "status", "task", "steps", "experiment", "started", "took"):
-        table.add_column(title, overflow="fold" if title == "job" else "ellipsis")
-    for job in jobs:
-        words = [job["id"], job["status"], job["task"], job["steps"], job["experiment"]]
-        table.add_row(*(word or "" for word in words), _clock(job["started"]), _took(job))
-    Console().print(table if jobs else "no jobs")
+    rows = [
+        {
+            "job": job["id"],
+            "status": job["status"],
+            "task": job["task"],
+            "steps": job["steps"],
+            "experiment": job["experiment"],
+            "started": _clock(job["started"]),
+            "took": _took(job),
+        }
+        for job in jobs
+    ]
+    if rows:
+        print_table(rows, dispensable=("experiment", "task", "steps", "took", "started"))
+    else:
+        print("no jobs")
 
 
 @app.command()

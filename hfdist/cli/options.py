@@ -19,17 +19,21 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Show nothing but warnings and errors.", metavar="")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.", metavar="")]
-Plain = Annotated[
-    bool, typer.Option("--plain", help="Print a line a step, also on a terminal.", metavar="")
-]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but warnings and errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Print a line a step, also on a terminal.")]
 Address = Annotated[
     str | None,
     typer.Option(
         help="The cluster's dashboard; by default RAY_API_SERVER_ADDRESS, else this machine's.",
         metavar="http://HEAD:8265",
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Run the code that the run names, also where it is another user's.",
+        envvar="HFDIST_TRUST",
     ),
 ]

@@ -11,9 +11,11 @@ import typer
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
 ) -> None:
-    """Make a project: task.py, job.yaml and a test. It trains as it stands."""
+    """Make a project: task.py, job.yaml, its schema and a test. It trains as it stands."""
+    import json
     from importlib.resources import files
 
+    from hfdist.config.job import schema
     from hfdist.errors import StorageError
 
     try:
@@ -24,6 +26,8 @@ def init(
             # The suffix keeps tools from taking templates for code of this package.
             if file.name.endswith(".txt"):
                 (folder / file.name.removesuffix(".txt")).write_text(file.read_text())
+        # The job file names it for editors.
+        (folder / "schema.json").write_text(json.dumps(schema(), indent=2) + "\n")
     except OSError as error:
         raise StorageError(f"cannot write {folder}: {error.strerror}") from error
     print(f"made {folder}: try `cd {folder} && hfdist train job.yaml`")

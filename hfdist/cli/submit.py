@@ -35,12 +35,14 @@ def submit(
     from hfdist.config.job import load_config
     from hfdist.errors import ConfigError
     from hfdist.launch.ray import jobs as ray_jobs
+    from hfdist.rundir.locations import check_run_id
 
     config = load_config(job, [*(overrides or ()), "launch.backend=ray"])
     folder = (folder or job.parent).resolve()
     if not job.resolve().is_relative_to(folder):
         raise ConfigError(f"job file {job} is not in the folder {folder} that travels with it")
-    run_id = run_id or api.new_run_id(config.name)
+    run_id = api.new_run_id(config.name) if run_id is None else run_id
+    check_run_id(run_id)
     address = ray_jobs.dashboard_address(address)
     submitted = ray_jobs.submit(
         job,
@@ -68,7 +70,10 @@ def resume_job(
     if is_address(run_id):
         run_dir = run_id
     submitted = ray_jobs.resume(
-        path.name if run_dir else run_id, overrides or (), address=address, run_dir=run_dir
+        path.resolve().name if run_dir else run_id,
+        overrides or (),
+        address=address,
+        run_dir=run_dir,
     )
     _announce(submitted, address, as_json, follow)
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from hfdist.cli.app import errors_as_messages
+from hfdist.cli.run import exit_as
 from hfdist.errors import StorageError, UserError
 
 
@@ -16,8 +17,7 @@ def main() -> None:
     """Run, or go on with, what the package's submission names."""
     with errors_as_messages():
         result = _run(Path.cwd())
-    if result["status"] == "KILLED":
-        sys.exit(130)
+    exit_as(result)
 
 
 def _run(package: Path) -> dict[str, str]:
@@ -26,6 +26,7 @@ def _run(package: Path) -> dict[str, str]:
     from hfdist.launch.ray.jobs import FOLDER, Submission
     from hfdist.rundir import files
     from hfdist.rundir.locations import is_address, split
+    from hfdist.tracking.provenance import SOURCE_FILE, SOURCE_VARIABLE
 
     submission = Submission(**json.loads((package / FOLDER / "submission.json").read_text()))
     os.environ.update(submission.environment)
@@ -38,6 +39,8 @@ def _run(package: Path) -> dict[str, str]:
             shutil.copytree(
                 package, code, ignore=shutil.ignore_patterns(FOLDER), dirs_exist_ok=True
             )
+            if SOURCE_VARIABLE in os.environ:
+                (code / SOURCE_FILE).write_text(os.environ[SOURCE_VARIABLE])
             if output:
                 shutil.make_archive(str(code), "gztar", code)
                 mirror.push(output, run_dir, [files.CODE_ARCHIVE])

@@ -81,9 +81,7 @@ def sweep(
 
 
 def _print_table(rows: list[dict[str, Any]], keys: list[str]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from hfdist.cli.tables import print_table
 
     measures = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("eval_")]
     best = min(
@@ -91,25 +89,17 @@ def _print_table(rows: list[dict[str, Any]], keys: list[str]) -> None:
         key=lambda row: row.get("eval_loss", row["final_loss"]),
         default=None,
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    for title in (
-        *keys,
-        "status",
-        "loss",
-        *(m[5:].join(["eval ", ""]) for m in measures),
-        "cg",
-        "s",
-    ):
-        table.add_column(title, justify="left" if title in (*keys, "status") else "right")
-    for row in rows:
-        cells = [row["values"][key] for key in keys]
-        cells += [row["status"], *(_number(row.get(m)) for m in ("final_loss", *measures))]
-        cells += [str(row.get("cg_iterations", "")), _number(row.get("wall_seconds"), ".1f")]
-        table.add_row(*cells, style="bold green" if row is best else None)
-    Console().print(table)
+    shown = [
+        {
+            **row["values"],
+            "status": row["status"],
+            "loss": row.get("final_loss"),
+            **{f"eval {name.removeprefix('eval_')}": row.get(name) for name in measures},
+            "cg": row.get("cg_iterations"),
+            "s": row.get("wall_seconds"),
+        }
+        for row in rows
+    ]
+    print_table(shown, best=shown[rows.index(best)] if best is not None else None)
     if best is not None:
         print(f"best: {best['run_dir']}")
-
-
-def _number(value: float | None, form: str = ".6g") -> str:
-    return "" if value is None else format(value, form)

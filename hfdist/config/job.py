@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -22,20 +23,25 @@ from pydantic import (
 )
 from yaml import YAMLError
 
+from hfdist.addresses import has_user_information, is_all_reference
 from hfdist.config.checkpoint import CheckpointConfig
 from hfdist.config.evaluate import EvaluateConfig
 from hfdist.config.launch import LaunchConfig
+from hfdist.config.limits import MAX_DEPTH, check_references, check_size, what_is_wrong
 from hfdist.config.messages import explain
+from hfdist.config.notify import NotifyConfig
 from hfdist.config.redaction import MASK, flatten, is_secret, masked, masked_override
 from hfdist.config.tracking import TrackingConfig
 from hfdist.data.config import BatchesConfig
-from hfdist.errors import ConfigError
+from hfdist.errors import ConfigError, first_line
 from hfdist.optim.options import PRESETS, HFOptions, current
 from hfdist.rundir import files
 from hfdist.rundir.files import write_atomically
 from hfdist.rundir.locations import normal
 
-_SECTIONS = ("optim", "batches", "launch", "checkpoint", "tracking", "evaluate")
+_SECTIONS = ("optim", "batches", "launch", "checkpoint", "tracking", "evaluate", "notify")
+_OF_VALUES = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What the YAML libraries let through of a value that cannot be made: a date of month 13, 5000 digits."""
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -78,6 +84,8 @@ class RunConfig(BaseModel):
     """Where the run is recorded."""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     """When held-out data is looked at."""
+    notify: NotifyConfig = Field(default_factory=NotifyConfig)
+    """Who is told how the run ends."""
 
     _references: dict[str, str] = PrivateAttr(default_factory=dict)
     """Secrets that the job takes from elsewhere: {"task_args.token": "${oc.env:TOKEN}"}."""
@@ -107,7 +115,7 @@ class RunConfig(BaseModel):
     def _check_output(cls, output: str) -> str:
         try:
             return normal(output)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise ValueError(f"output is {error}") from error
 
     @model_validator(mode="after")
@@ -120,6 +128,17 @@ class RunConfig(BaseModel):
                 f"output is {self.output}, which other processes do not see: choose a folder or an object "
                 "store, or one local worker with launch.max_failures=0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_values(self) -> RunConfig:
+        """What no key may hold, whatever its section; a task's arguments are the task's affair."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        values |= {name: dataclasses.asdict(values[name]) for name in _SECTIONS}
+        for key, value in flatten(values):
+            problem = what_is_wrong(key, value)
+            if problem:
+                raise ValueError(f"{key} {problem}")
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,16 +189,18 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         _apply(written, override)
     values = _resolve(written, path)
     for key, value in flatten(values):
-        if value == MASK and is_secret(key):
+        if (is_secret(key) and MASK in str(value)) or f"://{MASK}@" in str(value):
             raise ConfigError(
                 f"{path}: {key} is a secret and was not written down: give it again, {key}=..., or "
                 f"let the job take it from the environment ({key}: ${{oc.env:NAME}})"
             )
     config = from_dict(values, str(path))
+    plain = dict(flatten(_plain(config)))
     config._references.update(
         (key, value)
         for key, value in flatten(written)
-        if is_secret(key, value) and "${" in value.replace("\\${", "")
+        if (is_secret(key, value) and "${" in value.replace("\\${", ""))
+        or (has_user_information(str(plain.get(key))) and is_all_reference(str(value)))
     )
     return _with_task_beside(config, path.parent)
 
@@ -245,16 +266,17 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"job file {path} does not exist")
     try:
+        check_size(path.read_text(), f"job file {path}")
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except OSError as error:
         # OmegaConf raises one without a number for a file that holds a single text.
         if error.errno is not None:
             raise ConfigError(f"job file {path} cannot be read: {error.strerror}") from error
         values = None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, *_OF_VALUES) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(f"job file {path}{line} is no valid YAML: {problem}") from error
     if not isinstance(values, dict):
         raise ConfigError(
@@ -269,14 +291,17 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key = key.strip()
     if not equals or not key:
         raise ConfigError(f"override {shown!r}: write key=value, like optim.damping=0.1")
+    check_size(text, f"override {shown[:80]!r}")
     try:
         parsed: Any = OmegaConf.create(f"value: {text}")
         value = OmegaConf.to_container(parsed, resolve=False)["value"]  # type: ignore[index,call-overload]
-    except (YAMLError, OmegaConfBaseException, KeyError, TypeError, IndexError) as error:
+    except (YAMLError, OmegaConfBaseException, IndexError, *_OF_VALUES) as error:
         raise ConfigError(
             f"override {shown!r}: the value is no valid YAML: put it in quotes"
         ) from error
     *sections, last = key.split(".")
+    if len(sections) > MAX_DEPTH:
+        raise ConfigError(f"override {shown[:80]!r}: more than {MAX_DEPTH} levels")
     place = values
     for section in sections:
         if place.get(section) is None:
@@ -289,11 +314,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _resolve(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Follow references (`${steps}`, `${oc.env:NAME}`), after the overrides."""
+    check_references(dict(flatten(values)), str(path))
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ConfigError(f"{path}: {key}{str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, *_OF_VALUES) as error:
+        full_key = getattr(error, "full_key", None)
+        key = f"{full_key}: " if full_key else ""
+        raise ConfigError(f"{path}: {key}{first_line(error)}") from error
     return {str(key): value for key, value in resolved.items()}  # type: ignore[union-attr]
 
 
@@ -301,7 +328,10 @@ def _with_task_beside(config: RunConfig, folder: Path) -> RunConfig:
     where, _, name = config.task.rpartition(":")
     if not where.endswith(".py"):
         return config
-    file = (folder / Path(where).expanduser()).resolve()
+    try:
+        file = (folder / Path(where).expanduser()).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"task is {config.task!r}: {first_line(error)}") from error
     return config.model_copy(update={"task": f"{file}:{name}"})
 
 

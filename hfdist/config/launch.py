@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+MAX_WORKERS = 1 << 16
 _PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
@@ -75,6 +76,8 @@ class LaunchConfig:
                 raise ValueError(f"resources.{name} is {amount}: it must be at least 0")
 
     def _check_workers(self) -> None:
+        if self.max_workers > MAX_WORKERS:
+            raise ValueError(f"workers is {self.workers}: at most {MAX_WORKERS}")
         if isinstance(self.workers, int):
             if self.workers < 1:
                 raise ValueError(f"workers is {self.workers}: it must be at least 1")
@@ -93,4 +96,4 @@ class LaunchConfig:
     @property
     def max_workers(self) -> int:
         """Number of workers, the greatest where it is a range."""
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
+        return self.workers if isinstance(self.workers, int) else max(self.workers, default=0)

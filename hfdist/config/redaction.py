@@ -1,4 +1,5 @@
-"""Values that no record may hold: passwords, tokens and keys, told by the names of their keys."""
+"""Values that no record may hold: passwords, tokens and keys, told by the names of their keys, and users
+and passwords in addresses, wherever they stand."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-MASK = "********"
+from hfdist.addresses import MASK, without_user_information
+
+__all__ = ["MASK", "flatten", "is_secret", "masked", "masked_override"]
 
 _SECRET = re.compile(
     r"(?:^|[_.-])(?:password|passwd|passphrase|secret|credentials?|(?:api|access|private|secret|auth)_?key)$",
@@ -32,16 +35,25 @@ def is_secret(key: str, value: Any = "") -> bool:
 def masked(values: Any, key: str = "") -> Any:
     """A copy of plain values in which every secret is `MASK`."""
     if isinstance(values, Mapping):
-        return {name: masked(value, str(name)) for name, value in values.items()}
+        return {
+            without_user_information(name) if isinstance(name, str) else name: masked(
+                value, str(name)
+            )
+            for name, value in values.items()
+        }
     if isinstance(values, list):
         return [masked(value, key) for value in values]
-    return MASK if values and is_secret(key, values) else values
+    if isinstance(values, str):
+        return MASK if values and is_secret(key, values) else without_user_information(values)
+    return values
 
 
 def masked_override(override: str) -> str:
     """A `key=value` that may be shown."""
     key, equals, value = override.partition("=")
-    return f"{key}{equals}{MASK}" if value and is_secret(key.strip()) else override
+    if value and is_secret(key.strip()):
+        return f"{key}{equals}{MASK}"
+    return without_user_information(override)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

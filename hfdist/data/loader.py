@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from hfdist.data.plan import MicrobatchPlan
-from hfdist.errors import DataError, UserError
+from hfdist.errors import DataError
 from hfdist.tasks.task import Batch, Task
+from hfdist.tasks.user_code import user_code
 
 
 class BatchLoader:
@@ -24,11 +25,18 @@ class BatchLoader:
         dataset: Map-style; None for a deterministic function, whose batches are None.
         device: Where batches go; from pinned memory and without waiting, where it is a GPU.
         dtype: Type of floating-point leaves.
+        source: The task's method that gave the data set, for messages.
     """
 
     def __init__(
-        self, task: Task, dataset: Dataset | None, device: torch.device, dtype: torch.dtype
+        self,
+        task: Task,
+        dataset: Dataset | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        source: str = "train_data",
     ) -> None:
+        self._source = source
         self._task, self._dataset, self._device, self._dtype = task, dataset, device, dtype
         self._pool: ThreadPoolExecutor | None = None
         self._coming: dict[tuple[int, bytes], Future[Batch]] = {}
@@ -78,27 +86,21 @@ class BatchLoader:
 
     def _on_host(self, indices: Tensor) -> Batch:
         data: Any = self._dataset
+        name, kind = f"{type(self._task).__name__}.{self._source}()", type(data).__name__
         if self._whole_batches:
-            return data.batch(indices)
+            with user_code(f"{kind}.batch() of {name}", type(data).batch, DataError):
+                return data.batch(indices)
         examples = []
         for index in indices.tolist():
-            try:
+            with user_code(f"{kind}[{index}] of {name}", type(data).__getitem__, DataError):
                 examples.append(data[index])
-            except UserError:
-                raise
-            except Exception as error:
-                raise DataError(
-                    f"{type(data).__name__}[{index}] fails: {type(error).__name__}: {error}"
-                ) from error
-        try:
+        with user_code(
+            f"{type(self._task).__name__}.collate() of a batch of {len(examples)} examples",
+            type(self._task).collate,
+            DataError,
+            "Override collate() to pad or to stack them",
+        ):
             return self._task.collate(examples)
-        except UserError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"{type(self._task).__name__}.collate cannot make a batch of {len(examples)} examples: "
-                f"{type(error).__name__}: {error}. Override collate() to pad or to stack them"
-            ) from error
 
 
 def _key(plan: MicrobatchPlan) -> tuple[int, bytes]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from hfdist.errors import UserError
+from hfdist.errors import ConfigError, UserError
 from hfdist.launch.child import Assignment, Failed, Finished, Joined
 from hfdist.launch.failures import Ended, record_cause, root_cause
 from hfdist.launch.logs import path_of
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 _POLL = 0.1  # seconds between looks at processes that say nothing
 _SILENCE = 2.0
 """Seconds after a worker missed a peer in which others report the same; who has not is the one missed."""
+_MOST_A_CORE = 16
+_MEMORY_OF_A_WORKER = 256 * 1024**2  # bytes: what Python and torch take before there is a model
 _GRACE = 0.8
 """Part of the timeout that the lead has after a failure to end its record of the run."""
 
@@ -48,6 +50,7 @@ def run_group(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -
     """
     from hfdist.devices import resolve
 
+    _check_room(config.launch.max_workers)
     resolve(config.device, 0, config.launch.max_workers)  # too few GPUs: say so at once
     failures = 0
     while True:
@@ -275,6 +278,23 @@ def _environment(threads: int) -> dict[str, str]:
     # gloo takes the address of the host's name, which need not lead back here.
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     return environment
+
+
+def _check_room(workers: int) -> None:
+    """Refuse more processes than a machine can serve, before any of them is started.
+
+    Raises:
+        ConfigError: There are too many.
+    """
+    import psutil
+
+    cores, memory = _cores(), psutil.virtual_memory().total
+    most = max(2, min(_MOST_A_CORE * cores, memory // _MEMORY_OF_A_WORKER))
+    if workers > most:
+        raise ConfigError(
+            f"launch.workers is {workers}, but this machine has {cores} cores and {memory / 1e9:.0f} GB: at "
+            f"most {most} workers here. Lower it, or use several machines (launch.backend=ray, or torchrun)"
+        )
 
 
 def _cores() -> int:

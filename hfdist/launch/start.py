@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfdist.launch.folder import run_folder
+from hfdist.launch.notices import notices
 
 if TYPE_CHECKING:
     from hfdist.config.job import RunConfig
@@ -37,7 +38,17 @@ def start(
     if in_group_environment():
         from hfdist.launch import torchrun
 
-        return torchrun.run(config, run_dir=run_dir, resume=resume, display=display)
+        if not torchrun.is_rank_0():
+            return torchrun.run(config, run_dir=run_dir, resume=resume, display=display)
+        with notices(config, run_dir) as result:
+            result |= torchrun.run(config, run_dir=run_dir, resume=resume, display=display)
+        return result
+    with notices(config, run_dir) as result:
+        result |= _start_here(config, run_dir=run_dir, resume=resume, display=display)
+    return result
+
+
+def _start_here(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict[str, Any]:
     if config.launch.backend == "ray":
         from hfdist.launch.ray import train as ray_train
 

@@ -57,6 +57,16 @@ class DampingOptions(OptionGroup):
                 f"damping_max is {self.damping_max}: it must not be below damping_min "
                 f"({self.damping_min})"
             )
+        if self.damping and not self.damping_min <= self.damping <= self.damping_max:
+            raise ValueError(
+                f"damping is {self.damping}: it must be 0, or between damping_min ({self.damping_min}) and "
+                f"damping_max ({self.damping_max})"
+            )
+        if not self.reduction_ratio_low <= self.reduction_ratio_high:
+            raise ValueError(
+                f"reduction_ratio_low is {self.reduction_ratio_low}: it must not be above "
+                f"reduction_ratio_high ({self.reduction_ratio_high})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

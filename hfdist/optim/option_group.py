@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 
@@ -24,8 +25,20 @@ class OptionGroup:
     RANGES: ClassVar[dict[str, tuple[float, float]]] = {}
     """Least and greatest value of the group's own numeric fields, both allowed; null always is."""
 
+    UNBOUNDED: ClassVar[set[tuple[str, float]]] = {("damping_max", math.inf)}
+    """Values without a bound that mean something."""
+
     def __post_init__(self) -> None:
         options: Any = type(self)
+        for key, kind in _numbers(options).items():
+            value: Any = getattr(self, key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind):
+                what = "a number" if kind is Real else "a whole number"
+                raise ValueError(f"{key} is {value!r}: it must be {what}")
+            if not -math.inf < value < math.inf and (key, value) not in self.UNBOUNDED:  # type: ignore[operator]
+                raise ValueError(f"{key} is {value}: it must be finite")
         groups = options.__mro__[::-1]
         for group in groups:
             for key, (low, high) in vars(group).get("RANGES", {}).items():
@@ -48,6 +61,18 @@ class OptionGroup:
 
 def _range(low: float, high: float) -> str:
     return f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+
+
+@cache
+def _numbers(options: Any) -> dict[str, type]:
+    """The fields that are numbers, or null."""
+    kinds = {float: Real, int: Integral}
+    hints = get_type_hints(options)
+    found = {
+        key: next((k for k in (get_args(h) or (h,)) if k in kinds), None)
+        for key, h in hints.items()
+    }
+    return {key: kinds[kind] for key, kind in found.items() if kind is not None}
 
 
 @cache

@@ -42,11 +42,14 @@ class StepLog:
         if not self.path.exists():
             return []
         records = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                break  # not a line that was written here
+            records.append(record)
         return records
 
     def start(self, first_step: int) -> list[dict[str, Any]]:

@@ -10,6 +10,28 @@ from pathlib import Path
 
 from hfdist.errors import ConfigError
 
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LONGEST_RUN_ID = 200  # characters: names of folders and jobs end at 255
+
+
+def is_run_id(name: str) -> bool:
+    """Whether a run may have this name: it is a folder's, a job's and a part of addresses."""
+    return len(name) <= _LONGEST_RUN_ID and _RUN_ID.fullmatch(name) is not None
+
+
+def check_run_id(name: str) -> None:
+    """Refuse a name before anything is made or sent under it.
+
+    Raises:
+        ConfigError: It is no run's name.
+    """
+    if not is_run_id(name):
+        shown = name if len(name) <= 80 else f"{name[:80]}..."
+        raise ConfigError(
+            f"run id {shown!r}: use letters, digits, dots, dashes and underscores, a letter or digit first, "
+            f"at most {_LONGEST_RUN_ID} characters"
+        )
+
 
 def normal(output: str) -> str:
     """An `output` in the form that the others here expect: file:///FOLDER is that folder, and an address
@@ -17,9 +39,11 @@ def normal(output: str) -> str:
 
     Raises:
         ValueError: An address that names nothing.
+        RuntimeError: A user's folder, ~NAME, of a user that there is not.
     """
     scheme, mark, place = output.partition("://")
     if not mark:
+        Path(output).expanduser()  # ~NOBODY/runs
         return output
     if not place.strip("/"):
         raise ValueError(f"{output}: name a bucket, like {scheme}://BUCKET/PREFIX")

@@ -12,6 +12,7 @@ from typing import Any
 
 from hfdist.errors import TaskError
 from hfdist.tasks.task import Task
+from hfdist.tasks.user_code import guarded, user_code
 
 
 def load_task(spec: str, task_args: Mapping[str, Any]) -> Task:
@@ -36,22 +37,20 @@ def load_task(spec: str, task_args: Mapping[str, Any]) -> Task:
     if not (inspect.isclass(cls) and issubclass(cls, Task)):
         raise TaskError(f"task {spec!r}: {name} is no subclass of hfdist.Task")
     try:
-        inspect.signature(cls).bind(**task_args)
-    except TypeError as error:
+        signature = inspect.signature(cls)
+        signature.bind(**task_args)
+    except (TypeError, ValueError) as error:
         raise TaskError(
-            f"task_args of {name}: {error}. It takes {inspect.signature(cls)}"
+            f"task_args of {name}: {error}. It takes {inspect.signature(cls.__init__)}"
         ) from error
-    try:
-        return cls(**task_args)
-    except TaskError:
-        raise
-    except Exception as error:
-        raise TaskError(f"task {name} cannot be built: {type(error).__name__}: {error}") from error
+    with user_code(f"{name}.__init__()", cls.__init__):
+        task = cls(**task_args)
+    return guarded(task)
 
 
 def _load_file(path: Path) -> Any:
     if not path.is_file():
-        raise TaskError(f"task file {path} does not exist: mend `task` in the job file")
+        raise TaskError(f"task file {path} does not exist: correct `task` in the job file")
     # Under its own name, and with its folder on the path, so that it can import its neighbours and
     # its classes can be found again by other processes.
     folder = str(path.resolve().parent)
@@ -67,16 +66,18 @@ def _load_file(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise TaskError(f"task file {path}: {type(error).__name__}: {error}") from error
+        with user_code(f"task file {path}", module):
+            spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
     return module
 
 
 def _load_module(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        with user_code(f"task module {name!r}", passes=ModuleNotFoundError):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or name
         if name == missing or name.startswith(missing + "."):
@@ -87,5 +88,3 @@ def _load_module(name: str) -> Any:
         raise TaskError(
             f"task module {name!r} needs {missing!r}, which is not installed"
         ) from error
-    except Exception as error:
-        raise TaskError(f"task module {name!r}: {type(error).__name__}: {error}") from error

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hfdist.tracking.client import connect, is_final, one_line
-from hfdist.tracking.find_or_create import OpenRun, open_run, remove_twins
+from hfdist.tracking.description import EXPERIMENT, RUN
+from hfdist.tracking.find_or_create import OpenRun, has_steps_from, open_run, remove_twins
 from hfdist.tracking.spool import Event, Spool
 from hfdist.tracking.tracker import Status
 
@@ -18,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PARAM, MAX_TAG = 6000, 8000
 """Characters that MLflow stores."""
+_NOTE, _OWN_NOTE = "mlflow.note.content", "hfdist.description"
+"""Tags: what the run's page says of it, and which text of it is hfdist's own."""
 _TRIES = 3
 """Failures of a file's delivery before other events go first."""
 
@@ -69,6 +73,8 @@ class Delivery:
         assert self._run is not None
         start = 0
         while start < len(batch) and not is_over():
+            if batch[start][0]["kind"] == "again" and self._replaced(batch[start][0]["step"]):
+                return
             stop = start + 1
             if _is_metrics(batch[start][0]):  # as many as come in a row in one call
                 while stop < len(batch) and _is_metrics(batch[stop][0]):
@@ -78,6 +84,17 @@ class Delivery:
             self.count += stop - start
             self._moved()
             start = stop
+
+    def _replaced(self, step: int) -> bool:
+        """Whether the run is a new one, told from the start: MLflow takes no number back, and the old run
+        has some of steps from `step` on, which were taken again with other results."""
+        assert self._run is not None
+        if not has_steps_from(self._client, self._run, step):
+            return False
+        self._client.delete_run(self._run.run_id)
+        self._run = None
+        self.open()
+        return True
 
     def retry(self) -> None:
         """Try the files that were set aside again.
@@ -112,7 +129,7 @@ class Delivery:
                 else:
                     logger.warning("MLflow refuses %s: %s", _described(event), error)
                 return
-            if event["kind"] not in ("artifact", "model"):
+            if event["kind"] not in ("artifact", "plot", "model"):
                 raise
             # If the tracking server itself answers, its file store must not hold up the numbers.
             self._client.get_run(run.run_id)
@@ -134,8 +151,12 @@ class Delivery:
                 self._send_tags(run, event["values"])
             case "dataset":
                 self._send_dataset(run, event["values"])
+            case "description":
+                self._send_description(run, event["text"])
             case "artifact":
                 self._send_file(run, event)
+            case "plot":
+                self._send_plot(run, event)
             case "model":
                 from hfdist.tracking.models import send_model
 
@@ -180,6 +201,14 @@ class Delivery:
         for k in range(0, len(tags), 100):
             self._client.log_batch(run.run_id, tags=tags[k : k + 100])
 
+    def _send_description(self, run: OpenRun, text: str) -> None:
+        """Unless a person has written another one."""
+        tags = self._client.get_run(run.run_id).data.tags
+        if _NOTE in tags and tags.get(_OWN_NOTE) != _sha256(tags[_NOTE]):
+            return
+        text = text.replace(RUN, run.run_id).replace(EXPERIMENT, run.experiment_id)[:MAX_TAG]
+        self._send_tags(run, {_NOTE: text, _OWN_NOTE: _sha256(text)})
+
     def _send_dataset(self, run: OpenRun, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -202,6 +231,20 @@ class Delivery:
             self._client.log_artifact(run.run_id, str(path), event["folder"] or None)
         else:
             logger.warning("%s is gone: it is not recorded", path)
+
+    def _send_plot(self, run: OpenRun, event: Event) -> None:
+        """A picture among the charts of the run's page, once a step."""
+        from PIL import Image
+
+        path = located(self._spool, event["path"])
+        # The small picture, named KEY+step+STEP+..., is stored last.
+        names = [Path(file.path).name for file in self._client.list_artifacts(run.run_id, "images")]
+        begins = [re.split(r"[+%]", name)[:3] for name in names if name.endswith(".webp")]
+        if path.exists() and [path.stem, "step", str(event["step"])] not in begins:
+            with Image.open(path) as picture:
+                self._client.log_image(
+                    *(run.run_id, picture), key=path.stem, step=event["step"], synchronous=True
+                )
 
 
 def located(spool: Spool, path: str) -> Path:
@@ -226,5 +269,9 @@ def _described(event: Event) -> str:
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    """The same for the same data in every life of a run, so that it is recorded once."""
-    return hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:16]
+    """The same for the same data in every attempt of a run, so that it is recorded once."""
+    return _sha256(json.dumps(dict(values), sort_keys=True))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

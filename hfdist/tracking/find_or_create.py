@@ -14,6 +14,8 @@ from hfdist.tracking.spool import Spool
 logger = logging.getLogger(__name__)
 
 RUN_ID_TAG = "hfdist.run_id"
+_KIND, _TRAINING = "mlflow.experimentKind", "custom_model_development"
+"""MLflow's pages: training runs with charts, and not traces and evaluations of language models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,8 @@ class OpenRun:
 def open_run(client: Any, spool: Spool, target: Mapping[str, Any]) -> OpenRun:
     """Find the job's run, by its identifier or its tag, or make it; remembered in the spool.
 
-    A run of another store, or one that was deleted, is replaced by a new one that is told everything.
+    A run of another store, or one that was deleted, is replaced by a new one that is told everything; so is
+    one that holds numbers of steps which are taken again, as far as those may differ.
 
     Raises:
         Whatever the client raises, if the server cannot be reached.
@@ -46,11 +49,16 @@ def open_run(client: Any, spool: Spool, target: Mapping[str, Any]) -> OpenRun:
             run_id=run_id, experiment_id=known["experiment_id"], known_until=known["known_until"]
         )
     until: dict[str, int] = {}
-    if run_id is None:
-        run_id = _create(client, experiment_id, spool, target)
-    elif spool.is_new or is_behind:
-        # The spool of the run's last life is on another machine: the server knows what it has.
+    before = None if elsewhere else known.get("mlflow_run_id")
+    if run_id is not None and (spool.is_new or is_behind):
+        # The spool of the run's last attempt is on another machine: the server knows what it has.
         until = _last_steps(client, run_id)
+        if 0 < target.get("first_step", 0) <= max(until.values(), default=-1):
+            # Of steps that are taken again: MLflow takes no number back.
+            client.delete_run(run_id)
+            before, run_id, until = run_id, None, {}
+    if run_id is None:
+        run_id = _create(client, experiment_id, spool, target, before)
     if known and known.get("mlflow_run_id") != run_id:
         spool.rewind()
     facts = {"mlflow_run_id": run_id, "experiment_id": experiment_id, "known_until": until}
@@ -76,7 +84,9 @@ def _experiment(client: Any, target: Mapping[str, Any]) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return client.create_experiment(name, artifact_location=target["artifact_root"])
+            return client.create_experiment(
+                name, artifact_location=target["artifact_root"], tags={_KIND: _TRAINING}
+            )
         except MlflowException:  # another run was faster
             experiment = client.get_experiment_by_name(name)
             if experiment is None:
@@ -86,6 +96,9 @@ def _experiment(client: Any, target: Mapping[str, Any]) -> str:
             f"experiment {name!r} is deleted in MLflow: restore it, or name another in "
             "tracking.experiment"
         )
+    if _KIND not in experiment.tags:
+        with contextlib.suppress(MlflowException):  # a user who may write runs, and no more
+            client.set_experiment_tag(experiment.experiment_id, _KIND, _TRAINING)
     return experiment.experiment_id
 
 
@@ -112,8 +125,11 @@ def _find(client: Any, experiment_id: str, run_id: str) -> str | None:
     return found[0].info.run_id if found else None
 
 
-def _create(client: Any, experiment_id: str, spool: Spool, target: Mapping[str, Any]) -> str:
-    tags = {
+def _create(
+    client: Any, experiment_id: str, spool: Spool, target: Mapping[str, Any], before: str | None
+) -> str:
+    """A new run; with the tags that people gave the one `before`, which it replaces."""
+    tags = _tags(client, before) | {
         RUN_ID_TAG: target["run_id"],
         "mlflow.source.name": "hfdist",
         "mlflow.source.type": "LOCAL",
@@ -125,6 +141,24 @@ def _create(client: Any, experiment_id: str, spool: Spool, target: Mapping[str, 
     first = next((event["time"] for event, _ in spool.pending(1)), None)
     run = client.create_run(experiment_id, start_time=first, tags=tags, run_name=target["run_id"])
     return run.info.run_id
+
+
+def _tags(client: Any, run_id: str | None) -> dict[str, str]:
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return {}
+    try:
+        return dict(client.get_run(run_id).data.tags)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # it is of another store
+            return {}
+        raise
+
+
+def has_steps_from(client: Any, run: OpenRun, step: int) -> bool:
+    """Whether a run holds numbers of this step or a later one."""
+    return max(_last_steps(client, run.run_id).values(), default=-1) >= step
 
 
 def _last_steps(client: Any, run_id: str) -> dict[str, int]:

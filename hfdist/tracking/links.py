@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfdist.config.tracking import store_uri
+from hfdist.tracking.client import public
 
 if TYPE_CHECKING:
     from hfdist.config.tracking import TrackingConfig
 
+TRAINING = "workflowType=machine_learning"
+"""Opens MLflow's pages for training runs with charts; otherwise the reader's last choice, at first those for
+traces and evaluations of language models, does."""
 _PATIENCE = 3.0  # seconds: a link is worth no more
 
 
@@ -24,7 +28,7 @@ def run_link(config: TrackingConfig, output: Path, run_id: str) -> str | None:
     Returns:
         None where there is no server: a store in a file, or no tracking.
     """
-    uri = store_uri(config, output).rstrip("/")
+    uri = public(store_uri(config, output)).rstrip("/")
     if not config.enabled or not uri.startswith(("http:", "https:")):
         return None
     name = urllib.parse.quote(config.experiment)
@@ -37,7 +41,7 @@ def run_link(config: TrackingConfig, output: Path, run_id: str) -> str | None:
     except (OSError, ValueError, KeyError):  # it does not exist yet, or the server is away
         return uri
     query = urllib.parse.quote(f"tags.`hfdist.run_id` = '{run_id}'")
-    return f"{uri}/#/experiments/{experiment}/runs?searchFilter={query}"
+    return f"{uri}/#/experiments/{experiment}/runs?searchFilter={query}&{TRAINING}"
 
 
 def _headers() -> dict[str, str]:

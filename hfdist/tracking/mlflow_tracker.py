@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _NOT_IN_NAMES = re.compile(r"[^\w\-./ :]")
 _MAX_NAME = 250
+_MEASURED = re.compile(r"seconds|per_second|memory")
+"""Numbers of the machine: another try of the same step has others."""
 _LOCAL_PATIENCE = 60.0
 """Seconds that the end of a run waits for a database file, at least: it is slow to set up, never away."""
 
@@ -41,7 +43,8 @@ class MlflowTracker:
         self._spool: Spool | None = None
         self._courier: Courier | None = None
         self._sampler: SystemSampler | None = None
-        self._first_new_step = 0
+        self._told: dict[int, dict[str, float]] = {}
+        """What was told, before a kill, of steps that are still to be taken again."""
         self._run_dir, self._home = Path(), ""
 
     @property
@@ -63,17 +66,16 @@ class MlflowTracker:
         self._run_dir, self._home = info.run_dir, info.home or str(info.run_dir)
         # A predecessor that is dying lets go of the spool; one that hangs must not hold the run up.
         self._spool = spool = Spool(info.run_dir / "spool", wait=5.0, take_over=True)
-        # Steps that are repeated after a crash were told in the run's last life.
-        self._first_new_step = spool.last_step + 1
-        missed = [line for line in info.record if line["step"] >= self._first_new_step]
+        self._compare(info)
+        missed = [line for line in info.record if line["step"] > spool.last_step]
         spool.remember("target", self._target(info) | {"is_behind": bool(missed)})
-        tags = {**provenance(), **info.tags, **self._config.tags}
+        tags = {**provenance(str(info.params.get("task", ""))), **info.tags, **self._config.tags}
         spool.append("status", status=str(Status.RUNNING))
         spool.append("params", values=_texts(info.params))
         spool.append("tags", values=_texts(tags))
         if info.dataset:
             spool.append("dataset", values=dict(info.dataset))
-        for line in missed:  # steps of a life on another machine
+        for line in missed:  # steps of an attempt on another machine
             self._append_metrics(_numbers(line), line["step"], at=int(1000 * line["time"]))
         self._courier = Courier(spool)
         if self._config.system_metrics:
@@ -82,18 +84,30 @@ class MlflowTracker:
                 self._log_system, self._config.system_metrics_every, first
             )
 
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        if self._is_open and step >= self._first_new_step:
+    def log_metrics(self, values: Mapping[str, float], step: int) -> Mapping[str, float]:
+        if self._spool is None or self._is_over:
+            return values
+        told = self._told.pop(step, None)
+        if told is not None:
+            if _same_but_for_times(told, _named(values)):
+                return {key: told[_name(key)] for key in values}
+            self._tell_again(step)
+        if step > self._spool.last_step:
             self._append_metrics(values, step)
+        return values
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        if not self._is_open:
-            return
-        path = Path(path).resolve()
-        home = self._run_dir.resolve()
-        if path.is_relative_to(home):
-            path = path.relative_to(home)  # the run's folder may move before it is delivered
-        self._append("artifact", path=str(path), folder=folder)
+        if self._is_open:
+            self._append("artifact", path=self._relative(path), folder=folder)
+
+    def log_plot(self, path: Path, step: int) -> None:
+        if self._is_open:
+            self.log_artifact(path, "plots")
+            self._append("plot", path=self._relative(path), step=step)
+
+    def describe(self, text: str) -> None:
+        if self._is_open:
+            self._append("description", text=text)
 
     def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
         if not self._is_open:
@@ -127,6 +141,8 @@ class MlflowTracker:
             return self._is_delivered
         if self._sampler is not None:
             self._sampler.stop()
+        if self._told:  # the run ends before it has come as far as it was
+            self._tell_again(min(self._told))
         self._append("status", status=str(status))
         self._is_delivered = self.flush()
         if not self._is_delivered:
@@ -150,6 +166,26 @@ class MlflowTracker:
     def _is_open(self) -> bool:
         return self._spool is not None and not self._is_over
 
+    def _relative(self, path: Path) -> str:
+        path, home = Path(path).resolve(), self._run_dir.resolve()
+        # The run's folder may move before it is delivered.
+        return str(path.relative_to(home) if path.is_relative_to(home) else path)
+
+    def _compare(self, info: RunInfo) -> None:
+        """Find what was told of steps that are taken again, and void what is not in the run's record."""
+        assert self._spool is not None
+        record = {line["step"]: line for line in info.record}
+        for step, told in self._spool.steps_told():
+            if info.first_step is not None and step >= info.first_step:
+                self._told[step] = told
+            elif step in record and not _equal(told, _named(_numbers(record[step]))):
+                self._tell_again(step)
+                return
+
+    def _tell_again(self, step: int) -> None:
+        self._append("again", step=step)
+        self._told.clear()
+
     def _append(self, kind: str, **values: Any) -> None:
         assert self._spool is not None
         self._spool.append(kind, **values)
@@ -157,8 +193,7 @@ class MlflowTracker:
     def _append_metrics(
         self, values: Mapping[str, float], step: int, *, at: int | None = None
     ) -> None:
-        numbers = {_name(key): float(value) for key, value in values.items()}
-        self._append("metrics", at=at, values=numbers, step=step)
+        self._append("metrics", at=at, values=_named(values), step=step)
 
     def _log_system(self, values: Mapping[str, float], number: int) -> None:
         if self._spool is not None and self._is_open:
@@ -179,6 +214,7 @@ class MlflowTracker:
             "run_id": info.run_id,
             "name": info.name,
             "tracked_as": info.tracked_as,
+            "first_step": info.first_step or 0,
             "parent_run": config.parent_run,
             "registered_model": config.registered_model,
             "model_alias": config.model_alias,
@@ -189,6 +225,20 @@ class MlflowTracker:
 def _name(key: str) -> str:
     """A metric's name as MLflow takes it."""
     return _NOT_IN_NAMES.sub("_", key)[:_MAX_NAME]
+
+
+def _named(values: Mapping[str, float]) -> dict[str, float]:
+    return {_name(key): float(value) for key, value in values.items()}
+
+
+def _equal(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
+    """Whether two steps have the same numbers, NaN included."""
+    return a.keys() == b.keys() and all(a[k] == b[k] or a[k] != a[k] != b[k] != b[k] for k in a)
+
+
+def _same_but_for_times(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
+    kept = [{k: v for k, v in x.items() if not _MEASURED.search(k)} for x in (a, b)]
+    return a.keys() == b.keys() and _equal(*kept)
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:

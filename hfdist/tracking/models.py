@@ -66,7 +66,9 @@ def send_model(
     from mlflow.entities import LoggedModelOutput, Metric
     from mlflow.models import Model
 
-    mark = str(event["time"])
+    mark = str(
+        event["step"]
+    )  # a run that records its model again, after a kill, has one all the same
     found = client.search_logged_models(
         [run.experiment_id], filter_string=f"source_run_id = '{run.run_id}'"
     )

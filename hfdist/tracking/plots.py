@@ -14,6 +14,7 @@ _BLUE, _ORANGE, _GREEN, _PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _CURVES = 6  # steps whose solves are drawn
 _FLOOR = 1e-3  # where a CG curve leaves the picture
 _RATIOS = (-0.5, 2.0)  # a model that is far off must not flatten the picture
+_SMALLEST, _LARGEST = 1e-100, 1e100  # axes have margins, whose limits must be finite, too
 _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -32,7 +33,8 @@ def draw_plots(records: Sequence[Record], folder: Path) -> list[Path]:
     """Draw convergence.png, cg.png and damping.png.
 
     Args:
-        records: Lines of metrics.jsonl; what one lacks is left out of the picture.
+        records: Lines of metrics.jsonl; what one lacks is left out of the picture, and so is what no axis
+            can show: infinity, NaN, and numbers close to the largest and smallest that there are.
         folder: Made if there is none.
 
     Returns:
@@ -40,6 +42,7 @@ def draw_plots(records: Sequence[Record], folder: Path) -> list[Path]:
     """
     if not records:
         return []
+    records = [_drawable(record) for record in records]
     # Figures of their own, without pyplot: a user's backend and open figures stay as they are.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -74,6 +77,17 @@ def draw_plots(records: Sequence[Record], folder: Path) -> list[Path]:
             figure.savefig(path)
             paths.append(path)
     return paths
+
+
+def _drawable(record: Record) -> Record:
+    """A record without the numbers that an axis cannot show."""
+    curve = record.get("quadratic", ())
+    shown = {k: v for k, v in record.items() if not isinstance(v, (int, float)) or _can_show(v)}
+    return shown | {"quadratic": curve if all(map(_can_show, curve)) else ()}
+
+
+def _can_show(value: float) -> bool:
+    return value == 0 or _SMALLEST < abs(value) < _LARGEST  # False for NaN
 
 
 def _convergence(axes: Sequence[Any], records: Sequence[Record]) -> None:

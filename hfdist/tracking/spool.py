@@ -2,6 +2,8 @@
 
 RUN_DIR/spool/events.jsonl holds one event a line, in order, each with its own time; `delivered.json` says
 how far the server has them. The file only grows, so that it also tells which steps were told before a crash.
+A step whose numbers then change is told `again`: what the file said of it, and of later steps, before that
+event is void.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ class Spool:
         self.last_time = 0
         """Milliseconds of the last event."""
         self._end = 0  # bytes
+        self._voids: list[tuple[int, int]] = []  # (place of an event `again`, its step)
         self._scan()
         place = self.recall("delivered")
         self._start = min(int(place.get("offset", 0)), self._end)
@@ -112,9 +115,26 @@ class Spool:
             while start < end and len(found) < most:
                 line = file.readline()
                 start += len(line)
-                event = _parse(line, self._path)
-                found.append((event or {"kind": "damaged", "time": 0}, start))
+                event = _parse(line, self._path) or {"kind": "damaged", "time": 0}
+                if self._is_void(event, start):
+                    event = {"kind": "void", "time": event["time"]}
+                found.append((event, start))
         return found
+
+    def steps_told(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """Every step that was told with its numbers, in order, as far as they still count."""
+        place = 0
+        with self._path.open("rb") as file:
+            for line in file:
+                place += len(line)
+                event = _parse(line, self._path)
+                if event and event["kind"] == "metrics" and not self._is_void(event, place):
+                    yield event["step"], event["values"]
+
+    def _is_void(self, event: Event, place: int) -> bool:
+        return event["kind"] == "metrics" and any(
+            place < end and event["step"] >= first for end, first in self._voids
+        )
 
     def acknowledge(self, place: int, count: int) -> None:
         """The server has everything up to this place: `count` more events."""
@@ -210,6 +230,9 @@ class Spool:
         self.last_time = max(self.last_time, event["time"])
         if event["kind"] == "metrics":
             self.last_step = max(self.last_step, event["step"])
+        elif event["kind"] == "again":
+            self.last_step = min(self.last_step, event["step"] - 1)
+            self._voids.append((self._end, event["step"]))
         elif event["kind"] == "status":
             self.status = event["status"]
 

@@ -35,6 +35,9 @@ class RunInfo:
     record: Sequence[Mapping[str, Any]] = ()
     """Lines of metrics.jsonl of the steps before, on resume: what was told on a machine that is lost may
     not have arrived."""
+    first_step: int | None = None
+    """Step at which the run starts, or goes on; None: it is not known, and numbers of a step that was told
+    before are taken for the same."""
     home: str = ""
     """Where a person finds the run: its folder, or ADDRESS/RUN_ID."""
 
@@ -57,12 +60,25 @@ class Tracker(Protocol):
         """Open the run, or go on with `info.tracked_as`."""
         ...
 
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers of one step, stamped with the time of the call."""
+    def log_metrics(self, values: Mapping[str, float], step: int) -> Mapping[str, float]:
+        """Numbers of one step, stamped with the time of the call.
+
+        Returns:
+            What the record holds of the step: `values`, or the numbers that were told before a kill where
+            the step is taken again and nothing but its times and memory differs.
+        """
         ...
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """A file of the run."""
+        ...
+
+    def log_plot(self, path: Path, step: int) -> None:
+        """A picture of the run after so many steps, for its page."""
+        ...
+
+    def describe(self, text: str) -> None:
+        """What the run's page says of it, in Markdown; `description.RUN` in it becomes `tracked_as`."""
         ...
 
     def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
@@ -87,10 +103,16 @@ class NullTracker:
     def start(self, info: RunInfo) -> None:
         pass
 
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        pass
+    def log_metrics(self, values: Mapping[str, float], step: int) -> Mapping[str, float]:
+        return values
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
+        pass
+
+    def log_plot(self, path: Path, step: int) -> None:
+        pass
+
+    def describe(self, text: str) -> None:
         pass
 
     def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
@@ -121,13 +143,22 @@ class CompositeTracker:
         for tracker in self._trackers:
             tracker.start(info)
 
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, values: Mapping[str, float], step: int) -> Mapping[str, float]:
         for tracker in self._trackers:
-            tracker.log_metrics(values, step)
+            values = tracker.log_metrics(values, step)
+        return values
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         for tracker in self._trackers:
             tracker.log_artifact(path, folder)
+
+    def log_plot(self, path: Path, step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log_plot(path, step)
+
+    def describe(self, text: str) -> None:
+        for tracker in self._trackers:
+            tracker.describe(text)
 
     def log_model(self, model: Any, example_inputs: Any, step: int) -> None:
         for tracker in self._trackers:

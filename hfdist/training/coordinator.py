@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,23 @@ from hfdist.comm import Communicator
 from hfdist.config.job import RunConfig
 from hfdist.curvature.layout import Layout
 from hfdist.curvature.params import ParameterVector
-from hfdist.errors import StorageError
-from hfdist.optim.report import StepReport
+from hfdist.errors import CheckpointError, ConfigError, StorageError, first_line
+from hfdist.optim.report import StepReport, Stop
 from hfdist.optim.step import HFState
 from hfdist.rundir.files import StepLog, write_json
 from hfdist.rundir.locations import home_of, is_address
 from hfdist.rundir.stop import STOP_FILE, StopRequest
 from hfdist.tracking import RunInfo, Status, Tracker
+from hfdist.tracking.description import describe
+from hfdist.tracking.links import TRAINING
 from hfdist.tracking.plots import draw_plots
 from hfdist.training.consistency import check_replicas
 from hfdist.training.display import Display
 
 logger = logging.getLogger(__name__)
+
+_DESCRIBED = ("seed", "dtype", "optim.", "batches.", "task_args.")
+"""Keys of the job that say how it trains."""
 
 
 @dataclass(kw_only=True)
@@ -78,6 +85,7 @@ class Coordinator:
         output = config.output if is_address(config.output) else run_dir.parent
         self._lease = Lease(output, run_dir.name)
         self._log = StepLog(run_dir / "metrics.jsonl")
+        self._info: Mapping[str, Any] = {}
         self._records: list[dict[str, Any]] = []
         self._saved_at: int | None = None
         self._clock = time.perf_counter()
@@ -89,6 +97,12 @@ class Coordinator:
         progress = Progress(state=HFState(damping=self._config.optim.damping))
         if resume and self._store.steps():
             progress = self._restore()
+            done, asked = progress.state.step, self._config.steps
+            if asked < done:
+                raise ConfigError(
+                    f"steps is {asked}, but the run has done {done}: more steps, like steps={done + 10}, go "
+                    "on with it; `hfdist train` starts another"
+                )
         elif resume:
             logger.warning("no checkpoint in %s: starting from step 0", self._home)
         if self._comm.is_rank_0:
@@ -108,10 +122,13 @@ class Coordinator:
                     dataset=info.get("dataset", {}),
                     tracked_as=progress.tracked_as,
                     record=self._records,
+                    first_step=progress.state.step,
                     home=self._home,
                 )
             )
-            self._tracker.log_artifact(self._run_dir / "config.yaml")
+            self._log_artifact(self._run_dir / "config.yaml")
+            self._info = info
+            self._describe()
             self._display.start(
                 self._run_dir.name, progress.state.step, self._config.steps, dict(info)
             )
@@ -121,26 +138,32 @@ class Coordinator:
     def _restore(self) -> Progress:
         step, saved = self._store.load()
         tensors = model_tensors(self._model)
-        check(saved["model"], tensors)
+        check(saved.get("model"), tensors)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.data.copy_(saved["model"][name])
-        run, hf = saved["run"], saved["optimizer"]
-        x0 = hf.get("x0")
         self._saved_at = step
-        set_rng_state(saved["rng"])
-        return Progress(
-            state=HFState(
-                damping=hf["damping"],
-                x0=None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
-                step=hf["step"],
-            ),
-            cg_iterations=run["cg_iterations"],
-            wall_seconds=run["wall_seconds"],
-            final_loss=run["final_loss"],
-            evaluation=dict(run["evaluation"]),
-            tracked_as=run["tracked_as"],
-        )
+        try:
+            run, hf = saved["run"], saved["optimizer"]
+            x0 = hf.get("x0")
+            set_rng_state(saved["rng"])
+            return Progress(
+                state=HFState(
+                    damping=hf["damping"],
+                    x0=None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
+                    step=hf["step"],
+                ),
+                cg_iterations=run["cg_iterations"],
+                wall_seconds=run["wall_seconds"],
+                final_loss=run["final_loss"],
+                evaluation=dict(run["evaluation"]),
+                tracked_as=run["tracked_as"],
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self._home}/checkpoints does not hold what a run needs "
+                f"({type(error).__name__}: {first_line(error)}): start a new run"
+            ) from error
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -164,7 +187,12 @@ class Coordinator:
                 self._lease.check()
             values = report.metrics() | extra | {"wall_seconds": progress.wall_seconds}
             values |= {f"eval/{name}": value for name, value in progress.evaluation.items()}
-            self._tracker.log_metrics(values, report.step)
+            # A step that was recorded before a kill, and comes out the same, stays as it is recorded.
+            values = dict(self._tracker.log_metrics(values, report.step))
+            late = values["wall_seconds"] - progress.wall_seconds
+            if late > 0:  # and its time counts
+                self._clock -= late
+                progress.wall_seconds += late
             record = {
                 "step": report.step,
                 "time": time.time(),
@@ -219,54 +247,89 @@ class Coordinator:
 
     # -- end -------------------------------------------------------------------------------------
 
+    def what_came_of_it(self, status: Status, progress: Progress) -> str | None:
+        """What a person should look at who takes this run for a success; None if nothing. Collective."""
+        problem = None
+        if self._comm.is_rank_0 and status is Status.FINISHED:
+            problem = _no_success(self._records, progress.final_loss)
+        return self._comm.broadcast_object(problem)
+
     def finish(
         self,
         status: Status,
         progress: Progress,
-        example_inputs: Any = None,
+        example_inputs: Callable[[], Any] = lambda: None,
         error: str | None = None,
+        save: bool | None = None,
     ) -> dict[str, Any]:
-        """Close the run: last checkpoint, plots, model, result.json.
+        """Close the run: last checkpoint (by default, unless it has failed), plots, model, result.json.
+
+        Plots, model and other files are extras: where one cannot be made, a warning says so.
 
         Returns:
             The content of result.json.
         """
-        if status is not Status.FAILED:
+        if status is not Status.FAILED if save is None else save:
             self.save(progress)
             self._store.wait()
         result: dict[str, Any] = {
             "run_id": self._run_dir.name,
             "status": str(status),
             "steps": progress.state.step,
-            "final_loss": progress.final_loss,
+            "final_loss": _finite(progress.final_loss),
             "parameters_sha256": parameters_sha256(dict(self._model.named_parameters())),
             "cg_iterations": progress.cg_iterations,
             "wall_seconds": progress.wall_seconds,
             "world_size": self._comm.world_size,
             "run_dir": self._home,
-            **{f"eval_{name}": value for name, value in progress.evaluation.items()},
+            **{f"eval_{name}": _finite(value) for name, value in progress.evaluation.items()},
         }
         if error is not None:
             result["error"] = error
         if not self._comm.is_rank_0:
             return result
         self._lease.check()
-        for path in draw_plots(self._records, self._run_dir / "plots") if self._records else []:
-            self._tracker.log_artifact(path, "plots")
+        plots: list[Path] = []
+        with _never_failing("the plots are not drawn"):
+            plots = draw_plots(self._records, self._run_dir / "plots")
+            for path in plots:
+                self._tracker.log_plot(path, progress.state.step)
         if self._log.path.exists():
-            self._tracker.log_artifact(self._log.path)
+            self._log_artifact(self._log.path)
         if status is Status.FINISHED and self._config.tracking.log_model:
-            self._tracker.log_model(self._model, example_inputs, progress.state.step)
+            with _never_failing("the model is not recorded"):
+                self._tracker.log_model(self._model, example_inputs(), progress.state.step)
         self._tracker.flush()  # short runs end before their tracker has answered
         result["mlflow_run_id"] = self._tracker.tracked_as or progress.tracked_as
-        result["tracking_url"] = self._tracker.url
+        url = self._tracker.url
+        result["tracking_url"] = f"{url}?{TRAINING}" if url else None
         write_json(self._run_dir / "result.json", result)
         mirror.push(self._config.output, self._run_dir, (*mirror.RECORD, *mirror.RESULTS))
-        self._tracker.log_artifact(self._run_dir / "result.json")
+        self._log_artifact(self._run_dir / "result.json")
+        self._describe(result, [f"plots/{path.name}" for path in plots])
         if not self._tracker.finish(status):
             self._leave_undelivered()
         self._display.finish(result)
         return result
+
+    def _describe(self, result: Mapping[str, Any] | None = None, plots: Sequence[str] = ()) -> None:
+        """Tell people what the run is, on its page, unless the job does."""
+        with _never_failing("the run is not described"):
+            config = self._config
+            if "mlflow.note.content" in config.tracking.tags:
+                return
+            usual = RunConfig(task=config.task).flatten()
+            rules = {
+                key: value
+                for key, value in config.flatten().items()
+                if key.startswith(_DESCRIBED) and value != usual.get(key)
+            }
+            text = describe(self._info, rules, config.steps, self._home, result, plots)
+            self._tracker.describe(text)
+
+    def _log_artifact(self, path: Path) -> None:
+        with _never_failing(f"{path.name} is not recorded"):
+            self._tracker.log_artifact(path)
 
     def _leave_undelivered(self) -> None:
         try:
@@ -281,6 +344,39 @@ class Coordinator:
         except Exception as second:
             logger.warning("the failure is not recorded in %s: %s", self._run_dir, second)
             logger.debug("where it was not recorded", exc_info=True)
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _no_success(records: Sequence[Mapping[str, Any]], final_loss: float | None) -> str | None:
+    if final_loss is not None and not math.isfinite(final_loss):
+        return (
+            f"the loss is {final_loss} after {len(records)} steps: look for a division by zero, log(0) or an "
+            "overflow in the task's model and loss, or for NaN in its data"
+        )
+    at_rest = any(
+        record.get("stop") in (Stop.ZERO_GRADIENT, Stop.EXACT_START) for record in records
+    )
+    if not records or at_rest or any(record.get("accepted", True) for record in records):
+        return None
+    return (
+        f"none of {len(records)} steps was accepted (the last ended by {records[-1].get('stop')}): the "
+        "parameters are as they were. Look at the losses and ratios in metrics.jsonl, and try another "
+        "optim.damping, or more examples in batches.line_search"
+    )
+
+
+@contextlib.contextmanager
+def _never_failing(what: str) -> Iterator[None]:
+    """Turn any error of what a run can do without into a warning."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s: %s: %s", what, type(error).__name__, error)
+        logger.debug("where it happened", exc_info=True)
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

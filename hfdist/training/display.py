@@ -81,7 +81,9 @@ class PlainDisplay(QuietDisplay):
         self._say(header(run_id, first_step, total_steps, info))
 
     def step(self, step: int, report: StepReport, extra: Mapping[str, float]) -> None:
-        self._say(f"step {step + 1:>{len(str(self._total))}}/{self._total}  {line(report, extra)}")
+        # The number under which metrics.jsonl and MLflow have it, then how many are done.
+        width = len(str(self._total))
+        self._say(f"step {step:>{width}} ({step + 1}/{self._total})  {line(report, extra)}")
 
     def message(self, text: str) -> None:
         self._say(text)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import numbers
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,8 @@ from hfdist.comm import Communicator
 from hfdist.curvature.microbatch import as_sum
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import MicrobatchPlan
-from hfdist.tasks.task import Task, num_examples
+from hfdist.errors import TaskError
+from hfdist.tasks.task import Batch, Outputs, Task, num_examples
 
 
 def evaluate(
@@ -27,6 +30,7 @@ def evaluate(
 
     The model is in evaluation mode meanwhile and back in its own mode afterwards.
     """
+    loss_name = f"{type(task).__name__}.loss"
     sums: dict[str, Tensor] = {}  # name -> [2] float64: sum, weight
     zero = torch.zeros(2, dtype=torch.float64, device=comm.device)
     with _eval_mode(model), torch.no_grad():
@@ -37,9 +41,11 @@ def evaluate(
             batch = loader.load(MicrobatchPlan(number=number, indices=torch.arange(start, stop)))
             outputs = task.forward(model, batch)
             n = num_examples(batch)
-            values = {"loss": as_sum(task.loss(outputs, batch), n, "mean", "loss")}
-            for name, value in task.metrics(outputs, batch).items():
-                values[name] = as_sum(value, n, "mean", name)
+            values = {"loss": as_sum(task.loss(outputs, batch), n, "mean", loss_name)}
+            for name, value in _metrics(task, outputs, batch).items():
+                values[name] = as_sum(
+                    value, n, "mean", f"{type(task).__name__}.metrics()[{name!r}]"
+                )
             if task.loss_reduction == "sum" and values["loss"][1] == n:
                 # A plain sum of losses: its mean over the examples.
                 values["loss"] = (values["loss"][0] / n, n)
@@ -57,6 +63,51 @@ def evaluate(
         for name, (total, weight) in zip(names, table.tolist())
         if weight
     }
+
+
+def _metrics(task: Task, outputs: Outputs, batch: Batch) -> dict[str, Any]:
+    """The task's metrics of a batch, numbers as tensors.
+
+    Raises:
+        TaskError: They are no dict of numbers.
+    """
+    what = f"{type(task).__name__}.metrics()"
+    found = task.metrics(outputs, batch)
+    if not isinstance(found, Mapping):
+        raise TaskError(
+            f"{what} returns {_described(found)}: return a dict like {{'accuracy': tensor}}"
+        )
+    for name, value in found.items():
+        if not isinstance(name, str) or not name:
+            raise TaskError(f"{what} returns a value named {name!r}: names must be texts")
+        if name == "loss":
+            raise TaskError(f"{what} returns a value named 'loss', as the loss itself: rename it")
+        parts = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,)
+        if not all(_is_number(part) for part in parts):
+            raise TaskError(
+                f"{what} returns {_described(value)} as {name!r}: return a mean over the examples, or a "
+                "pair (sum, weight) of numbers"
+            )
+    return {name: _as_tensors(value) for name, value in found.items()}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, numbers.Real)
+
+
+def _as_tensors(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(_as_tensors(part) for part in value)
+    # Doubles: not every number is one, and what is none of them is no measure of a model.
+    return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 @contextmanager

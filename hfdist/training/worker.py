@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sized
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from hfdist import __version__
 from hfdist.checkpoint import CheckpointStore, check, mirror
@@ -28,7 +27,15 @@ from hfdist.curvature.verify import Verifier
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import MicrobatchPlan, RolePlan, StepPlan, data_passes, plan_step
 from hfdist.devices import device_name, peak_memory, resolve
-from hfdist.errors import CheckpointError, ConfigError, DataError, Interrupted, TaskError, UserError
+from hfdist.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    TaskError,
+    TaskFailure,
+    UserError,
+)
 from hfdist.optim.report import StepReport
 from hfdist.optim.step import hf_step
 from hfdist.rundir.locations import home_of, is_address, normal, split
@@ -36,6 +43,7 @@ from hfdist.rundir.stop import STOP_FILE, StopRequest, stop_on_signals
 from hfdist.seeds import mixed
 from hfdist.tasks.loading import load_task
 from hfdist.tasks.task import Batch, Task
+from hfdist.tasks.user_code import length, told, user_code, where
 from hfdist.tracking import CompositeTracker, NullTracker, Status, Tracker, make_tracker
 from hfdist.training.consistency import check_agreement
 from hfdist.training.coordinator import Coordinator, Progress, model_tensors
@@ -67,7 +75,8 @@ def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
         display: The lead's; what the others show is their launcher's choice.
 
     Returns:
-        The content of result.json; its `status` is FINISHED, or KILLED after Ctrl-C or SIGTERM.
+        The content of result.json; its `status` is FINISHED, KILLED after Ctrl-C or SIGTERM, or FAILED,
+        with an `error`, if all steps were done and the model is no better for it.
 
     Raises:
         UserError: Bad input, or a peer that is gone; recorded as FAILED before it is raised.
@@ -86,13 +95,17 @@ class Worker:
         self.task, self.model = build(job.config, comm.device)
         self.params = ParameterVector(p for p in self.model.parameters() if p.requires_grad)
         self._layout = make_layout(self.params, comm, job.config.optim)
+        name = type(self.task).__name__
         self.data = self.task.train_data()
-        self.num_examples = _length(self.data)
+        self.num_examples = length(self.data, f"{name}.train_data()", "train on")
         dtype = getattr(torch, job.config.dtype)
         self._loader = BatchLoader(self.task, self.data, comm.device, dtype)
         self.eval_data = self.task.eval_data()
-        self._eval_loader = BatchLoader(self.task, self.eval_data, comm.device, dtype)
-        self._costs = self.task.example_costs()
+        self._num_eval_examples = length(self.eval_data, f"{name}.eval_data()", "evaluate on")
+        self._eval_loader = BatchLoader(
+            self.task, self.eval_data, comm.device, dtype, source="eval_data"
+        )
+        self._costs = _costs(self.task, self.num_examples)
         # What is wrong with the job shows here, before anything is written.
         if self.num_examples is not None and self.num_examples < comm.world_size:
             raise DataError(
@@ -100,12 +113,11 @@ class Worker:
                 f"launch.workers to at most {self.num_examples}"
             )
         self._plan(0)
-        self._try_task()
+        self._tried = self._try_task()
         tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
         self._coordinator = Coordinator(
             job.config, job.run_dir, self.model, self._layout, comm, tracker, display, stop
         )
-        self._example: Any = None
 
     def run(self) -> dict[str, Any]:
         """The loop; see `run`."""
@@ -120,12 +132,18 @@ class Worker:
         self.model.train()
         try:
             status = self._loop(progress)
-            return self._coordinator.finish(status, progress, self._example)
+            problem = self._coordinator.what_came_of_it(status, progress)
+            if problem is None:
+                return self._coordinator.finish(status, progress, self._example_inputs)
+            return self._coordinator.finish(Status.FAILED, progress, error=problem, save=True)
         except BaseException as error:
+            failure = self._told(error)
             # Of a rank cut off from the others, the run may go on elsewhere: it must not write then.
-            if not self._retried or getattr(error, "exit_code", 1) == 2:
-                self._coordinator.fail(progress, error)
-            raise
+            if not self._retried or getattr(failure, "exit_code", 1) == 2:
+                self._coordinator.fail(progress, failure)
+            if failure is error:
+                raise
+            raise failure from error
         finally:
             self._loader.close()
             self._eval_loader.close()
@@ -142,26 +160,51 @@ class Worker:
             return Status.KILLED
         return Status.FINISHED
 
-    def _try_task(self) -> None:
-        """Run model and loss on a few examples, so that a broken task is told from a broken run."""
+    def _told(self, error: BaseException) -> BaseException:
+        """What a failure of the loop is called: the task's own code had worked before it."""
+        if isinstance(error, TaskError):
+            return error if isinstance(error, TaskFailure) else TaskFailure(str(error))
+        if isinstance(error, UserError | Interrupted | KeyboardInterrupt):
+            return error
+        # Hooks, and backward passes of the user's own, are not called by the task's methods.
+        task = type(self.task)
+        if isinstance(error, SystemExit) or where(error, task):
+            return TaskFailure(told(f"{task.__name__}'s own code in a step", error, task))
+        return error
+
+    def _try_task(self) -> Batch:
+        """Run model and loss on a few examples, so that a broken task is told from a broken run.
+
+        Returns:
+            The batch of these examples.
+        """
         name = type(self.task).__name__
         n = min(4, self.num_examples or 0)
-        try:
-            batch = None
-            if self.num_examples is not None:
-                batch = self._loader.load(MicrobatchPlan(number=0, indices=torch.arange(n)))
-            with (
-                FixedRandomness(self.comm.device, self.model).evaluation(seed=0),
-                torch.enable_grad(),
-            ):
+        batch = None
+        if self.num_examples is not None:
+            batch = self._loader.load(MicrobatchPlan(number=0, indices=torch.arange(n)))
+        seen = (
+            f"its first {n} examples" if n else "the batch None, as its train_data() returns None"
+        )
+        with (
+            user_code(f"{name} on {seen}", type(self.task).forward),
+            FixedRandomness(self.comm.device, self.model).evaluation(seed=0),
+            torch.enable_grad(),
+        ):
+            try:
                 from_task(self.task, self.model, batch, seed=0).evaluate(None, None)
-        except UserError:
-            raise
-        except Exception as error:
-            raise TaskError(
-                f"{name} fails on its first {n} examples: {type(error).__name__}: {error}. "
-                "Look at its model(), forward() and loss() (--debug shows where)"
-            ) from error
+            except TaskError as error:
+                if self.num_examples is not None:
+                    raise
+                raise TaskError(
+                    f"{error}. Its batch is None, because {name}.train_data() returns None: return a data "
+                    "set there, unless the loss is a function of the parameters alone"
+                ) from error
+        return batch
+
+    def _example_inputs(self) -> Any:
+        """What the model takes of a batch, for one example: no step need have been taken here."""
+        return _first_example(self.task.example_inputs(self._tried))
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -214,8 +257,6 @@ class Worker:
             ]
 
         loaded = self._load(plan.gradient)
-        if self._example is None and self.comm.is_rank_0 and loaded:
-            self._example = _first_example(self.task.example_inputs(loaded[0][1]))
         gradient = role(loaded)
         same_curvature = plan.curvature is plan.gradient
         curvature = gradient if same_curvature else role(self._load(plan.curvature))
@@ -245,11 +286,15 @@ class Worker:
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics on the evaluation data."""
-        n = _length(self.eval_data)
-        if not n:
+        if self._num_eval_examples is None:
             return {}
         return evaluate(
-            self.task, self.model, self._eval_loader, n, self.comm, self.config.evaluate.batch
+            self.task,
+            self.model,
+            self._eval_loader,
+            self._num_eval_examples,
+            self.comm,
+            self.config.evaluate.batch,
         )
 
     # -- what is recorded ------------------------------------------------------------------------
@@ -280,7 +325,7 @@ class Worker:
             "dataset": {
                 "name": name,
                 "num_examples": self.num_examples or 0,
-                "num_eval_examples": _length(self.eval_data) or 0,
+                "num_eval_examples": self._num_eval_examples or 0,
             },
         }
 
@@ -336,25 +381,28 @@ def local_folder(home: Path | str) -> tuple[Path, str]:
 
 
 def evaluate_run(
-    home: Path | str, checkpoint: int | Literal["best"] | None = None
+    home: Path | str,
+    checkpoint: int | Literal["best"] | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Loss and metrics of a run's checkpoint on its task's evaluation data, in this process.
 
     Args:
         home: The run's folder, or ADDRESS/RUN_ID.
         checkpoint: Step of the checkpoint, "best", or None for the newest.
+        overrides: Changes of the run's job: its secrets, say, which are not written down.
 
     Raises:
         CheckpointError: There is no such checkpoint, or it is of another model.
         DataError: The task has no evaluation data.
     """
     run_dir, output = local_folder(home)
-    config = RunConfig.from_run(run_dir)
+    config = RunConfig.from_run(run_dir, overrides)
     comm = SerialCommunicator(resolve(config.device, local_rank=0))
     task, model = build(config, comm.device)
     data = task.eval_data()
-    n = _length(data)
-    if not n:
+    n = length(data, f"{type(task).__name__}.eval_data()", "evaluate on")
+    if n is None:
         raise DataError(f"{type(task).__name__} has no evaluation data: define eval_data()")
     place = f"{home_of(output, run_dir)}/checkpoints"
     store = CheckpointStore(place, config.checkpoint, comm)
@@ -362,11 +410,11 @@ def evaluate_run(
         raise CheckpointError(f"no checkpoint in {place}")
     step, saved = store.load(checkpoint)
     tensors = model_tensors(model)
-    check(saved["model"], tensors)
+    check(saved.get("model"), tensors)
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.data.copy_(saved["model"][name])
-    loader = BatchLoader(task, data, comm.device, getattr(torch, config.dtype))
+    loader = BatchLoader(task, data, comm.device, getattr(torch, config.dtype), source="eval_data")
     try:
         values = evaluate(task, model, loader, n, comm, config.evaluate.batch)
     finally:
@@ -381,17 +429,26 @@ def _tracker(job: Job) -> Tracker:
     return CompositeTracker([configured, job.extra_tracker])
 
 
-def _length(data: Dataset | None) -> int | None:
-    """Number of examples; None for a deterministic function, which has no data."""
-    if data is None:
+def _costs(task: Task, num_examples: int | None) -> Tensor | None:
+    """Relative work of every training example, float64 [N]; None where the task does not say.
+
+    Raises:
+        TaskError: It is no list of so many finite numbers from 0 on.
+    """
+    costs = task.example_costs()
+    if costs is None or num_examples is None:
         return None
-    if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
-        raise DataError(
-            f"{type(data).__name__} is no map-style data set: give it __len__ and __getitem__"
+    what = f"{type(task).__name__}.example_costs()"
+    with user_code(what, type(task).example_costs, fix="Return a number for every example"):
+        values = torch.as_tensor(costs, dtype=torch.float64)
+    if values.shape != (num_examples,):
+        raise TaskError(
+            f"{what} returns {list(values.shape)} numbers for {num_examples} training examples: return one "
+            "for each"
         )
-    if len(data) == 0:
-        raise DataError(f"{type(data).__name__} is empty: there is nothing to train on")
-    return len(data)
+    if not bool(((values >= 0) & values.isfinite()).all()):
+        raise TaskError(f"{what} returns numbers below 0 or not finite: costs are relative work")
+    return values
 
 
 def _microbatch_plans(plan: StepPlan) -> list[MicrobatchPlan]:

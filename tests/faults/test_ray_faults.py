@@ -54,6 +54,20 @@ class Greedy(Slow):
             time.sleep(20)
         return super().loss(*arguments)
 """
+SLOW_END_TASK = """
+import time
+from torch import nn
+from hfdist.tasks.digits import DigitsClassifier
+
+class SlowToCopy(nn.Sequential):
+    def __deepcopy__(self, memo):
+        time.sleep(25)
+        return nn.Sequential(*self)
+
+class SlowEnd(DigitsClassifier):
+    def model(self):
+        return SlowToCopy(*super().model())
+"""
 GIGABYTE = 10**9
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -156,6 +170,27 @@ def test_an_elastic_run_survives_a_node_and_uses_a_new_one(tmp_path: Path, job: 
     assert result["status"] == "KILLED"
     assert steps_of(run_dir) == list(range(result["steps"]))
     assert tracked_steps(run_dir, result["mlflow_run_id"]) == list(range(result["steps"]))
+
+
+@pytest.mark.timeout(400)
+def test_an_elastic_run_that_is_ending_does_not_restart_to_grow(tmp_path: Path, job: Path) -> None:
+    """A node comes while the lead records the model: longer than Ray Train takes to look for nodes."""
+    (tmp_path / "slow_end.py").write_text(SLOW_END_TASK)
+    run_dir = tmp_path / "runs" / "ending"
+    with nodes(tmp_path, {"num_cpus": 1}) as cluster:
+        arguments = [
+            *("train", str(job), "--json", "--run-id", "ending", "steps=3"),
+            *("task=slow_end.py:SlowEnd", "tracking.log_model=true"),
+            *("launch.backend=ray", f"launch.address={cluster.address}"),
+            *("launch.workers=[1, 2]", "launch.max_failures=5"),
+        ]
+        with hfdist(*arguments, environment=cluster.environment, cwd=tmp_path) as program:
+            program.wait_for(lambda p: len(p.events("step")) == 3, 120)
+            cluster.add(num_cpus=1)
+            assert program.end(120) == 0, program.output
+    assert len(program.events("start")) == 1, program.output
+    assert json.loads((run_dir / "result.json").read_text())["status"] == "FINISHED"
+    assert (run_dir / "model" / "MLmodel").is_file(), program.output
 
 
 @pytest.mark.timeout(600)

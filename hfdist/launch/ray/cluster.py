@@ -13,9 +13,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from hfdist.errors import ConfigError, first_line
+from hfdist.launch.ray.loopback import is_closed, on_loopback
 from hfdist.launch.ray.nodes import head_here
 from hfdist.launch.ray.placement import Demand
-from hfdist.launch.ray.token import private_token, read_authentication_again, use_token
+from hfdist.launch.ray.token import (
+    private_token,
+    read_authentication_again,
+    token_path,
+    use_token,
+)
 
 _OBJECT_STORE = 128 * 1024 * 1024  # bytes; nothing but the job and its events passes through it
 
@@ -45,6 +51,9 @@ def connected(address: str | None) -> Iterator[None]:
         address = head_here() or address
     with contextlib.ExitStack() as stack:
         if address:
+            host, port = _host_and_port(address)
+            if port and is_closed(host, port):
+                stack.enter_context(on_loopback())
             _attach(address)
             stack.callback(ray.shutdown)
         else:
@@ -59,6 +68,8 @@ def _attach(address: str) -> None:
 
     try:
         _knock(address)
+        if _refuses_token(address):
+            raise RuntimeError("Unauthenticated")
         ray.init(address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         reason = first_line(error)
@@ -75,24 +86,62 @@ def _attach(address: str) -> None:
 
 def _knock(address: str) -> None:
     """See whether anything listens there: Ray itself asks for minutes."""
+    host, port = _host_and_port(address)
+    if port:
+        socket.create_connection((host, port), timeout=10.0).close()
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    """Of HOST:PORT or ray://HOST:PORT; ("", 0) if it is another thing."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+    return (host.strip("[]"), int(port)) if host and port.isdigit() else ("", 0)
+
+
+def _refuses_token(address: str) -> bool:
+    """Whether a head answers that this user's token is wrong or missing. Ray itself asks again and again, and
+    then says only that nothing answered."""
+    where = address.rpartition("://")[2]
+    if "://" in address or not where.rpartition(":")[2].isdigit():
+        return False
+    try:
+        import grpc
+        from ray.core.generated import gcs_service_pb2 as messages
+        from ray.core.generated import gcs_service_pb2_grpc as services
+    except ImportError:  # private to Ray
+        return False
+    metadata = []
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        token = os.environ.get("RAY_AUTH_TOKEN") or ""
+        with contextlib.suppress(OSError):
+            token = token or token_path().read_text().strip()
+        metadata = [("authorization", f"Bearer {token}")]
+    with grpc.insecure_channel(where) as channel:
+        try:
+            services.NodeInfoGcsServiceStub(channel).GetClusterId(
+                messages.GetClusterIdRequest(),  # type: ignore[attr-defined]
+                metadata=metadata,
+                timeout=10.0,
+            )
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.UNAUTHENTICATED
+        except (AttributeError, ValueError):
+            return False
+    return False
 
 
 @contextmanager
 def _private() -> Iterator[None]:
-    """A cluster of this machine's own: no dashboard, and nobody else has its token."""
+    """A cluster of this machine's own: no dashboard, 127.0.0.1 alone, and nobody else has its token."""
     import ray
 
-    # Ray's ports listen on all interfaces: the token keeps others out.
+    # Other users of this machine reach 127.0.0.1, too: the token keeps them out.
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(private_token())}
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         # gloo takes the address of the host's name, which need not lead back here.
         environment["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     folder = tempfile.mkdtemp(prefix="hfdist-ray-")  # short: sockets have short names
     try:
-        with _environment(environment):
+        with _environment(environment), on_loopback():
             read_authentication_again()
             ray.init(
                 "local",

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
+import secrets
 import shlex
 import tempfile
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfdist.errors import ConfigError
+from hfdist.errors import ConfigError, first_line
 from hfdist.launch.ray.package import copy_files, files_of
 from hfdist.launch.ray.token import use_token
-from hfdist.rundir.locations import folder_of_runs, is_address
+from hfdist.rundir.locations import check_run_id, folder_of_runs, is_address, is_run_id
+from hfdist.tracking.provenance import SOURCE_VARIABLE, digest, source
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -39,7 +43,7 @@ _TALKATIVE = (
 )
 """Loggers that report every upload."""
 _AGENT_WAIT = 120.0  # seconds that a new head's agent may take to come up
-_CREDENTIALS = ("MLFLOW_TRACKING_", "AWS_", "MLFLOW_S3_")
+_CREDENTIALS = ("MLFLOW_TRACKING_", "AWS_", "MLFLOW_S3_", "HFDIST_NOTIFY_")
 _DESCRIBED = ("task", "steps", "experiment")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -96,7 +100,9 @@ def jobs_of(address: str) -> Iterator[JobSubmissionClient]:
             raise ConfigError(
                 f"the cluster at {address} has no job {found[1]}: see `hfdist jobs list`"
             ) from error
-        reason = (text.strip().splitlines() or [type(error).__name__])[-1]
+        # The last line that says something: servers end their answers with tracebacks and stops.
+        lines = [line.strip() for line in text.splitlines() if re.search(r"\w{3}", line)]
+        reason = lines[-1] if lines else f"{type(error).__name__}, and no more"
         if isinstance(error, AuthenticationError) or re.search(r"uthenticat|code 40[13]", text):
             raise ConfigError(
                 f"the cluster at {address} does not accept this user: put its token into "
@@ -132,16 +138,20 @@ def submit(
         max_size: Bytes that may.
 
     Raises:
-        ConfigError: The folder is too large, or the cluster refuses.
+        ConfigError: The run's name is none, the folder is too large, or the cluster refuses.
     """
+    check_run_id(run_id)
     runs = folder_of_runs(config.output)
     output = config.output.rstrip("/") if is_address(config.output) else str(runs)
+    files = files_of(folder, [runs])
+    # Neither git nor the repository goes with the job.
+    code = source(folder) | {"hfdist.source.package_sha256": digest(folder, files)}
     submission = Submission(
         run_id=run_id,
         run_dir=f"{output}/{run_id}",
         job=str(job.resolve().relative_to(folder.resolve())),
         overrides=[*overrides, f"output={output}"],
-        environment=_credentials(),
+        environment=_credentials() | {SOURCE_VARIABLE: json.dumps(code)},
     )
     metadata = {
         "task": config.task.rpartition("/")[2],
@@ -149,7 +159,7 @@ def submit(
         "experiment": config.tracking.experiment,
     }
     with tempfile.TemporaryDirectory(prefix="hfdist-job-") as package:
-        size = copy_files(folder, files_of(folder, [runs]), Path(package), max_size)
+        size = copy_files(folder, files, Path(package), max_size)
         return _send(
             submission,
             run_id,
@@ -175,6 +185,7 @@ def resume(
     Raises:
         ConfigError: The cluster does not know the run, or it is still going on.
     """
+    check_run_id(run_id)
     with jobs_of(address) as client:
         known = [details for details in client.list_jobs() if _is_of(details, run_id)]
     active = [details for details in known if details.status not in _ENDED]
@@ -277,7 +288,7 @@ def describe(details: JobDetails) -> dict[str, Any]:
         "status": str(details.status.value),
         "run_id": metadata.get("run_id"),
         "task": metadata.get("task"),
-        "steps": metadata.get("steps"),
+        "steps": int(steps) if (steps := metadata.get("steps") or "").isdigit() else None,
         "experiment": metadata.get("experiment"),
         "started": details.start_time,
         "ended": details.end_time or None,
@@ -298,36 +309,91 @@ def list_jobs(address: str) -> list[dict[str, Any]]:
 def status(job_id: str, address: str) -> dict[str, Any]:
     """One job."""
     with jobs_of(address) as client:
-        return describe(client.get_job_info(job_id))
+        return describe(client.get_job_info(_in_address(job_id)))
 
 
 def logs(job_id: str, address: str) -> str:
     """What the driver has printed so far."""
     with jobs_of(address) as client:
-        return client.get_job_logs(job_id)
+        return client.get_job_logs(_in_address(job_id))
 
 
 async def follow(job_id: str, address: str) -> AsyncIterator[str]:
     """What the driver prints, as it does."""
     with jobs_of(address) as client:
-        async for text in client.tail_job_logs(job_id):
+        async for text in client.tail_job_logs(_in_address(job_id)):
             yield text
 
 
 def stop(job_id: str, address: str) -> dict[str, Any]:
     """Ask a job to stop: its workers end the step, write a checkpoint, and the run is KILLED."""
     with jobs_of(address) as client:
-        client.stop_job(job_id)
+        try:
+            client.stop_job(_in_address(job_id))
+        except RuntimeError as error:
+            if "404" not in str(error):
+                raise
+            client.get_job_info(_in_address(job_id))  # an unknown job is another message
+            raise ConfigError(
+                f"job {job_id} cannot be stopped, as it never began: `hfdist jobs delete` removes it"
+            ) from error
     return status(job_id, address)
 
 
 def delete(job_id: str, address: str) -> None:
-    """Forget a job that has ended; the run's folder stays."""
+    """Forget a job that has ended, or that will never begin; the run's folder stays.
+
+    Raises:
+        ConfigError: There is no such job, or it is running.
+    """
     with jobs_of(address) as client:
-        client.delete_job(job_id)
+        known = {details.submission_id: details for details in client.list_jobs()}
+        if job_id not in known:
+            raise ConfigError(
+                f"the cluster at {address} has no job {job_id}: see `hfdist jobs list`"
+            )
+        status = str(known[job_id].status.value)
+        if status == "RUNNING":
+            raise ConfigError(
+                f"job {job_id} is running: `hfdist jobs stop {job_id} --address {address}` stops it"
+            )
+        if status in _ENDED and is_run_id(job_id):
+            client.delete_job(job_id)
+            return
+        with contextlib.suppress(RuntimeError):  # Ray cannot name it, or it has no driver
+            client.stop_job(_in_address(job_id))
+        _forget(client, job_id)
+
+
+def _forget(client: JobSubmissionClient, job_id: str) -> None:
+    """Have the cluster itself take a job out of its table: Ray deletes only what it can stop."""
+    helper = f"forget-{secrets.token_hex(4)}"
+    entry = shlex.join(["python", "-m", "hfdist.launch.ray.forget", job_id])
+    _submitted(client, entrypoint=entry, submission_id=helper)
+    deadline = time.monotonic() + _AGENT_WAIT
+    while str(client.get_job_status(helper).value) not in _ENDED and time.monotonic() < deadline:
+        time.sleep(0.5)
+    status = str(client.get_job_status(helper).value)
+    said = client.get_job_logs(helper)
+    for _ in range(5):  # Ray's watch over a job that has just ended may write it down once more
+        with contextlib.suppress(RuntimeError):
+            client.delete_job(helper)
+        time.sleep(1.5)
+        if not any(details.submission_id == helper for details in client.list_jobs()):
+            break
+    if any(details.submission_id == job_id for details in client.list_jobs()):
+        raise ConfigError(
+            f"job {job_id} cannot be forgotten (the cluster's own job for it is {status}): "
+            f"{first_line(said) if said.strip() else 'it said nothing'}"
+        )
 
 
 # -- helpers -------------------------------------------------------------------------------------------
+
+
+def _in_address(job_id: str) -> str:
+    """A job's id as a part of an address."""
+    return urllib.parse.quote(job_id, safe="")
 
 
 def _is_of(details: JobDetails, run_id: str) -> bool:

@@ -36,7 +36,7 @@ class RayMetricsTracker(NullTracker):
         for metric in (*self._gauges.values(), self._step, self._cg, self._phases):
             metric.set_default_tags(tags)
 
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, values: Mapping[str, float], step: int) -> Mapping[str, float]:
         self._step.set(step + 1)
         for name, gauge in self._gauges.items():
             if name in values:
@@ -46,6 +46,7 @@ class RayMetricsTracker(NullTracker):
         for name, seconds in values.items():
             if name.startswith(_PHASE) and seconds > 0:
                 self._phases.inc(seconds, tags={"phase": name.removeprefix(_PHASE)})
+        return values
 
 
 def _name(key: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hfdist.errors import ConfigError, WorkerError
+from hfdist.launch.ray.loopback import VARIABLE, is_loopback
 from hfdist.launch.ray.token import token_path, write_token
 
 _START_SECONDS = 60.0
@@ -77,10 +77,10 @@ def start_head(*, host: str, port: int, dashboard_port: int, size: Size) -> Node
         f"--dashboard-host={host}",
         f"--dashboard-port={dashboard_port}",
     ]
-    if _is_loopback(host):
+    if is_loopback(host):
         # Jobs look in this folder for the cluster to connect to, and Ray's own is the whole machine's.
         arguments.append(f"--temp-dir={scratch(port)}")
-    return _start(arguments, f"{host}:{port}", size, is_head=True, loopback=_is_loopback(host))
+    return _start(arguments, f"{host}:{port}", size, is_head=True, loopback=is_loopback(host))
 
 
 def join(address: str, *, host: str | None, size: Size) -> Node:
@@ -98,7 +98,7 @@ def join(address: str, *, host: str | None, size: Size) -> Node:
         raise ConfigError(
             f"there is no token in {token_path()}: copy the head's there, with mode 0600"
         )
-    loopback = _is_loopback(address.rpartition(":")[0])
+    loopback = is_loopback(address.rpartition(":")[0])
     host = host or ("127.0.0.1" if loopback else None)
     arguments = [f"--address={address}", *([f"--node-ip-address={host}"] if host else [])]
     return _start(arguments, address, size, is_head=False, loopback=loopback)
@@ -124,7 +124,9 @@ def _start(
         arguments = [*arguments, "--dashboard-agent-listen-port=0"]
         # gloo takes the address of the host's name, which need not lead back here.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
+        environment[VARIABLE] = "0"
+    program = "hfdist.launch.ray.loopback" if loopback else "ray.scripts.scripts"
+    command = [sys.executable, "-m", program, "start", "--block", *arguments]
     with log.open("w") as file:
         process = subprocess.Popen(
             [*command, *size.arguments()],
@@ -218,10 +220,3 @@ def _folder() -> Path:
 def _check_mode(token: Path) -> None:
     if token.stat().st_mode & 0o077:
         raise ConfigError(f"others can read the token in {token}: chmod 600 {token}")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -44,6 +44,7 @@ class Relay:
         self._failures = 0
         self._room: PlacementGroup | None = None
         self._is_stopping = False
+        self._has_no_step_left = False
 
     def begin(self, room: PlacementGroup | None) -> int:
         """The lead of a new group says that it is there; returns how many groups there were.
@@ -54,7 +55,7 @@ class Relay:
         self._groups += 1
         self._room = room
         self._failed.clear()
-        self._is_stopping = False
+        self._is_stopping = self._has_no_step_left = False
         return self._groups
 
     def tell(self, method: str, args: tuple[Any, ...]) -> None:
@@ -89,6 +90,14 @@ class Relay:
         """Whether it does."""
         return self._is_stopping
 
+    def last_step_done(self) -> None:
+        """The present group has taken the run's last step."""
+        self._has_no_step_left = True
+
+    def is_ending(self) -> bool:
+        """Whether the present group only records how the run ended, or soon will."""
+        return self._is_stopping or self._has_no_step_left
+
     def failures(self) -> dict[int, tuple[Failed, float]]:
         """Errors of the present group's workers by rank, and when each came."""
         return dict(self._failed)
@@ -104,10 +113,13 @@ class RelayDisplay:
     def __init__(self, relay: Any) -> None:
         self._relay = relay
         self._cg_told = 0.0
+        self._total_steps = 0
 
     def start(
         self, run_id: str, first_step: int, total_steps: int, info: Mapping[str, Any]
     ) -> None:
+        self._total_steps = total_steps
+        self._look_for_end(first_step)
         self._tell("start", run_id, first_step, total_steps, dict(info))
 
     def cg_iteration(self, step: int, iteration: int, max_iter: int) -> None:
@@ -117,6 +129,7 @@ class RelayDisplay:
             self._tell("cg_iteration", step, iteration, max_iter)
 
     def step(self, step: int, report: StepReport, extra: Mapping[str, float]) -> None:
+        self._look_for_end(step + 1)
         self._tell("step", step, report, dict(extra))
 
     def message(self, text: str) -> None:
@@ -124,6 +137,10 @@ class RelayDisplay:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         self._tell("finish", dict(result))
+
+    def _look_for_end(self, done: int) -> None:
+        if done >= self._total_steps:
+            self._relay.last_step_done.remote()  # not waited for
 
     def _tell(self, method: str, *args: Any) -> None:
         self._relay.tell.remote(method, args)  # not waited for

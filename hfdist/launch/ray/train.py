@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -26,6 +27,7 @@ from hfdist.launch.ray.placement import Demand, mend, what_is_missing
 from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address
 from hfdist.rundir.stop import STOP_FILE, SignalCount, signals_counted
+from hfdist.tracking.provenance import SOURCE_VARIABLE, folder_of, source
 
 if TYPE_CHECKING:
     from hfdist.config.job import RunConfig
@@ -219,8 +221,8 @@ class _Driver:
 
     def _trainer(self, name: str, failures: int) -> Any:
         import ray.train
-        import ray.train.torch
 
+        from hfdist.launch.ray.scaling import Trainer
         from hfdist.launch.ray.worker import Assignment, FailureWatch, GroupConfig, work
 
         train: Any = ray.train  # the second version of its API, of which its types know nothing
@@ -235,11 +237,16 @@ class _Driver:
             gpus_per_worker=gpus,
             relay=self._relay,
             folder=Path.cwd(),
-            environment={k: v for k, v in os.environ.items() if k.startswith(_FOR_WORKERS)},
+            environment={
+                # A worker may see neither git nor the repository.
+                SOURCE_VARIABLE: json.dumps(source(folder_of(self._config.task))),
+                **{k: v for k, v in os.environ.items() if k.startswith(_FOR_WORKERS)},
+            },
         )
         workers = launch.workers if isinstance(launch.workers, int) else tuple(launch.workers)
-        return train.torch.TorchTrainer(
+        return Trainer(
             work,
+            relay=self._relay,
             train_loop_config={"assignment": assignment},
             # Workers that share a GPU cannot use nccl, which wants one each.
             torch_config=GroupConfig(
@@ -313,6 +320,8 @@ class _Driver:
                     else failed
                 )
                 continue
+            if method in ("start", "step") and is_address(self._config.output):
+                (self._run_dir / "metrics.jsonl").touch()  # that it grows, where others write it
             if method == "start":
                 self._down = None
                 self._has_begun = True

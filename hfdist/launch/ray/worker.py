@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import platform
+import socket
 import sys
 import threading
 import time
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayError
 from ray.train import UserCallback, get_context
 from ray.train.torch import TorchConfig
+from ray.train.torch import config as torch_config
 
 from hfdist.checkpoint import mirror
 from hfdist.checkpoint.storage import open_storage
 from hfdist.errors import ConfigError, StorageError, SupersededError
 from hfdist.launch.child import Failed
 from hfdist.launch.logs import logging_to_file, path_of
+from hfdist.launch.ray.loopback import is_loopback
 from hfdist.launch.ray.relay import RelayDisplay, RelayHandler
 from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address
@@ -85,6 +88,15 @@ _Backend: Any = TorchConfig().backend_cls
 
 
 class _GroupBackend(_Backend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        module: Any = torch_config
+        ordinary = module._setup_torch_process_group
+        module._setup_torch_process_group = set_up_group  # what workers are told to call
+        try:
+            super().on_start(worker_group, backend_config)
+        finally:
+            module._setup_torch_process_group = ordinary
+
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         try:
             super().on_shutdown(worker_group, backend_config)
@@ -103,6 +115,31 @@ class GroupConfig(TorchConfig):
     @property
     def backend_cls(self) -> Any:
         return _GroupBackend
+
+
+_stores: list[Any] = []  # they serve as long as they are kept
+
+
+def set_up_group(**arguments: Any) -> None:
+    """Join the process group, in a worker; the store where ranks meet listens on 127.0.0.1 alone where the
+    cluster does (torch's own listens on all addresses, and asks for no token)."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if arguments["world_rank"] == 0 and is_loopback(host) and port.isdigit():
+        from torch.distributed import TCPStore
+
+        with socket.create_server((host, int(port))) as listener:
+            store = TCPStore(
+                host,
+                int(port),
+                arguments["world_size"],
+                is_master=True,
+                wait_for_workers=False,
+                multi_tenant=True,  # torch's own, at the same port, joins it
+                master_listen_fd=os.dup(listener.fileno()),
+            )
+        _stores.append(store)
+    module: Any = torch_config
+    module._setup_torch_process_group(**arguments)
 
 
 def is_mistake(failed: Failed) -> bool:

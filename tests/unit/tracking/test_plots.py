@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from matplotlib import image
@@ -48,6 +49,32 @@ def test_pictures(records, tmp_path):
         picture = image.imread(path)
         assert picture.shape[1] > 1000
         assert picture.std() > 0.02  # not blank
+
+
+ODD = [math.inf, -math.inf, math.nan, 0.0, -1.0, 1e308, -1e308, 5e-324, 1e200, 2.0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.filterwarnings("error")
+def test_any_numbers_make_pictures(seed, tmp_path):
+    dice = random.Random(seed)
+    records = []
+    for step in range(4):
+        odd = {k: dice.choice(ODD) for k in record(0) if k not in ("step", "quadratic")}
+        curve = [dice.choice(ODD) for _ in range(4)]
+        records.append(odd | {"step": step, "quadratic": curve})
+    paths = draw_plots(records, tmp_path / "plots")
+    assert [path.name for path in paths] == NAMES
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.filterwarnings("error")
+def test_one_number_at_every_step_makes_pictures(odd, tmp_path):
+    records = [
+        dict.fromkeys(record(0), odd) | {"step": k, "quadratic": [odd] * 4} for k in range(3)
+    ]
+    paths = draw_plots(records, tmp_path / "plots")
+    assert [path.name for path in paths] == NAMES
 
 
 def test_no_records_no_pictures(tmp_path):

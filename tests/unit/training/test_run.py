@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 import hfdist
 from hfdist import api
 from hfdist.checkpoint import parameters_sha256
+from hfdist.config.job import load_config, to_yaml
 from hfdist.errors import (
     CheckpointError,
     ConfigError,
@@ -65,6 +67,14 @@ class Empty(Own):
 class FixedRandomness(Own):
     def model(self):
         return super().model().requires_grad_(False)
+
+class Overflowing(Own):
+    def loss(self, outputs, batch):
+        return outputs.square().mean() + float("inf")
+
+class NoExample(Own):
+    def example_inputs(self, batch):
+        raise KeyError("inputs")
 
 class NoModel(Own):
     def model(self):
@@ -195,6 +205,52 @@ def test_rules_train(job: Path, change: list[str]) -> None:
     easy = ["steps=25", "task_args.dropout=0", "batches.gradient=null", "batches.line_search=null"]
     result = hfdist.train(job, [*easy, *change])
     assert result["final_loss"] < 0.5 * records(result)[0]["loss"]
+
+
+# -- extras
+
+
+def test_an_infinite_loss_at_every_step_ends_with_a_result(job: Path) -> None:
+    with contextlib.suppress(UserError):
+        hfdist.train(job, ["task=task.py:Overflowing", "steps=3"], run_id="inf")
+    run_dir = job.parent / "runs" / "inf"
+    assert json.loads((run_dir / "result.json").read_text())["steps"] == 3
+    assert len(list((run_dir / "plots").glob("*.png"))) == 3
+
+
+TRACKED = ["tracking.enabled=true", "tracking.system_metrics=false"]
+
+
+def models_of(run_dir: Path, mlflow_run_id: str) -> list[Any]:
+    """The models of a run in its MLflow store."""
+    from mlflow import MlflowClient
+
+    outputs = MlflowClient(f"sqlite:///{run_dir.parent}/mlflow.db").get_run(mlflow_run_id).outputs
+    return [] if outputs is None else outputs.model_outputs
+
+
+def test_a_run_that_resumes_with_no_step_left_records_its_model_once(
+    job: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = hfdist.train(job, [*TRACKED, "steps=3", "tracking.log_model=false"])
+    for _ in range(2):  # as after a kill between the last step and the end
+        again = api.resume(result["run_dir"], ["tracking.log_model=true"])
+    assert "not recorded" not in caplog.text
+    assert again["mlflow_run_id"] == result["mlflow_run_id"]
+    assert len(models_of(Path(again["run_dir"]), again["mlflow_run_id"])) == 1
+
+
+def test_no_plot_model_or_file_fails_a_run(job: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_dir = job.parent / "runs" / "poor"
+    run_dir.mkdir(parents=True)
+    (run_dir / "plots").write_text("in the way of the plots")
+    changes = [*TRACKED, "steps=3", "task=task.py:NoExample"]
+    (run_dir / "config.yaml").write_text(to_yaml(load_config(job, changes)))
+    result = api.resume(run_dir)
+    assert result["status"] == "FINISHED"
+    assert json.loads((run_dir / "result.json").read_text()) == result
+    assert "the plots are not drawn: " in caplog.text
+    assert "the model is not recorded: KeyError: 'inputs'" in caplog.text
 
 
 # -- bad input
