@@ -11,7 +11,7 @@ from hfdist.cli.tables import print_table
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Measure: products, steps, scaling over ranks, Hessian-free beside other optimizers.",
+    help="Measure: products, steps, scaling over ranks, Hessian-free beside other optimizers; check models.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -227,3 +227,49 @@ def optimizers(
         print_table(
             rows, title=f"{config.name}, {seconds:g} s each, a batch of {arena.num_examples}"
         )
+
+
+@app.command()
+def coverage(
+    families: Annotated[
+        str | None,
+        typer.Option(
+            help="Parts of names or of libraries, by commas; all by default.", metavar="NAMES"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the table to this page.", metavar="FILE.md")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check gradients and products of tiny models of many families: engine and largest error of each.
+
+    Models of torchvision, timm and transformers where these are installed (the extra `zoo`). Exit code 1 if
+    a family is wrong.
+    """
+    import json
+    import sys
+
+    from hfdist.bench import coverage as bench
+    from hfdist.errors import ConfigError
+
+    try:
+        results = bench.run(
+            families.split(",") if families else None,
+            progress=lambda name: print(name, file=sys.stderr),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if output is not None:
+        bench.write(results, output)
+    if as_json:
+        print(json.dumps(bench.to_rows(results)))
+    else:
+        rows = bench.to_rows(results)
+        notes = {f"{row['library']}: {row['family']}": row.pop("note") for row in rows}
+        print_table(rows, title="Errors beside first derivatives, in float64")
+        for family, note in notes.items():
+            if note:
+                print(f"{family}: {note}")
+    if not all(result.is_right or result.refusal for result in results):
+        raise typer.Exit(1)

@@ -27,12 +27,12 @@ def check_trust(home: str, overrides: list[str] | None, trusted: bool) -> None:
         return
     from hfdist.config.job import RunConfig
     from hfdist.errors import ConfigError
-    from hfdist.rundir.files import JOB
+    from hfdist.rundir import files as names
     from hfdist.training.worker import local_folder
 
     run_dir, _ = local_folder(home)
     config = RunConfig.from_run(run_dir, overrides or ())
-    files = [run_dir / JOB, *_files_of(config)]
+    files = [run_dir / names.JOB, *_files_of(config)]
     strange = [path for path in files if _is_strange(path)]
     if not strange:
         return

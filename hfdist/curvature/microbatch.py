@@ -147,7 +147,7 @@ def from_parts(
         check(loss_sum)
         if not traits.is_known:
             traits.is_known = True
-            if any(is_part_of_loss(loss_sum, leaf, t, z) for leaf, t in zip(leaves, z)):
+            if any(is_part_of_loss(loss_sum, k, z, leaves) for k in range(len(z))):
                 traits.is_an_output = True
                 raise TryAgain
         return Evaluation(
@@ -182,7 +182,7 @@ def outputs_of_loss(
     Raises:
         ValueError: See `reached_first`.
     """
-    others = [z for z in outputs if not is_part_of_loss(loss, z, z, outputs)]
+    others = [z for k, z in enumerate(outputs) if not is_part_of_loss(loss, k, outputs, outputs)]
     try:
         z = reached_first(loss, others)
     except ValueError:
@@ -197,16 +197,22 @@ def outputs_of_loss(
     return z
 
 
-def is_part_of_loss(loss: Tensor, seen: Tensor, output: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether an output is a loss itself: a single number that the loss uses, and that is computed from
-    other outputs or adds to the loss without curvature; or one number an example, of both kinds.
+def is_part_of_loss(
+    loss: Tensor, k: int, outputs: Sequence[Tensor], seen: Sequence[Tensor]
+) -> bool:
+    """Whether output k is a loss itself: a single number that the loss uses and that is computed from other
+    outputs, or the only output that it uses, without curvature; or one number an example, computed from
+    other outputs, without curvature.
 
-    `seen` is what stands for it in the loss's graph: itself, or a copy."""
-    if (output.ndim > 1 and output.numel() != 1) or not is_reached(loss, [seen]):
+    `seen` are what stands for the outputs in the loss's graph: themselves, or copies."""
+    output, copy = outputs[k], seen[k]
+    if (output.ndim > 1 and output.numel() != 1) or not is_reached(loss, [copy]):
         return False
+    is_computed = is_computed_from(output, outputs)
     if output.numel() == 1:
-        return is_computed_from(output, outputs) or is_linear(loss, seen)
-    return is_computed_from(output, outputs) and is_linear(loss, seen)
+        others = [s for s in seen if s is not copy]
+        return is_computed or (not is_reached(loss, others) and is_linear(loss, copy))
+    return is_computed and is_linear(loss, copy)
 
 
 def is_linear(loss: Tensor, output: Tensor) -> bool:
