@@ -36,6 +36,8 @@ from hfdist.tasks.task import num_examples
 logger = logging.getLogger(__name__)
 
 _OPTION_NAMES = tuple(f.name for f in dataclasses.fields(HFOptions))
+_GROUP_OPTIONS = {"damping_scale", "weight_decay", "frozen"}
+_COMMON_OPTIONS = tuple(name for name in _OPTION_NAMES if name not in _GROUP_OPTIONS)
 
 
 class HessianFree(torch.optim.Optimizer):
@@ -124,11 +126,21 @@ class HessianFree(torch.optim.Optimizer):
         self._trainable()  # there must be something to train
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; it joins at the next step with a zero warm start."""
+        """Add a group; it joins at the next step with a zero warm start.
+
+        Raises:
+            ValueError: It sets an option that is one for all groups otherwise than the others.
+        """
+        given = set(param_group) & set(_COMMON_OPTIONS)
         if self.param_groups:
             first = self.param_groups[0]
-            for key in self.defaults.keys() - {"damping_scale", "weight_decay", "frozen"}:
+            for key in sorted(given | self._given):
+                if param_group.get(key, self.defaults[key]) != first[key]:
+                    raise _differing(key, first[key], param_group.get(key, self.defaults[key]))
+            for key in self.defaults.keys() - _GROUP_OPTIONS:
                 param_group.setdefault(key, first[key])
+        else:
+            self._given: set[str] = given
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if group["damping_scale"] < 0:
@@ -151,6 +163,8 @@ class HessianFree(torch.optim.Optimizer):
         mvp: Operator | None = None,
         M_func: Operator | None = None,
         test_deterministic: bool = False,
+        *,
+        closure: Callable[[], Any] | None = None,
     ) -> float:
         """Take one step.
 
@@ -163,12 +177,14 @@ class HessianFree(torch.optim.Optimizer):
             M_func: Preconditioner of CG, approximating the inverse of the damped curvature matrix;
                 see `get_preconditioner`.
             test_deterministic: Check that two evaluations of loss and product agree; warn otherwise.
+            closure: `forward` by torch's name for it, as wrappers of optimizers call it.
 
         Returns:
             The loss after the step. The whole report is in `self.report`.
 
         The parameters are unchanged, bit for bit, if the step is rejected or an exception is raised.
         """
+        forward = forward or closure
         if forward is None:
             raise TypeError("step() needs a function forward() that returns (loss, outputs)")
         comm = self._comm()
@@ -179,7 +195,7 @@ class HessianFree(torch.optim.Optimizer):
 
     def acc_step(
         self,
-        model: nn.Module,
+        model: Callable[[Any], Any],
         loss_func: Callable[[Any, Any], Any],
         loss_datalist: Iterable[tuple[Any, Any]],
         grad_datalist: Iterable[tuple[Any, Any]] | None = None,
@@ -191,7 +207,7 @@ class HessianFree(torch.optim.Optimizer):
         """Take one step on lists of minibatches, accumulated so that memory holds one at a time.
 
         Args:
-            model: The model; it maps `inputs` to outputs.
+            model: The model, or a function; it maps `inputs` to outputs.
             loss_func: Maps (outputs, targets) to a scalar, or to a pair (sum, weight).
             loss_datalist: (inputs, targets) pairs for backtracking and line search.
             grad_datalist: Pairs for the gradient; by default those of the loss.
@@ -230,7 +246,7 @@ class HessianFree(torch.optim.Optimizer):
         mvp: Operator | None,
         M_func: Operator | None,
         test_deterministic: bool,
-        model: nn.Module | None = None,
+        model: Callable[[Any], Any] | None = None,
     ) -> float:
         options = self.options
         params = self._trainable()
@@ -252,7 +268,7 @@ class HessianFree(torch.optim.Optimizer):
                 product=mvp,
                 preconditioner=None if M_func is None else lambda _, __: _of_parts(M_func, layout),
             ),
-            frozen=FixedRandomness(params.device, model),
+            frozen=FixedRandomness(params.device, _module(model)),
             engine=self._product_engine(options),
             autocast=autocast_dtype(options),
         )
@@ -341,7 +357,7 @@ class HessianFree(torch.optim.Optimizer):
                 roles=Roles(gradient=role, curvature=role, loss=role),
                 curvature_opt=self.options.curvature_opt,
                 reduction="plain_sum" if reduction == "sum" else "mean",
-                frozen=FixedRandomness(params.device, model),
+                frozen=FixedRandomness(params.device, _module(model)),
             )
             loss, g = problem.loss_and_gradient()
             results.append((torch.tensor(loss), g, problem.curvature()(v)))
@@ -357,8 +373,21 @@ class HessianFree(torch.optim.Optimizer):
     @property
     def options(self) -> HFOptions:
         """The rules in force: those in the first parameter group."""
-        first = self.param_groups[0]
+        first, *others = self.param_groups
+        for group in others:
+            for key in _COMMON_OPTIONS:
+                if group[key] != first[key]:
+                    raise _differing(key, first[key], group[key])
         return HFOptions(**{name: first[name] for name in _OPTION_NAMES})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the communicator, which belongs to this process."""
+        own = ("verbose", "report", "history", "_given")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._communicator, self._engine = None, None
+        super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`: options, damping, warm start and counters are all in it."""
@@ -448,7 +477,7 @@ class HessianFree(torch.optim.Optimizer):
 
     def _microbatches(
         self,
-        model: nn.Module,
+        model: Callable[[Any], Any],
         loss_func: Callable[[Any, Any], Any],
         data: Iterable[tuple[Any, Any]],
         reduction: str,
@@ -494,6 +523,18 @@ class HessianFree(torch.optim.Optimizer):
                 "Does forward() draw new data or keep state between calls?",
                 stacklevel=3,
             )
+
+
+def _module(model: Any) -> nn.Module | None:
+    """None where the modules are to be found while they run."""
+    return model if isinstance(model, nn.Module) else None
+
+
+def _differing(key: str, first: Any, other: Any) -> ValueError:
+    return ValueError(
+        f"{key} is {first} in one parameter group and {other} in another: it is one for all groups; only "
+        f"{', '.join(sorted(_GROUP_OPTIONS))} may differ"
+    )
 
 
 def _of_parts(M: Operator, layout: Layout) -> Operator:

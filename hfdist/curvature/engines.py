@@ -196,6 +196,7 @@ class ProductBuilder:
         verifier = self._engine.verifier
         may_check = self._evaluate_at is not None and not self.products and verifier.is_on
         parts = GGNParts.of(e, self._tensors, keep=True, keep_loss=may_check)
+        check_dense(parts.gradient)
         programs: dict[str, Jacobian | None] = {}
         operations = [DOUBLE_BACKWARD]
         if recorder is not None:
@@ -229,7 +230,7 @@ class ProductBuilder:
             verifier.refused.add(name)
             self._engine.warn(f"curvature products by {name} are not used: {reason}")
         raise TaskError(
-            f"no product engine is right for this model: {reason}. {suspects(e.loss_sum)}"
+            f"no product engine is right for this model: {reason}. {suspects(e)}"
             "Products need a forward pass that torch can differentiate twice, or set optim.verify=off "
             "to train with products as they are"
         )
@@ -237,6 +238,7 @@ class ProductBuilder:
     def _kept_hessian(self, microbatch: Microbatch, e: Evaluation) -> tuple[Gradient, Product]:
         g = grad(e.loss_sum, self._tensors, create_graph=True, allow_unused=True)
         gradient = [None if gk is None else gk.detach() for gk in g]
+        check_dense(gradient)
         product = HessianProduct(g, self._tensors)
         if self._checks(["hessian"]):
             verifier = self._engine.verifier
@@ -245,6 +247,15 @@ class ProductBuilder:
                 verifier.check_hessian(product, e, gradient, probe)
                 verifier.done(["hessian"])
         return gradient, product
+
+
+def check_dense(gradient: Gradient) -> None:
+    """Raises: TaskError: A gradient is sparse."""
+    if any(g is not None and g.is_sparse for g in gradient):
+        raise TaskError(
+            "the model has sparse gradients, which Hessian-free products cannot use: build its embeddings "
+            "with sparse=False"
+        )
 
 
 @contextmanager

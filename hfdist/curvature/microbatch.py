@@ -230,7 +230,10 @@ def from_closure(forward: Callable[[], Sequence[Any]], seed: int) -> Microbatch:
         with watch if traits else nullcontext(), recorder or nullcontext():
             result = forward()
         if not isinstance(result, (tuple, list)) or len(result) not in (2, 3):
-            raise TypeError("forward() must return (loss, outputs) or (loss, outputs, weight)")
+            raise TypeError(
+                "forward() must return (loss, outputs) or (loss, outputs, weight), and leave "
+                f"backward() to the optimizer; it returned {type(result).__name__}"
+            )
         loss, outputs = result[0], result[1]
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError("forward() must return a scalar tensor as its loss")

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.autograd import grad
 
 from hfdist.comm import Communicator, SerialCommunicator
-from hfdist.curvature.engines import ProductBuilder, ProductEngine
+from hfdist.curvature.engines import ProductBuilder, ProductEngine, check_dense
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import Product, Replicated, Sharded
 from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.microbatch import Evaluation, Microbatch
 from hfdist.curvature.params import ParameterVector
-from hfdist.errors import DataError, TaskError
+from hfdist.errors import DataError
 from hfdist.optim.objective import Operator
 
 T = TypeVar("T")
@@ -174,7 +174,7 @@ class Problem:
             else:
                 evaluation = self._evaluate(microbatch, graph=False, record=True)
             if own_gradient is None:
-                _check_dense(gradient)
+                check_dense(gradient)
                 self.params.add(g, gradient)
             sums += _as_sums(evaluation, sums)
         self.comm.all_reduce(sums)
@@ -456,14 +456,6 @@ def _as_sums(e: Evaluation, like: Tensor) -> Tensor:
     """[2] float64: sum of the losses, weight."""
     weight = e.weight if isinstance(e.weight, Tensor) else torch.tensor(e.weight)
     return torch.stack((e.loss_sum.detach().to(like), weight.reshape(()).to(like)))
-
-
-def _check_dense(gradient: Sequence[Tensor | None]) -> None:
-    if any(g is not None and g.is_sparse for g in gradient):
-        raise TaskError(
-            "the model has sparse gradients, which Hessian-free products cannot use: build its embeddings "
-            "with sparse=False"
-        )
 
 
 def _check_weight(weight: float, role: str) -> None:

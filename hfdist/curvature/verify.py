@@ -196,7 +196,7 @@ class Verifier:
             return probe
         raise TaskError(
             f"gradient and loss disagree by {error:.1%} along a direction, so no step was taken. "
-            f"{suspects(e.loss_sum)}A part of the loss has no gradient, or another one: look for detach, "
+            f"{suspects(e)}A part of the loss has no gradient, or another one: look for detach, "
             "no_grad, item, numpy, rounding, gradient hooks and custom autograd.Function classes. If "
             "that is meant, set optim.verify=off"
         )
@@ -254,7 +254,7 @@ class Verifier:
             Hd = product(probe.direction)
         except RuntimeError as error:
             raise TaskError(
-                f"the Hessian's product fails: {explained(error)}. {suspects(e.loss_sum)}Use "
+                f"the Hessian's product fails: {explained(error)}. {suspects(e)}Use "
                 "curvature_opt=ggn, or a forward pass that torch can differentiate twice"
             ) from error
         error_H = probe.contradicts(
@@ -263,7 +263,7 @@ class Verifier:
         if error_H > 0.0:
             raise TaskError(
                 f"the Hessian's product is {error_H:.1%} off a difference of gradients. "
-                f"{suspects(e.loss_sum)}Use curvature_opt=ggn, or a forward pass that torch can "
+                f"{suspects(e)}Use curvature_opt=ggn, or a forward pass that torch can "
                 "differentiate twice, or set optim.verify=off"
             )
 
@@ -318,10 +318,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def suspects(loss: Tensor) -> str:
-    """A sentence that names the custom autograd functions in a loss's graph; empty without any."""
+def suspects(e: Evaluation) -> str:
+    """A sentence that names the custom autograd functions in an evaluation's graph; empty without any."""
     names: set[str] = set()
-    waiting, seen = [loss.grad_fn], set()
+    waiting, seen = [t.grad_fn for t in (e.loss_sum, *e.outputs)], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

@@ -150,9 +150,11 @@ class Coordinator:
             run, hf = saved["run"], saved["optimizer"]
             x0 = hf.get("x0")
             set_rng_state(saved["rng"])
+            asked = self._config.optim.damping
+            is_changed = asked != saved["config"]["optim"]["damping"]
             return Progress(
                 state=HFState(
-                    damping=hf["damping"],
+                    damping=asked if is_changed else hf["damping"],
                     x0=None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
                     step=hf["step"],
                 ),

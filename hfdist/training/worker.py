@@ -115,6 +115,7 @@ class Worker:
             )
         self._plan(0)
         self._tried = self._try_task()
+        self._check_batch_norm()
         tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
         self._coordinator = Coordinator(
             job.config, job.run_dir, self.model, self._layout, comm, tracker, display, stop
@@ -203,6 +204,37 @@ class Worker:
                 ) from error
         return batch
 
+    def _check_batch_norm(self) -> None:
+        """No microbatch of any rank is a single example that batch norm has no statistics of.
+
+        Raises:
+            ConfigError: One is.
+        """
+        if self.num_examples is None or not self._has_batch_norm():
+            return
+        sizes = {
+            len(microbatch.indices)
+            for step in (0, self.config.steps - 1)
+            for rank in range(self.comm.world_size)
+            for microbatch in _microbatch_plans(self._plan(step, rank))
+        }
+        if 1 not in sizes:
+            return
+        one = self._loader.load(MicrobatchPlan(number=0, indices=torch.arange(1)))
+        try:
+            with FixedRandomness(self.comm.device, self.model).evaluation(seed=0):
+                self.task.forward(self.model.train(), one)
+        except (ValueError, TaskError) as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ConfigError(
+                "batch norm cannot normalise a microbatch of 1 example: choose batches.microbatch, the sizes "
+                "of the roles and launch.workers so that every microbatch has at least 2"
+            ) from error
+
+    def _has_batch_norm(self) -> bool:
+        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+
     def _example_inputs(self) -> Any:
         """What the model takes of a batch, for one example: no step need have been taken here."""
         return _first_example(self.task.example_inputs(self._tried))
@@ -234,13 +266,13 @@ class Worker:
             progress.evaluation = self.evaluate()
         return report
 
-    def _plan(self, step: int) -> StepPlan:
+    def _plan(self, step: int, rank: int | None = None) -> StepPlan:
         return plan_step(
             self.config.batches,
             num_examples=self.num_examples,
             seed=self.config.seed,
             step=step,
-            rank=self.comm.rank,
+            rank=self.comm.rank if rank is None else rank,
             world_size=self.comm.world_size,
             costs=self._costs,
         )
@@ -332,10 +364,7 @@ class Worker:
 
     def _warn_about_batch_norm(self) -> None:
         several = self.comm.world_size > 1 or self.config.batches.microbatch is not None
-        has_batch_norm = any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
-        )
-        if several and has_batch_norm and self.comm.is_rank_0:
+        if several and self._has_batch_norm() and self.comm.is_rank_0:
             logger.warning(
                 "batch norm: every microbatch of every rank is normalised by its own statistics, in "
                 "losses, gradients and products alike; the running statistics become the "

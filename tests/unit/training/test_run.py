@@ -64,7 +64,7 @@ class Empty(Own):
     def __init__(self):
         super().__init__(examples=0)
 
-class FixedRandomness(Own):
+class Frozen(Own):
     def model(self):
         return super().model().requires_grad_(False)
 
@@ -250,7 +250,10 @@ def test_no_plot_model_or_file_fails_a_run(job: Path, caplog: pytest.LogCaptureF
     assert result["status"] == "FINISHED"
     assert json.loads((run_dir / "result.json").read_text()) == result
     assert "the plots are not drawn: " in caplog.text
-    assert "the model is not recorded: KeyError: 'inputs'" in caplog.text
+    assert (
+        "the model is not recorded: TaskError: NoExample.example_inputs() fails: KeyError: 'inputs'"
+        in caplog.text
+    )
 
 
 # -- bad input
@@ -266,7 +269,7 @@ def test_no_plot_model_or_file_fails_a_run(job: Path, caplog: pytest.LogCaptureF
         (["task=task.py:VectorLoss"], TaskError, ["VectorLoss.loss", "scalar", "[4, 1]"]),
         (["task=task.py:Detached"], TaskError, ["Detached.loss", "not differentiable"]),
         (["task=task.py:Broken"], TaskError, ["Broken", "RuntimeError"]),
-        (["task=task.py:FixedRandomness"], TaskError, ["trainable"]),
+        (["task=task.py:Frozen"], TaskError, ["trainable"]),
         (["task=task.py:NoModel"], TaskError, ["Module", "str"]),
         (["task=task.py:Empty"], DataError, ["empty"]),
         (["batches.gradient=41"], DataError, ["batches.gradient", "41", "40"]),
@@ -315,3 +318,34 @@ def test_a_run_is_not_started_twice(job: Path) -> None:
 def test_no_run_folder_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run's folder"):
         api.resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_refused"),
+    [
+        (["batches.microbatch=1"], True),
+        (["batches.microbatch=23"], True),  # 24 examples: the last is alone
+        (["batches.gradient=1", "batches.curvature=null", "batches.line_search=null"], True),
+        (["batches.microbatch=2"], False),
+    ],
+)
+def test_one_example_under_batch_norm_is_told_before_training(
+    job: Path, changes: list[str], is_refused: bool
+) -> None:
+    if not is_refused:
+        assert hfdist.train(job, ["steps=1", *changes])["status"] == "FINISHED"
+        return
+    with pytest.raises(ConfigError, match="batch norm cannot normalise a microbatch of 1 example"):
+        hfdist.train(job, changes)
+    assert not list((job.parent / "runs").glob("*/metrics.jsonl"))
+
+
+def test_another_damping_on_resume_takes_effect(job: Path) -> None:
+    whole = records(hfdist.train(job, ["steps=4"]))
+    part = hfdist.train(job, ["steps=3"])
+    kept = records(api.resume(part["run_dir"], ["steps=4"]))
+    assert kept[3]["damping"] == whole[3]["damping"]
+    changed = records(api.resume(part["run_dir"], ["steps=5", "optim.damping=7"]))
+    assert changed[4]["damping"] == 7.0
+    again = records(api.resume(part["run_dir"], ["steps=6"]))
+    assert again[5]["damping"] in (7.0, pytest.approx(7.0 * 1.5), pytest.approx(7.0 / 1.5))
