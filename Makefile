@@ -1,4 +1,4 @@
-# `make` lists the verbs. The first one that needs Python makes .venv; a second run installs nothing.
+# `make` lists the commands. The first one that needs Python makes .venv; a second run installs nothing.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 FAST := not gpu and not docker and not bench and not slow
-# What looks at the project from outside has a place of its own: it changes no version, and is in no bill.
+# Tools that look at the project from outside have an environment of their own: they change no version, and are in no bill.
 TOOLS := $(VENV)/tools
 tool = test -x $(TOOLS)/bin/python || $(BIN)/python -m venv $(TOOLS); $(TOOLS)/bin/python -m pip install --quiet
 
 .DEFAULT_GOAL := help
 
-help: ## list the verbs
+help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
@@ -27,7 +27,7 @@ install: $(READY) ## make .venv and install hfdist in it
 train: $(READY) ## train the digits autoencoder and say where its results are
 	$(BIN)/hfdist train deploy/jobs/digits.yaml
 
-# Two files at a time, but Ray's: two clusters of one machine get into each other's way.
+# Two files at a time, except Ray's: two clusters of one machine disturb each other.
 test: lint ## format, lint, types, import contracts, and every test without GPU or Docker engine
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not ray and $(FAST)'
 	$(PYTEST) -m 'ray and $(FAST)'
@@ -38,7 +38,7 @@ lint: $(READY) ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-format: $(READY) ## format and mend what can be mended
+format: $(READY) ## format, and fix what can be fixed automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -80,7 +80,7 @@ audit: $(READY) ## look up known faults of the pinned packages; fails where a pa
 	@$(TOOLS)/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip || \
 	  { echo 'audit: faults were found, or packages could not be looked up: the lines above say which' >&2; exit 1; }
 
-clean: ## remove what the verbs made, but the runs
+clean: ## remove what the commands above made, except runs
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,4 +1,4 @@
-"""Errors that a person can mend: one message that names what is wrong and what to do about it."""
+"""Errors that a person can fix: one message that names what is wrong and what to do about it."""
 
 from __future__ import annotations
 

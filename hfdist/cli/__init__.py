@@ -1,4 +1,4 @@
-"""The command line: one file a verb or a family of verbs. Importing it loads neither torch nor ray."""
+"""The command line: one file a command or a family of commands. Importing it loads neither torch nor ray."""
 
 from hfdist.cli.app import main
 

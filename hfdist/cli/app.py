@@ -1,4 +1,4 @@
-"""The program: its verbs, and what it does with errors."""
+"""The program: its commands, and how errors are shown."""
 
 from __future__ import annotations
 

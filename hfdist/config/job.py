@@ -181,7 +181,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: `key=value` each; keys are dotted, values are YAML.
 
     Raises:
-        ConfigError: One message that names the file or key at fault and the mend.
+        ConfigError: One message that names the file or key at fault and the fix.
     """
     path = Path(path)
     written = _read(path)

@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_POLL = 0.1  # seconds between looks at processes that say nothing
+_POLL = 0.1  # seconds between looks at processes that send nothing
 _SILENCE = 2.0
 """Seconds after a worker missed a peer in which others report the same; who has not is the one missed."""
 _MOST_A_CORE = 16
 _MEMORY_OF_A_WORKER = 256 * 1024**2  # bytes: what Python and torch take before there is a model
 _GRACE = 0.8
-"""Part of the timeout that the lead has after a failure to end its record of the run."""
+"""Part of the timeout that rank 0 has after a failure to finish its record of the run."""
 
 
 def run_group(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Member:
         log = path_of(assignment.run_dir, self.rank)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file, contextlib.closing(theirs):
-            # The lead has the terminal. A group of its own keeps the terminal's Ctrl-C from reaching
+            # Rank 0 has the terminal. A group of its own keeps the terminal's Ctrl-C from reaching
             # a worker beside the one that its parent hands on.
             self.process = subprocess.Popen(
                 [
@@ -128,7 +128,7 @@ class Member:
             self.process.kill()  # ends stopped processes, too
 
     def ended(self) -> Ended:
-        """How the worker stands."""
+        """The state of the worker."""
         return Ended(
             rank=self.rank,
             answer=self.answer,
@@ -139,13 +139,13 @@ class Member:
 
 
 class Group:
-    """One life of a group of workers.
+    """One attempt of a group of workers.
 
     Args:
         config: The job.
         run_dir: The run's folder.
         resume: Go on from the newest checkpoint.
-        display: Name of the lead's display.
+        display: Name of rank 0's display.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, resume: bool, display: str) -> None:
@@ -159,7 +159,7 @@ class Group:
         """Start the workers and stay until all have ended.
 
         Returns:
-            The lead's result.
+            Rank 0's result.
 
         Raises:
             UserError: The error of the worker that failed first.
@@ -174,9 +174,9 @@ class Group:
             self._end_all()
             shutil.rmtree(folder, ignore_errors=True)
         cause = root_cause(endings, self._run_dir, self._timeout)
-        lead = self._members[0].answer
-        if cause is None and isinstance(lead, Finished):
-            return lead.result
+        answer = self._members[0].answer
+        if cause is None and isinstance(answer, Finished):
+            return answer.result
         if self._signals or not isinstance(cause, UserError):
             raise KeyboardInterrupt
         record_cause(self._run_dir, cause)
@@ -203,12 +203,12 @@ class Group:
         """Wait until all workers have ended, or those left over are not worth waiting for.
 
         Returns:
-            How each worker stands then.
+            The state of each worker then.
         """
         failed_at = finished_at = float("inf")
         while True:
             running = [member for member in self._members if not member.has_ended]
-            for member in self._members:  # after the look above: what has ended has said all
+            for member in self._members:  # after the look above: who has ended has sent everything
                 member.receive()
             endings = [member.ended() for member in self._members]
             if not running:
@@ -236,23 +236,23 @@ class Group:
             return True
         if all(ending.misses_peer for ending in endings if ending.has_failed):
             # Who failed first is not known yet: it stalls, or its end is about to be seen.
-            return seconds > min(_SILENCE, grace) and self._lead_is_done(endings)
-        return self._lead_is_done(endings)
+            return seconds > min(_SILENCE, grace) and self._rank_0_is_done(endings)
+        return self._rank_0_is_done(endings)
 
-    def _lead_is_done(self, endings: list[Ended]) -> bool:
-        """Whether the lead has written down how the run ended, cannot, or has nothing to write."""
-        lead = endings[0]
-        has_ended = lead.answer is not None or lead.exit_code is not None
-        return has_ended or lead.is_stopped or not self._members[0].joined
+    def _rank_0_is_done(self, endings: list[Ended]) -> bool:
+        """Whether rank 0 has recorded how the run ended, cannot, or has nothing to record."""
+        first = endings[0]
+        has_ended = first.answer is not None or first.exit_code is not None
+        return has_ended or first.is_stopped or not self._members[0].joined
 
     def _end_all(self) -> None:
-        lead_was_killed = bool(self._members) and not self._members[0].has_ended
+        rank_0_was_killed = bool(self._members) and not self._members[0].has_ended
         for member in self._members:
             member.kill()
         for member in self._members:
             member.process.wait()
             member.connection.close()
-        if lead_was_killed and sys.stdout.isatty():
+        if rank_0_was_killed and sys.stdout.isatty():
             sys.stdout.write("\x1b[?25h")  # a killed display cannot show the cursor again
 
     @contextmanager
@@ -275,7 +275,7 @@ def _environment(threads: int) -> dict[str, str]:
     environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(threads)
     # The same modules as here, wherever this program found them.
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    # gloo takes the address of the host's name, which need not lead back here.
+    # gloo takes the address of the host's name, which may be that of another machine.
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     return environment
 

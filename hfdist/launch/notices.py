@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfdist.errors import UserError, first_line
+from hfdist.rundir.files import METRICS
 from hfdist.rundir.locations import home_of
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class _Watch:
 
     def _look(self) -> tuple[int, int]:
         try:
-            stat = (self._notifier.run_dir / "metrics.jsonl").stat()
+            stat = (self._notifier.run_dir / METRICS).stat()
         except OSError:
             return 0, 0
         return stat.st_size, stat.st_mtime_ns

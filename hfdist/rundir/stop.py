@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from hfdist.rundir.files import STOP_FILE as STOP_FILE
-
 _LOOK_EVERY = 0.5  # seconds between looks at the file: a shared folder may be slow
 
 

@@ -1,4 +1,4 @@
-"""MLflow's client, patient in the right places and quiet."""
+"""MLflow's client, with timeouts and retries that suit a run, and quiet."""
 
 from __future__ import annotations
 

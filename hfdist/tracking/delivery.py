@@ -1,4 +1,4 @@
-"""Events of a spool, told to MLflow. Telling an event twice leaves what telling it once does."""
+"""Events of a spool, sent to MLflow. Sending an event twice has the effect of sending it once."""
 
 from __future__ import annotations
 

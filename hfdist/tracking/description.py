@@ -6,11 +6,12 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hfdist.rundir import files
 from hfdist.tracking.links import TRAINING
 
 RUN, EXPERIMENT = "{mlflow_run_id}", "{mlflow_experiment_id}"
 """Stand for identifiers that are not known before the server answers."""
-_FILES = ("config.yaml", "metrics.jsonl", "result.json")
+_FILES = (files.JOB, files.METRICS, files.RESULT)
 
 
 def describe(

@@ -1,4 +1,4 @@
-"""Runs in MLflow: what is told goes to the spool, and from there in the background to the server."""
+"""Runs in MLflow: every call goes to the spool, and from there in the background to the server."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 from hfdist.config.tracking import TrackingConfig, artifact_root, store_uri
 from hfdist.errors import StorageError
+from hfdist.rundir import files
 from hfdist.tracking.client import is_server, prepare, public
 from hfdist.tracking.provenance import provenance
-from hfdist.tracking.sender import Courier
+from hfdist.tracking.sender import Sender
 from hfdist.tracking.spool import Spool
 from hfdist.tracking.system_metrics import SystemSampler
 from hfdist.tracking.tracker import RunInfo, Status
@@ -34,14 +35,14 @@ class MlflowTracker:
 
     Args:
         config: The job's `tracking` section.
-        output: Folder of the runs, home of the default store.
+        output: Folder of the runs, where the default store is.
     """
 
     def __init__(self, config: TrackingConfig, output: Path) -> None:
         self._config, self._output = config, output
         self._uri = public(store_uri(config, output))
         self._spool: Spool | None = None
-        self._courier: Courier | None = None
+        self._sender: Sender | None = None
         self._sampler: SystemSampler | None = None
         self._told: dict[int, dict[str, float]] = {}
         """What was told, before a kill, of steps that are still to be taken again."""
@@ -60,12 +61,12 @@ class MlflowTracker:
         return f"{base}/#/experiments/{run['experiment_id']}/runs/{run['mlflow_run_id']}"
 
     def start(self, info: RunInfo) -> None:
-        if self._courier is not None:
+        if self._sender is not None:
             raise RuntimeError("a tracker starts once")
         prepare()
         self._run_dir, self._home = info.run_dir, info.home or str(info.run_dir)
         # A predecessor that is dying lets go of the spool; one that hangs must not hold the run up.
-        self._spool = spool = Spool(info.run_dir / "spool", wait=5.0, take_over=True)
+        self._spool = spool = Spool(info.run_dir / files.SPOOL, wait=5.0, take_over=True)
         self._compare(info)
         missed = [line for line in info.record if line["step"] > spool.last_step]
         spool.remember("target", self._target(info) | {"is_behind": bool(missed)})
@@ -77,7 +78,7 @@ class MlflowTracker:
             spool.append("dataset", values=dict(info.dataset))
         for line in missed:  # steps of an attempt on another machine
             self._append_metrics(_numbers(line), line["step"], at=int(1000 * line["time"]))
-        self._courier = Courier(spool)
+        self._sender = Sender(spool)
         if self._config.system_metrics:
             first = int(spool.recall("system").get("next", 0))
             self._sampler = SystemSampler(
@@ -114,28 +115,26 @@ class MlflowTracker:
             return
         from hfdist.tracking.models import save_model
 
-        folder = self._run_dir / "model"
+        folder = self._run_dir / files.MODEL
         try:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(folder)
             save_model(model, example_inputs, folder)
-        except (
-            Exception
-        ) as error:  # a model that cannot be written down is no reason to fail the run
+        except Exception as error:  # a model that cannot be saved is no reason to fail the run
             logger.warning("the model is not recorded: %s: %s", type(error).__name__, error)
             return
         self._append("model", path=folder.name, step=step)
 
     def flush(self) -> bool:
-        if self._courier is None or not self._is_open:
+        if self._sender is None or not self._is_open:
             return True
         patience = self._config.finish_timeout
-        if patience > 0 and not is_server(self._uri) and not self._courier.problem:
+        if patience > 0 and not is_server(self._uri) and not self._sender.problem:
             patience = max(patience, _LOCAL_PATIENCE)
-        return self._courier.flush(patience)
+        return self._sender.flush(patience)
 
     def finish(self, status: Status) -> bool:
-        if self._spool is None or self._courier is None:
+        if self._spool is None or self._sender is None:
             return True
         if not self._is_open:
             return self._is_delivered
@@ -150,11 +149,11 @@ class MlflowTracker:
                 "%d events of the run have not reached %s (%s); `hfdist sync %s` delivers them",
                 self._spool.num_pending,
                 self._uri,
-                self._courier.problem or "it is slow",
+                self._sender.problem or "it is slow",
                 self._home,
             )
         self._is_over = True
-        self._courier.stop()
+        self._sender.stop()
         self._spool.close()
         return self._is_delivered
 

@@ -143,10 +143,10 @@ def _cg(axes: Sequence[Any], records: Sequence[Record]) -> None:
 
     falls = [(r["step"], fall) for r in records if (fall := _fall(r.get("quadratic", ())))]
     count = min(_CURVES, len(falls))
-    places = dict.fromkeys(round(k * (len(falls) - 1) / max(count - 1, 1)) for k in range(count))
+    chosen = dict.fromkeys(round(k * (len(falls) - 1) / max(count - 1, 1)) for k in range(count))
     colours = colormaps["viridis"]
-    for k, place in enumerate(places):
-        step, fall = falls[place]
+    for k, index in enumerate(chosen):
+        step, fall = falls[index]
         colour = colours(0.9 * k / max(count - 1, 1))
         axes[0].plot(range(len(fall)), fall, color=colour, label=f"step {step}")
     axes[0].set(

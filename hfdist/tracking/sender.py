@@ -21,7 +21,7 @@ _GATHER = 0.05
 """Seconds in which events gather, so that what comes together is delivered together."""
 
 
-class Courier:
+class Sender:
     """Delivers a spool to its server, in order, until it is stopped.
 
     Args:

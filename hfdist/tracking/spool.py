@@ -1,4 +1,4 @@
-"""What is to be told to a tracking server, on disk first: nothing is lost while the server is away.
+"""Events for a tracking server, on disk first: nothing is lost while the server is away.
 
 RUN_DIR/spool/events.jsonl holds one event a line, in order, each with its own time; `delivered.json` says
 how far the server has them. The file only grows, so that it also tells which steps were told before a crash.
@@ -31,7 +31,7 @@ class BusyError(UserError):
 
 
 class Spool:
-    """Events of a run, from its first life on. Safe to use from several threads.
+    """Events of a run, from its first attempt on. Safe to use from several threads.
 
     Args:
         folder: RUN_DIR/spool; made if there is none.
@@ -60,21 +60,21 @@ class Spool:
         self._facts: dict[str, dict[str, Any]] = {}
         self._changed = threading.Condition()
         self.is_new = True
-        """Whether nothing was told before this life."""
+        """Whether no earlier attempt recorded anything."""
         self.last_step = -1
         """Greatest step whose metrics are in the spool."""
         self.total = 0
         """Number of events."""
         self.status: str | None = None
-        """The last status that was told."""
+        """The last status that was recorded."""
         self.last_time = 0
         """Milliseconds of the last event."""
         self._end = 0  # bytes
         self._voids: list[tuple[int, int]] = []  # (place of an event `again`, its step)
         self._scan()
-        place = self.recall("delivered")
-        self._start = min(int(place.get("offset", 0)), self._end)
-        self.num_delivered = min(int(place.get("count", 0)), self.total)
+        delivered = self.recall("delivered")
+        self._start = min(int(delivered.get("offset", 0)), self._end)
+        self.num_delivered = min(int(delivered.get("count", 0)), self.total)
         """Events that the server has."""
 
     # -- writing ---------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class Spool:
     # -- delivery --------------------------------------------------------------------------------
 
     def pending(self, most: int) -> list[tuple[Event, int]]:
-        """The oldest events that were not delivered, each with its place: what `acknowledge` takes."""
+        """The oldest undelivered events, each with the offset after it, which `acknowledge` takes."""
         with self._changed:
             start, end = self._start, self._end
         found: list[tuple[Event, int]] = []
@@ -136,12 +136,12 @@ class Spool:
             place < end and event["step"] >= first for end, first in self._voids
         )
 
-    def acknowledge(self, place: int, count: int) -> None:
-        """The server has everything up to this place: `count` more events."""
+    def acknowledge(self, offset: int, count: int) -> None:
+        """The server has everything up to this offset: `count` more events."""
         with self._changed:
-            self._start = place
+            self._start = offset
             self.num_delivered += count
-            self.remember("delivered", {"offset": place, "count": self.num_delivered})
+            self.remember("delivered", {"offset": offset, "count": self.num_delivered})
             self._changed.notify_all()
 
     def rewind(self) -> None:

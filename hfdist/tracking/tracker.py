@@ -1,4 +1,4 @@
-"""What a run tells the outside world, whatever records it."""
+"""The interface of what records a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RunInfo:
     tracked_as: str | None = None
     """Identifier that the tracker gave this run before (`Tracker.tracked_as`), on resume."""
     record: Sequence[Mapping[str, Any]] = ()
-    """Lines of metrics.jsonl of the steps before, on resume: what was told on a machine that is lost may
+    """Lines of metrics.jsonl of the steps before, on resume: what was recorded on a lost machine may
     not have arrived."""
     first_step: int | None = None
     """Step at which the run starts, or goes on; None: it is not known, and numbers of a step that was told
@@ -43,7 +43,7 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """Only the lead rank holds one that does anything. No method raises because a server is away, and
+    """Only rank 0 holds one that does anything. No method raises because a server is away, and
     none blocks the caller on the network."""
 
     @property
@@ -86,7 +86,7 @@ class Tracker(Protocol):
         ...
 
     def flush(self) -> bool:
-        """Wait a limited time until what was told is delivered; whether it is. Not for use in steps."""
+        """Wait a limited time until everything is delivered; whether it is. Not for use in steps."""
         ...
 
     def finish(self, status: Status) -> bool:

@@ -1,4 +1,4 @@
-"""What the lead does around the steps: resume, record, checkpoint, stop. It binds every rank."""
+"""What rank 0 does around the steps: resume, record, checkpoint, stop; the others follow."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from hfdist.curvature.params import ParameterVector
 from hfdist.errors import CheckpointError, ConfigError, StorageError, first_line
 from hfdist.optim.report import StepReport, Stop
 from hfdist.optim.step import HFState
+from hfdist.rundir import files
 from hfdist.rundir.files import StepLog, write_json
 from hfdist.rundir.locations import home_of, is_address
-from hfdist.rundir.stop import STOP_FILE, StopRequest
+from hfdist.rundir.stop import StopRequest
 from hfdist.tracking import RunInfo, Status, Tracker
 from hfdist.tracking.description import describe
 from hfdist.tracking.links import TRAINING
@@ -47,7 +48,7 @@ class Progress:
     state: HFState
     cg_iterations: int = 0
     wall_seconds: float = 0.0
-    """Training time of all the run's lives so far."""
+    """Training time of all attempts of the run so far."""
     final_loss: float | None = None
     evaluation: dict[str, float] = field(default_factory=dict)
     """Last evaluation: {"loss": .., metric: ..}."""
@@ -55,7 +56,7 @@ class Progress:
 
 
 class Coordinator:
-    """One a rank; only the lead's touches disk, tracker and display, and its decisions bind.
+    """One a rank; only rank 0's touches disk, tracker and display, and its decisions hold for all.
 
     Args:
         config, run_dir: The job and its folder.
@@ -63,7 +64,7 @@ class Coordinator:
         layout: How the solver's vectors lie over the ranks; checkpoints hold whole ones, so that a run
             can go on at another world size.
         comm: The ranks.
-        tracker, display: The lead's; others pass ones that do nothing.
+        tracker, display: Rank 0's; others pass ones that do nothing.
         stop: This process's signals.
         is_leaving: Whether a worker's machine will soon be taken away.
     """
@@ -85,10 +86,10 @@ class Coordinator:
         self._tracker, self._display, self._stop = tracker, display, stop
         self._is_leaving = is_leaving
         self._home = home_of(config.output, run_dir)
-        self._store = CheckpointStore(f"{self._home}/checkpoints", config.checkpoint, comm)
+        self._store = CheckpointStore(f"{self._home}/{files.CHECKPOINTS}", config.checkpoint, comm)
         output = config.output if is_address(config.output) else run_dir.parent
         self._lease = Lease(output, run_dir.name)
-        self._log = StepLog(run_dir / "metrics.jsonl")
+        self._log = StepLog(run_dir / files.METRICS)
         self._info: Mapping[str, Any] = {}
         self._records: list[dict[str, Any]] = []
         self._saved_at: int | None = None
@@ -111,7 +112,9 @@ class Coordinator:
             logger.warning("no checkpoint in %s: starting from step 0", self._home)
         if self._comm.is_rank_0:
             self._lease.take()
-            (self._run_dir / STOP_FILE).unlink(missing_ok=True)  # it was for the run's last life
+            (self._run_dir / files.STOP_FILE).unlink(
+                missing_ok=True
+            )  # it was for an earlier attempt
             if resume:
                 mirror.pull_undelivered(self._config.output, self._run_dir)
                 mirror.forget_undelivered(self._config.output, self._run_dir)
@@ -130,7 +133,7 @@ class Coordinator:
                     home=self._home,
                 )
             )
-            self._log_artifact(self._run_dir / "config.yaml")
+            self._log_artifact(self._run_dir / files.JOB)
             self._info = info
             self._describe()
             self._display.start(
@@ -224,7 +227,7 @@ class Coordinator:
         if step == self._saved_at:
             return
         seconds = time.perf_counter() - self._clock
-        # Clocks and trackers differ between ranks; what is saved is the lead's.
+        # Clocks and trackers differ between ranks; what is saved is rank 0's.
         progress.wall_seconds, progress.tracked_as = self._comm.broadcast_object(
             (seconds, self._tracker.tracked_as or progress.tracked_as)
         )
@@ -302,7 +305,7 @@ class Coordinator:
         self._lease.check()
         plots: list[Path] = []
         with _never_failing("the plots are not drawn"):
-            plots = draw_plots(self._records, self._run_dir / "plots")
+            plots = draw_plots(self._records, self._run_dir / files.PLOTS)
             for path in plots:
                 self._tracker.log_plot(path, progress.state.step)
         if self._log.path.exists():
@@ -314,9 +317,9 @@ class Coordinator:
         result["mlflow_run_id"] = self._tracker.tracked_as or progress.tracked_as
         url = self._tracker.url
         result["tracking_url"] = f"{url}?{TRAINING}" if url else None
-        write_json(self._run_dir / "result.json", result)
+        write_json(self._run_dir / files.RESULT, result)
         mirror.push(self._config.output, self._run_dir, (*mirror.RECORD, *mirror.RESULTS))
-        self._log_artifact(self._run_dir / "result.json")
+        self._log_artifact(self._run_dir / files.RESULT)
         self._describe(result, [f"plots/{path.name}" for path in plots])
         if not self._tracker.finish(status):
             self._leave_undelivered()
@@ -345,7 +348,7 @@ class Coordinator:
     def _leave_undelivered(self) -> None:
         try:
             mirror.push_undelivered(self._config.output, self._run_dir)
-        except StorageError as error:  # the run itself is whole
+        except StorageError as error:  # the run itself is complete
             logger.warning("what is not delivered stays in %s: %s", self._run_dir, error)
 
     def fail(self, progress: Progress, error: BaseException) -> None:

@@ -22,7 +22,7 @@ DISPLAYS = ("auto", "rich", "plain", "json", "quiet")
 
 
 class Display(Protocol):
-    """Told of a run by its lead."""
+    """Called by rank 0."""
 
     def start(
         self, run_id: str, first_step: int, total_steps: int, info: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""One rank's life: build, resume, step, commit."""
+"""The loop of one rank: build, resume, step, commit."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ from hfdist.errors import (
 )
 from hfdist.optim.report import StepReport
 from hfdist.optim.step import hf_step
+from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address, normal, split
-from hfdist.rundir.stop import STOP_FILE, StopRequest, stop_on_signals
+from hfdist.rundir.stop import StopRequest, stop_on_signals
 from hfdist.seeds import mixed
 from hfdist.tasks.loading import load_task
 from hfdist.tasks.task import Batch, Task
@@ -62,9 +63,9 @@ class Job:
     run_dir: Path
     resume: bool = False
     extra_tracker: Tracker | None = None
-    """A tracker of the launcher's own, told the same as the configured one."""
+    """A tracker of the launcher's own, which gets the same calls as the configured one."""
     retried: bool = False
-    """The launcher tries again after failures that another try may mend, and records the last itself."""
+    """The launcher tries again after failures that need not repeat, and records the last one itself."""
     is_leaving: Callable[[], bool] | None = None
     """Whether a worker's machine will soon be taken away: every step is then checkpointed at once."""
 
@@ -75,7 +76,7 @@ def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
     Args:
         job: The run.
         comm: The ranks; each calls this function.
-        display: The lead's; what the others show is their launcher's choice.
+        display: Rank 0's; what the others show is their launcher's choice.
 
     Returns:
         The content of result.json; its `status` is FINISHED, KILLED after Ctrl-C or SIGTERM, or FAILED,
@@ -84,7 +85,7 @@ def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
     Raises:
         UserError: Bad input, or a peer that is gone; recorded as FAILED before it is raised.
     """
-    with stop_on_signals(job.run_dir / STOP_FILE) as stop:
+    with stop_on_signals(job.run_dir / files.STOP_FILE) as stop:
         check_agreement(comm, job.config)
         return Worker(job, comm, display, stop).run()
 
@@ -150,7 +151,7 @@ class Worker:
             return self._coordinator.finish(Status.FAILED, progress, error=problem, save=True)
         except BaseException as error:
             failure = self._told(error)
-            # Of a rank cut off from the others, the run may go on elsewhere: it must not write then.
+            # A rank that was cut off must not write: the run may go on elsewhere.
             if not self._retried or getattr(failure, "exit_code", 1) == 2:
                 self._coordinator.fail(progress, failure)
             if failure is error:
@@ -185,7 +186,7 @@ class Worker:
         return error
 
     def _try_task(self) -> Batch:
-        """Run model and loss on a few examples, so that a broken task is told from a broken run.
+        """Run model and loss on a few examples, so that an error of the task is reported as such.
 
         Returns:
             The batch of these examples.
@@ -288,15 +289,15 @@ class Worker:
         )
 
     def _load(self, role: RolePlan) -> list[tuple[MicrobatchPlan, Batch]]:
-        return [(place, self._loader.load(place)) for place in role.microbatches]
+        return [(plan, self._loader.load(plan)) for plan in role.microbatches]
 
     def _problem(self, plan: StepPlan, step: int) -> Problem:
         seed = mixed(self.config.seed, "forward", step)
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
             return [
-                self._stoppable(from_task(self.task, self.model, batch, mixed(seed, place.number)))
-                for place, batch in batches
+                self._stoppable(from_task(self.task, self.model, batch, mixed(seed, plan.number)))
+                for plan, batch in batches
             ]
 
         loaded = self._load(plan.gradient)
@@ -457,10 +458,10 @@ def evaluate_run(
     n = length(data, f"{type(task).__name__}.eval_data()", "evaluate on")
     if n is None:
         raise DataError(f"{type(task).__name__} has no evaluation data: define eval_data()")
-    place = f"{home_of(output, run_dir)}/checkpoints"
-    store = CheckpointStore(place, config.checkpoint, comm)
+    folder = f"{home_of(output, run_dir)}/{files.CHECKPOINTS}"
+    store = CheckpointStore(folder, config.checkpoint, comm)
     if not store.steps():
-        raise CheckpointError(f"no checkpoint in {place}")
+        raise CheckpointError(f"no checkpoint in {folder}")
     step, saved = store.load(checkpoint)
     tensors = model_tensors(model)
     check(saved.get("model"), tensors)
@@ -508,7 +509,7 @@ def _microbatch_plans(plan: StepPlan) -> list[MicrobatchPlan]:
     """What a step loads, in its order, each role once."""
     roles = [plan.gradient]
     roles += [role for role in (plan.curvature, plan.line_search) if role is not plan.gradient]
-    return [place for role in roles for place in role.microbatches]
+    return [plan for role in roles for plan in role.microbatches]
 
 
 def _first_example(inputs: Any) -> Any:

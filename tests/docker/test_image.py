@@ -221,7 +221,7 @@ def _lose_workers(cluster: Cluster) -> None:
         log = cluster.read("runs/lasting/logs/rank-0.log")
         return [int(number) for number in re.findall(r"rank 0 of (\d+)", log)]
 
-    def lose(what: str, fault: Sequence[str], mend: Sequence[str]) -> None:
+    def lose(what: str, fault: Sequence[str], undo: Sequence[str]) -> None:
         grown = wait_for(lambda: groups()[-1:] == [2], 240, "a group of two workers")
         known = len(steps(cluster, "lasting"))
         wait_for(lambda: len(steps(cluster, "lasting")) >= known + 2, 90, "steps of two workers")
@@ -231,7 +231,7 @@ def _lose_workers(cluster: Cluster) -> None:
         known = len(steps(cluster, "lasting"))
         seconds += wait_for(lambda: len(steps(cluster, "lasting")) > known, 90, f"{what}: a step")
         print(f"both at work after {grown:.0f} s; {what}: the next step after {seconds:.0f} s")
-        docker(*mend)
+        docker(*undo)
 
     lose("one killed", ["kill", second], ["start", second])
     lose("one paused", ["pause", first], ["unpause", first])

@@ -139,7 +139,7 @@ def _private() -> Iterator[None]:
     # Other users of this machine reach 127.0.0.1, too: the token keeps them out.
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(private_token())}
     if "GLOO_SOCKET_IFNAME" not in os.environ:
-        # gloo takes the address of the host's name, which need not lead back here.
+        # gloo takes the address of the host's name, which may be that of another machine.
         environment["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     folder = tempfile.mkdtemp(prefix="hfdist-ray-")  # short: sockets have short names
     try:
@@ -194,7 +194,7 @@ def scales_itself() -> bool:
 
 @contextmanager
 def room_asked_for(demand: Demand) -> Iterator[None]:
-    """Let workers wait for their room inside the block: what waits makes an autoscaler add nodes."""
+    """Let workers wait for resources inside the block: what waits makes an autoscaler add nodes."""
     import ray
 
     bundle = {name: amount for name, amount in demand.per_worker.items() if amount > 0}

@@ -122,7 +122,7 @@ def _start(
     if loopback:
         # Clusters of several users on one machine: an agent at Ray's usual port would get all their jobs.
         arguments = [*arguments, "--dashboard-agent-listen-port=0"]
-        # gloo takes the address of the host's name, which need not lead back here.
+        # gloo takes the address of the host's name, which may be that of another machine.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         environment[VARIABLE] = "0"
     program = "hfdist.launch.ray.loopback" if loopback else "ray.scripts.scripts"

@@ -83,7 +83,7 @@ def what_is_missing(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> str
     return f"{workers} {bundle} each, the cluster's nodes can hold {available}"
 
 
-def mend(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> str:
+def suggest_fix(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> str:
     """What a person can do about it."""
     available = capacity(demand, nodes)
     fewer = f"lower launch.workers to {available}, " if available else ""

@@ -27,14 +27,14 @@ class Standing(NamedTuple):
     groups: int
     failures: int
     """How many of them failed."""
-    room: PlacementGroup | None
+    placement_group: PlacementGroup | None
     """The resources that the last group's workers held."""
 
 
 class Relay:
     """The actor's class: a queue of events, and how workers of the present group have failed.
 
-    It lives beside the driver, so that neither a worker's nor its node's end takes it away.
+    It runs beside the driver, so that it outlives workers and their nodes.
     """
 
     def __init__(self) -> None:
@@ -44,20 +44,20 @@ class Relay:
         self._failures = 0
         self._nodes: dict[int, str] = {}
         self._world_size = 0
-        self._room: PlacementGroup | None = None
+        self._placement_group: PlacementGroup | None = None
         self._is_stopping = False
         self._has_no_step_left = False
 
-    def begin(self, room: PlacementGroup | None, world_size: int) -> int:
-        """Rank 0 of a new group says that it is there; returns how many groups there were.
+    def begin(self, placement_group: PlacementGroup | None, world_size: int) -> int:
+        """Rank 0 of a new group reports; returns how many groups there were.
 
         Args:
-            room: The resources that the group's workers hold.
+            placement_group: The resources that the group's workers hold.
             world_size: How many they are.
         """
         self._groups += 1
         self._world_size = world_size
-        self._room = room
+        self._placement_group = placement_group
         self._failed.clear()
         self._is_stopping = self._has_no_step_left = False
         return self._groups
@@ -86,7 +86,7 @@ class Relay:
 
     def standing(self) -> Standing:
         """What has become of the run's groups so far."""
-        return Standing(self._groups, self._failures, self._room)
+        return Standing(self._groups, self._failures, self._placement_group)
 
     def take(self) -> tuple[list[Event], int]:
         """The events since the last take, and how many groups there were."""
@@ -116,7 +116,7 @@ class Relay:
 
 
 class RelayDisplay:
-    """The lead's display on a cluster: sends what it is told to the driver's.
+    """Rank 0's display on a cluster: forwards every call to the driver's.
 
     Args:
         relay: Handle of a `Relay` actor.

@@ -23,10 +23,10 @@ from hfdist.launch.ray.cluster import (
     room_asked_for,
     scales_itself,
 )
-from hfdist.launch.ray.placement import Demand, mend, what_is_missing
+from hfdist.launch.ray.placement import Demand, suggest_fix, what_is_missing
 from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address
-from hfdist.rundir.stop import STOP_FILE, SignalCount, signals_counted
+from hfdist.rundir.stop import SignalCount, signals_counted
 from hfdist.tracking.provenance import SOURCE_VARIABLE, folder_of, source
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _RELAY_SECONDS = 30.0  # in which the relay of events must answer
 _BROKEN_SECONDS = 10.0  # in which a connection to it may come back
 _TELL_EVERY = 15.0  # seconds between messages of a job that waits for resources
 _AUTOSCALER_PATIENCE = 900.0
-"""Seconds that a cluster that scales itself has to make room."""
+"""Seconds that an autoscaling cluster has to add nodes."""
 _SETUP_TRIES = 3
 """Times that a process group which cannot be set up is tried; they do not count as failures."""
 _GROUP_SECONDS = 120
@@ -64,7 +64,7 @@ def run(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict
     """Run the job on a Ray cluster; see `hfdist.launch.start`.
 
     A worker, or a node, that is lost restarts all workers from the newest checkpoint, at most
-    `launch.max_failures` times; on as many workers as there is room for where `launch.workers` is
+    `launch.max_failures` times; on as many workers as the cluster can hold where `launch.workers` is
     [min, max]. Growing, shrinking and a node that its owner takes back do not count, nor does a process
     group that could not be set up, which is tried three times.
 
@@ -110,10 +110,10 @@ class _Driver:
 
         from hfdist.launch.ray.relay import Relay
 
-        (self._run_dir / STOP_FILE).unlink(missing_ok=True)
+        (self._run_dir / files.STOP_FILE).unlink(missing_ok=True)
         try:
             with signals_counted() as self._signals:
-                self._wait_for_room()
+                self._wait_for_resources()
                 beside = NodeAffinitySchedulingStrategy(
                     ray.get_runtime_context().get_node_id(), soft=False
                 )
@@ -125,11 +125,11 @@ class _Driver:
             return self._conclude()
         finally:
             shutil.rmtree(self._run_dir / "ray", ignore_errors=True)
-            (self._run_dir / STOP_FILE).unlink(missing_ok=True)
+            (self._run_dir / files.STOP_FILE).unlink(missing_ok=True)
 
     # -- placement -------------------------------------------------------------------------------
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_resources(self) -> None:
         """Return once the cluster can hold the fewest workers that the run may start with."""
         patience = self._patience()
         began = told = time.monotonic()
@@ -144,7 +144,7 @@ class _Driver:
                     waited = f" (waited {patience:.0f} s)" if patience else ""
                     raise ConfigError(
                         f"the job cannot be placed: {missing}{waited}; "
-                        f"{mend(self._demand(nodes), nodes)}"
+                        f"{suggest_fix(self._demand(nodes), nodes)}"
                     )
                 if told == began:  # an autoscaler adds nodes for what waits
                     stack.enter_context(room_asked_for(self._demand(nodes)))
@@ -180,7 +180,7 @@ class _Driver:
 
         from hfdist.launch.ray.relay import Standing
 
-        before, setups = Standing(groups=0, failures=0, room=None), 0
+        before, setups = Standing(groups=0, failures=0, placement_group=None), 0
         try:
             while True:
                 try:
@@ -203,7 +203,7 @@ class _Driver:
             self._ended.set()
 
     def _standing_after(self, error: Exception, before: Standing) -> Standing:
-        """What there is to go on from when Ray Train has given up; raises `error` if it is the end."""
+        """What the run can resume from when Ray Train has given up; raises `error` if there is nothing."""
         import ray
 
         from hfdist.launch.ray.worker import DoNotRetry
@@ -216,8 +216,8 @@ class _Driver:
                 now = ray.get(self._relay.down.remote("Ray Train's controller failed"))
             if now.failures > self._config.launch.max_failures:
                 raise error
-        if now.room is not None:  # taken for ever, where the controller is lost
-            ray.util.remove_placement_group(now.room)
+        if now.placement_group is not None:  # taken for ever, where the controller is lost
+            ray.util.remove_placement_group(now.placement_group)
         return now
 
     def _trainer(self, name: str, failures: int) -> Any:
@@ -281,7 +281,7 @@ class _Driver:
                 if self._signals.number:
                     self._stop()
                 if not self._is_training:
-                    self._watch_room()
+                    self._watch_resources()
             self._show()
         except WorkerError as error:  # the workers are lost
             self._record(error)
@@ -322,7 +322,7 @@ class _Driver:
                     )
                 continue
             if method in ("start", "step") and is_address(self._config.output):
-                (self._run_dir / "metrics.jsonl").touch()  # that it grows, where others write it
+                (self._run_dir / files.METRICS).touch()  # that it grows, where others write it
             if method == "start":
                 self._is_down = False
                 self._has_begun = True
@@ -334,10 +334,10 @@ class _Driver:
         if self._signals.number > 1 or not self._is_training:
             raise KeyboardInterrupt
         # Again and again: workers that begin take away a request to those before them.
-        (self._run_dir / STOP_FILE).touch()
+        (self._run_dir / files.STOP_FILE).touch()
         self._relay.stop.remote()
 
-    def _watch_room(self) -> None:
+    def _watch_resources(self) -> None:
         """Say why nothing runs, where workers are waited for."""
         now = time.monotonic()
         if now - self._told < _TELL_EVERY:
@@ -369,7 +369,7 @@ class _Driver:
         raise cause
 
     def _record(self, cause: UserError) -> None:
-        """Close the run's records: workers leave a failure that may be mended to their driver."""
+        """Close the run's records: workers leave a failure that may be retried to their driver."""
         from hfdist.tracking import close_failed, sync
 
         self._fetch()
@@ -377,11 +377,11 @@ class _Driver:
         if (self._run_dir / files.SPOOL).is_dir():
             with contextlib.suppress(UserError):  # the error itself matters more
                 sync(self._run_dir)
-        if is_address(self._config.output):  # the spool is where the lead was
+        if is_address(self._config.output):  # the spool is on the machine of rank 0
             close_failed(self._config.tracking, self._run_dir)
 
     def _fetch(self) -> None:
-        """Have what the lead wrote: where nodes share no folder, it did so on its own."""
+        """Fetch what rank 0 wrote: where nodes share no folder, it is on another machine."""
         if is_address(self._config.output):
             with contextlib.suppress(UserError):
                 mirror.pull(self._config.output, self._run_dir, also=[files.RESULT])

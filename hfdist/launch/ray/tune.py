@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from hfdist.errors import ConfigError, UserError, WorkerError
 from hfdist.launch.ray.cluster import connected, node_resources
-from hfdist.launch.ray.placement import Demand, mend, what_is_missing
+from hfdist.launch.ray.placement import Demand, suggest_fix, what_is_missing
 from hfdist.rundir import files
-from hfdist.rundir.stop import STOP_FILE, SignalCount, signals_counted
+from hfdist.rundir.stop import SignalCount, signals_counted
 
 if TYPE_CHECKING:
     from hfdist.config.job import RunConfig
@@ -99,7 +99,9 @@ def run(
             nodes = node_resources()
             demand = Demand(num_workers=1, per_worker=_resources(trial.config))
             if missing := what_is_missing(demand, nodes):
-                raise ConfigError(f"a run cannot be placed: {missing}; {mend(demand, nodes)}")
+                raise ConfigError(
+                    f"a run cannot be placed: {missing}; {suggest_fix(demand, nodes)}"
+                )
         folder.mkdir(parents=True, exist_ok=True)
         tracker = _parent(sweep_id, config, trials, folder)
         rows: list[dict[str, Any]] = []
@@ -140,7 +142,7 @@ class _Sweep:
 
     def run(self) -> list[dict[str, Any]]:
         """The rows of the table."""
-        stop = self._folder / STOP_FILE
+        stop = self._folder / files.STOP_FILE
         stop.unlink(missing_ok=True)
         with signals_counted() as self._signals:
             threading.Thread(target=self._tune, name="hfdist-ray-tune", daemon=True).start()
@@ -150,7 +152,7 @@ class _Sweep:
                     stop.touch()
                     for trial in self._trials:
                         if trial.run_dir.is_dir() and not (trial.run_dir / files.RESULT).exists():
-                            (trial.run_dir / STOP_FILE).touch()
+                            (trial.run_dir / files.STOP_FILE).touch()
                 if self._signals.number > 1:
                     raise KeyboardInterrupt
         self._tell_ends()
@@ -220,7 +222,7 @@ def _trial(space: dict[str, Any], assignment: dict[str, Any]) -> None:
         sys.path.insert(0, assignment["cwd"])
     trial: Trial = assignment["trials"][space["number"]]
     folder = Path(assignment["folder"])
-    if (folder / STOP_FILE).exists():
+    if (folder / files.STOP_FILE).exists():
         return
     config = trial.config
     if assignment["parent"]:

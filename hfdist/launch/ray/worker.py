@@ -31,7 +31,6 @@ from hfdist.launch.ray.loopback import is_loopback
 from hfdist.launch.ray.relay import RelayDisplay, RelayHandler
 from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address
-from hfdist.rundir.stop import STOP_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +103,7 @@ class _GroupBackend(_Backend):
         try:
             super().on_shutdown(worker_group, backend_config)
         except RayError as error:
-            logger.debug("the process group did not end in good order: %s", error)
+            logger.debug("the process group was not shut down cleanly: %s", error)
 
 
 class GroupConfig(TorchConfig):
@@ -155,7 +154,7 @@ def work(loop_config: dict[str, Any]) -> dict[str, Any]:
         failed = Failed.by(error)
         if not isinstance(error, SupersededError):  # no failure of the present group
             ray.get(job.relay.fail.remote(rank, failed))  # before the controller hears of it
-        # Text only: not every exception survives the way to the driver.
+        # Text only: not every exception can be sent to the driver.
         raise RuntimeError(f"rank {rank}: {failed.error_class}: {failed.message}") from None
 
 
@@ -179,10 +178,10 @@ def _work(job: Assignment, rank: int) -> dict[str, Any]:
     node = f"{platform.node()} ({ray.util.get_node_ip_address()}, process {os.getpid()})"
     job.relay.at.remote(rank, node)
     if rank == 0:
-        room = ray.util.get_current_placement_group()
-        groups = ray.get(job.relay.begin.remote(room, comm.world_size))
+        placement_group = ray.util.get_current_placement_group()
+        groups = ray.get(job.relay.begin.remote(placement_group, comm.world_size))
         display = RelayDisplay(job.relay)
-        # A group after the first goes on where the one before it was, if that left anything.
+        # A group after the first resumes from the checkpoints of the one before, if there are any.
         checkpoints = open_storage(f"{home_of(job.config.output, job.run_dir)}/{files.CHECKPOINTS}")
         resume = resume or (groups > 1 and bool(checkpoints.folders()))
     return run(
@@ -242,7 +241,7 @@ def _surroundings(job: Assignment, rank: int) -> Iterator[None]:
     log = path_of(job.run_dir, rank).relative_to(job.run_dir).as_posix()
     if is_address(job.config.output):  # nodes need share no folder
         mirror.pull(job.config.output, job.run_dir, also=[log])
-        (job.run_dir / STOP_FILE).unlink(missing_ok=True)  # it was for the run's last life
+        (job.run_dir / files.STOP_FILE).unlink(missing_ok=True)  # it was for an earlier attempt
         threading.Thread(target=_listen, args=(job,), name="hfdist-stop", daemon=True).start()
     elif not (job.run_dir / files.JOB).is_file():
         raise StorageError(
@@ -260,18 +259,17 @@ def _surroundings(job: Assignment, rank: int) -> Iterator[None]:
             yield
     finally:
         logging.getLogger("hfdist").removeHandler(handler)
-        with contextlib.suppress(StorageError):  # an error on the way is more important
+        with contextlib.suppress(StorageError):  # an error of the run is more important
             mirror.push(job.config.output, job.run_dir, [log])
 
 
 def _listen(job: Assignment) -> None:
-    """Take the driver's wish to stop to this node's own folder, where the worker looks for it."""
+    """Copy the driver's request to stop to this node's own folder, where the worker looks for it."""
     import ray
 
-    with contextlib.suppress(
-        ray.exceptions.RayError
-    ):  # the driver is gone, and so will be this worker
+    # An error means that the driver is gone, and so will be this worker.
+    with contextlib.suppress(ray.exceptions.RayError):
         while True:
             time.sleep(1.0)
             if ray.get(job.relay.is_stopping.remote()):
-                (job.run_dir / STOP_FILE).touch()
+                (job.run_dir / files.STOP_FILE).touch()

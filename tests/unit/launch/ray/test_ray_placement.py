@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hfdist.launch.ray.placement import Demand, capacity, mend, what_is_missing
+from hfdist.launch.ray.placement import Demand, capacity, suggest_fix, what_is_missing
 
 SMALL = {"CPU": 2.0, "memory": 1e9}
 LARGE = {"CPU": 8.0, "GPU": 4.0, "accelerator_type:H100": 1.0}
@@ -69,5 +69,5 @@ def test_words(asked: Demand, nodes: list[dict[str, float]], words: str | None) 
 
 
 def test_the_mend_names_a_number_that_fits() -> None:
-    assert mend(demand(9, CPU=1), [SMALL]).startswith("lower launch.workers to 2, ")
-    assert mend(demand(9, CPU=3), [SMALL]).startswith("ask for less")
+    assert suggest_fix(demand(9, CPU=1), [SMALL]).startswith("lower launch.workers to 2, ")
+    assert suggest_fix(demand(9, CPU=3), [SMALL]).startswith("ask for less")
