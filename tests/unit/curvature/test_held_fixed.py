@@ -1,4 +1,4 @@
-"""What a program holds fixed on purpose: an embedding's padding raises no alarm, what is detached is named."""
+"""What a program holds fixed on purpose: padding raises no alarm, what is detached is named."""
 
 from __future__ import annotations
 
