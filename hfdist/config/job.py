@@ -139,6 +139,8 @@ class RunConfig(BaseModel):
             problem = what_is_wrong(key, value)
             if problem:
                 raise ValueError(f"{key} {problem}")
+        if self.optim.lr == 0.0:
+            raise ValueError("optim.lr is 0: no step would move; it must be above 0")
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, TryA
 from hfdist.curvature.outputs import is_reached
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.verify import EvaluateAt, Point, Verifier, explained, flat, suspects
-from hfdist.errors import TaskError, UserError
+from hfdist.errors import TaskError
 from hfdist.optim.options import HFOptions
 
 logger = logging.getLogger(__name__)
@@ -261,12 +261,11 @@ def check_dense(gradient: Gradient) -> None:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """What autograd cannot do is the task's: one message."""
+    """What autograd cannot do is the task's: one message. Errors of other kinds are of the task's own hooks
+    and backward passes, and keep their words."""
     try:
         yield
-    except (UserError, TryAgain, ValueError):
-        raise
-    except Exception as error:
+    except RuntimeError as error:
         raise TaskError(
             f"torch cannot differentiate this model and loss twice: {type(error).__name__}: "
             f"{explained(error)}"

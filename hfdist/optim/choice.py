@@ -40,8 +40,6 @@ class ChoiceOptions(OptionGroup):
     in vain."""
 
     def check(self) -> None:
-        if self.lr == 0.0:
-            raise ValueError("lr is 0: no step would move; it must be above 0")
         if not 0.0 < self.linesearch_beta < 1.0:
             raise ValueError(
                 f"linesearch_beta is {self.linesearch_beta}: it must be between 0 and 1"

@@ -175,7 +175,7 @@ def test_what_a_lost_machine_had_not_delivered_is_told_from_the_record(server, c
     try:
         for step in (3, 4):
             first.log_metrics({"loss": 1.0}, step)
-        first._courier.stop()  # its machine is gone
+        first._sender.stop()  # its machine is gone
         first._spool.close()
         record = [line(step) for step in range(5)]
         second = start(server, tmp_path / "two", "moves", info={"record": record})
@@ -186,7 +186,7 @@ def test_what_a_lost_machine_had_not_delivered_is_told_from_the_record(server, c
         assert arrived(client, second.tracked_as)[3:5] == [(3, 1003000), (4, 1004000)]
         server.pause()
         second.log_metrics({"loss": 1.0}, 6)
-        second._courier.stop()
+        second._sender.stop()
         second._spool.close()
     finally:
         server.go_on()

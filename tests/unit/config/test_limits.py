@@ -60,7 +60,6 @@ def test_numbers_in_lists_and_mappings_are_finite() -> None:
         {"damping_min": 2.0, "damping_max": 1.0},
         {"reduction_ratio_low": 0.8},
         {"cg_decay_x0": 0.9, "cg_decay_x0_max": 0.5},
-        {"lr": 0.0},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -69,6 +68,12 @@ def test_contradictions_are_told(options: dict[str, float]) -> None:
         HFOptions(**options)
     with pytest.raises(ConfigError, match=next(iter(options))):
         job(optim=options)
+
+
+def test_a_job_whose_steps_have_no_length_is_refused() -> None:
+    HFOptions(lr=0.0)  # a scheduler in a loop of one's own may begin there
+    with pytest.raises(ConfigError, match=r"optim\.lr is 0"):
+        job(optim={"lr": 0.0})
 
 
 @pytest.mark.parametrize(

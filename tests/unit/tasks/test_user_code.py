@@ -23,7 +23,7 @@ from mutated_jobs import JOB, TASK
 
 METHODS = (
     *("__init__", "model", "forward", "loss", "train_data", "eval_data", "metrics", "collate"),
-    *("example_costs", "example_inputs", "__len__", "__getitem__"),
+    *("example_costs", "__len__", "__getitem__"),
 )
 
 
@@ -73,6 +73,17 @@ def test_errors_name_task_method_and_line(
     late = method in ("metrics", "example_inputs")
     assert caught.value.exit_code == (1 if late else 2)
     assert isinstance(caught.value, TaskFailure) == late
+
+
+@pytest.mark.parametrize("line", ["raise ZeroDivisionError('by zero')", "sys.exit(3)"])
+def test_example_inputs_that_fail_cost_the_model_record_and_no_run(
+    job: Any, line: str, caplog: Any
+) -> None:
+    path, number = job("example_inputs", line)
+    assert hfdist.train(path)["status"] == "FINISHED"
+    warning = next(r.getMessage() for r in caplog.records if "not recorded" in r.getMessage())
+    assert "Own.example_inputs()" in warning
+    assert f"{path.parent / 'task.py'}:{number}" in warning
 
 
 def test_an_error_in_the_middle_of_a_run_is_a_failure_and_no_mistake(job: Any) -> None:
