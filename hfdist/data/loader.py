@@ -39,7 +39,7 @@ class BatchLoader:
         self._source = source
         self._task, self._dataset, self._device, self._dtype = task, dataset, device, dtype
         self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[tuple[int, bytes], Future[Batch]] = {}
+        self._coming: dict[Any, Future[Batch]] = {}
         whole = type(task).collate is Task.collate and hasattr(dataset, "batch")
         self._whole_batches = whole
 
@@ -82,11 +82,15 @@ class BatchLoader:
                 return leaf.to(dtype).pin_memory().to(self._device, non_blocking=True)
             return leaf.to(self._device, dtype)
 
-        return tree_map(to_device, self._on_host(plan.indices))
+        return tree_map(to_device, self._on_host(plan))
 
-    def _on_host(self, indices: Tensor) -> Batch:
+    def _on_host(self, plan: MicrobatchPlan) -> Batch:
         data: Any = self._dataset
+        indices = plan.indices
         name, kind = f"{type(self._task).__name__}.{self._source}()", type(data).__name__
+        if plan.term is not None:
+            with user_code(f"drawing points of {name}", type(self._task), DataError):
+                return data.points(plan.term, plan.draw, indices)
         if self._whole_batches:
             with user_code(f"{kind}.batch() of {name}", type(data).batch, DataError):
                 return data.batch(indices)
@@ -103,5 +107,5 @@ class BatchLoader:
             return self._task.collate(examples)
 
 
-def _key(plan: MicrobatchPlan) -> tuple[int, bytes]:
-    return plan.number, plan.indices.numpy().tobytes()
+def _key(plan: MicrobatchPlan) -> Any:
+    return plan.number, plan.term, plan.draw, plan.indices.numpy().tobytes()

@@ -16,10 +16,10 @@ from hfdist import __version__
 from hfdist.checkpoint import CheckpointStore, check, mirror
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config.job import RunConfig
+from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
 from hfdist.curvature.fixed_randomness import FixedRandomness
-from hfdist.curvature.layout import make_layout
-from hfdist.curvature.linearize import Recorder
+from hfdist.curvature.layout import Sharded, make_layout
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
@@ -27,6 +27,7 @@ from hfdist.curvature.preconditioners import Context, make_preconditioner
 from hfdist.curvature.verify import Verifier
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import MicrobatchPlan, RolePlan, StepPlan, data_passes, plan_step
+from hfdist.data.points import TermSize, plan_points
 from hfdist.devices import device_name, peak_memory, resolve
 from hfdist.errors import (
     CheckpointError,
@@ -38,12 +39,14 @@ from hfdist.errors import (
     UserError,
 )
 from hfdist.optim.report import StepReport
+from hfdist.optim.solvers.auto import choice
 from hfdist.optim.step import hf_step
 from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address, normal, split
 from hfdist.rundir.stop import StopRequest, stop_on_signals
 from hfdist.seeds import mixed
 from hfdist.tasks.loading import load_task
+from hfdist.tasks.residuals import PointSets
 from hfdist.tasks.task import Batch, Task
 from hfdist.tasks.user_code import length, told, user_code, where
 from hfdist.tracking import CompositeTracker, NullTracker, Status, Tracker, make_tracker
@@ -110,6 +113,7 @@ class Worker:
             self.task, self.eval_data, comm.device, dtype, source="eval_data"
         )
         self._costs = _costs(self.task, self.num_examples)
+        self._terms = _terms(self.data)
         # What is wrong with the job shows here, before anything is written.
         if self.num_examples is not None and self.num_examples < comm.world_size:
             raise DataError(
@@ -147,7 +151,9 @@ class Worker:
             status = self._loop(progress)
             problem = self._coordinator.what_came_of_it(status, progress)
             if problem is None:
-                return self._coordinator.finish(status, progress, self._example_inputs)
+                return self._coordinator.finish(
+                    status, progress, self._example_inputs, draw=self._draw
+                )
             return self._coordinator.finish(Status.FAILED, progress, error=problem, save=True)
         except BaseException as error:
             failure = self._told(error)
@@ -193,9 +199,9 @@ class Worker:
         """
         name = type(self.task).__name__
         n = min(4, self.num_examples or 0)
-        batch = None
+        batches: list[Batch] = [None]
         if self.num_examples is not None:
-            batch = self._loader.load(MicrobatchPlan(number=0, indices=torch.arange(n)))
+            batches = [self._loader.load(plan) for plan in self._first_plans(n)]
         seen = (
             f"its first {n} examples" if n else "the batch None, as its train_data() returns None"
         )
@@ -205,7 +211,8 @@ class Worker:
             torch.enable_grad(),
         ):
             try:
-                from_task(self.task, self.model, batch, seed=0).evaluate(None, None)
+                for batch in batches:
+                    from_task(self.task, self.model, batch, seed=0).evaluate(None, None)
             except TaskError as error:
                 if self.num_examples is not None:
                     raise
@@ -213,7 +220,16 @@ class Worker:
                     f"{error}. Its batch is None, because {name}.train_data() returns None: return a data "
                     "set there, unless the loss is a function of the parameters alone"
                 ) from error
-        return batch
+        return batches[0]
+
+    def _first_plans(self, n: int) -> list[MicrobatchPlan]:
+        """The first n examples, of every term where the data is in terms."""
+        if self._terms is None:
+            return [MicrobatchPlan(number=0, indices=torch.arange(n))]
+        return [
+            MicrobatchPlan(number=0, indices=torch.arange(min(n, term.num_points)), term=k)
+            for k, term in enumerate(self._terms)
+        ]
 
     def _check_batch_norm(self) -> None:
         """No microbatch of any rank is a single example that batch norm has no statistics of.
@@ -231,7 +247,7 @@ class Worker:
         }
         if 1 not in sizes:
             return
-        one = self._loader.load(MicrobatchPlan(number=0, indices=torch.arange(1)))
+        one = self._loader.load(self._first_plans(1)[0])
         try:
             with FixedRandomness(self.comm.device, self.model).evaluation(seed=0):
                 self.task.forward(self.model.train(), one)
@@ -249,6 +265,11 @@ class Worker:
     def _example_inputs(self) -> Any:
         """What the model takes of a batch, for one example: no step need have been taken here."""
         return _first_example(self.task.example_inputs(self._tried))
+
+    def _draw(self, folder: Path) -> Sequence[Path]:
+        """The task's own pictures."""
+        self.model.eval()
+        return self.task.draw(self.model, folder)
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -278,6 +299,14 @@ class Worker:
         return report
 
     def _plan(self, step: int, rank: int | None = None) -> StepPlan:
+        if self._terms is not None:
+            return plan_points(
+                self.config.batches,
+                self._terms,
+                step=step,
+                rank=self.comm.rank if rank is None else rank,
+                world_size=self.comm.world_size,
+            )
         return plan_step(
             self.config.batches,
             num_examples=self.num_examples,
@@ -324,9 +353,21 @@ class Worker:
             layout=self._layout,
             engine=self._engine,
             autocast=autocast_dtype(options),
+            residuals=self._terms is not None,
+            row_solver=self._solves_rows(),
             abandon=lambda: self._stop.requested,
             overrides=Overrides(preconditioner=make_preconditioner(context)),
         )
+
+    def _solves_rows(self) -> bool:
+        """Whether the solver works on rows of the Jacobian."""
+        if self._terms is None:
+            return False
+        options = self.config.optim
+        name: str = options.solver
+        if name == "auto" and not isinstance(self._layout, Sharded):
+            name = choice(self.num_examples, self.params.numel)
+        return name in ("dense", "sample_space") and options.curvature_opt == "ggn"
 
     def _stoppable(self, microbatch: Microbatch) -> Microbatch:
         """A microbatch that abandons the step where a stop was asked for: a pass over many may take longer
@@ -334,7 +375,7 @@ class Worker:
         if self.comm.world_size > 1:
             return microbatch
 
-        def evaluate(traits: LossTraits | None, recorder: Recorder | None = None) -> Evaluation:
+        def evaluate(traits: LossTraits | None, recorder: Watch | None = None) -> Evaluation:
             if self._stop.requested:
                 raise Interrupted
             return microbatch.evaluate(traits, recorder)
@@ -357,8 +398,9 @@ class Worker:
     # -- what is recorded ------------------------------------------------------------------------
 
     def _extra(self, report: StepReport) -> dict[str, float]:
-        passes = data_passes(self.config.batches, self.num_examples, report.step + 1)
-        before = data_passes(self.config.batches, self.num_examples, report.step)
+        whole = None if self._terms is not None else self.num_examples  # None: all, in every step
+        passes = data_passes(self.config.batches, whole, report.step + 1)
+        before = data_passes(self.config.batches, whole, report.step)
         examples = (passes - before) * (self.num_examples or 1)
         return {
             "data_passes": passes,
@@ -481,6 +523,16 @@ def _tracker(job: Job) -> Tracker:
     if job.extra_tracker is None:
         return configured
     return CompositeTracker([configured, job.extra_tracker])
+
+
+def _terms(data: Any) -> list[TermSize] | None:
+    """Sizes of the terms that the data is in; None for examples."""
+    if not isinstance(data, PointSets):
+        return None
+    return [
+        TermSize(num_points=n, microbatch=term.microbatch, every_step=term.every_step)
+        for term, n in zip(data.terms, data.sizes)
+    ]
 
 
 def _costs(task: Task, num_examples: int | None) -> Tensor | None:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hfdist.optim.solvers import cg, steihaug
+from hfdist.optim.least_squares import LeastSquaresOptions
+from hfdist.optim.solvers import auto, cg, dense, sample_space, steihaug
 from hfdist.optim.solvers.solution import Candidate, Solution, System
 
 __all__ = ["SOLVERS", "Candidate", "Solution", "Solver", "SolverOptions", "System"]
@@ -21,14 +22,19 @@ Solver = Callable[[System, Any], Solution]
 SOLVERS: dict[str, Solver] = {
     "cg": cg.solve,
     "steihaug": steihaug.solve,
+    "dense": dense.solve,
+    "sample_space": sample_space.solve,
+    "auto": auto.solve,
 }
 """The solvers by their names in `solver`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverOptions(cg.CGOptions):
+class SolverOptions(cg.CGOptions, LeastSquaresOptions):
     """Which solver, and every solver's options."""
 
-    solver: Literal["cg", "steihaug"] = "cg"
-    """Conjugate gradients [2], or the same with a trust region in place of damping, of radius
-    |gradient| / lambda [8]."""
+    solver: Literal["auto", "cg", "steihaug", "dense", "sample_space"] = "auto"
+    """Conjugate gradients [2]; the same with a trust region in place of damping, of radius |gradient| /
+    lambda [8]; the whole matrix (dense: thousands of parameters at most); for residuals, the system in the
+    space of the residuals (sample_space: fewer residuals than parameters). auto: of residuals, the cheapest
+    of dense, sample_space and cg by their sizes; otherwise cg."""

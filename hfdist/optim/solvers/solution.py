@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hfdist.optim.least_squares import LeastSquares
 from hfdist.optim.objective import Operator
 from hfdist.optim.report import Stop
 from hfdist.optim.space import WHOLE, Space
@@ -30,6 +31,10 @@ class System:
     """Where to start [n]; None is zero."""
     keep_path: bool = True
     """Candidates on the way are wanted, not only the last."""
+    damping_scale: Tensor | None = None
+    """Diagonal of D [n]; None is the identity."""
+    least_squares: LeastSquares | None = None
+    """Where the objective is a sum of squares: its residuals."""
     space: Space = WHOLE
     """How vectors lie over ranks."""
     on_iteration: Callable[[int, float], None] | None = None
@@ -73,3 +78,6 @@ class Solution:
     num_products: int
     num_bytes: int
     """Memory of the solver's vectors on this rank's device."""
+    takes_first: bool = False
+    """Candidates are tried in their order until one has a lower loss than no step; each is computed when it
+    is asked for."""
