@@ -49,7 +49,9 @@ def evaluate(
                 with torch.enable_grad():
                     values = _values(task, model, batch)
             for name, (total, weight) in values.items():
-                pair = torch.stack((total.detach().to(zero), torch.as_tensor(weight, dtype=torch.float64).to(zero)))
+                pair = torch.stack(
+                    (total.detach().to(zero), torch.as_tensor(weight, dtype=torch.float64).to(zero))
+                )
                 sums[name] = sums.get(name, zero) + pair
     # Ranks without a batch do not know the names.
     names = sorted(set().union(*comm.all_gather_object(sorted(sums))))
