@@ -19,7 +19,7 @@ from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.microbatch import Evaluation, Microbatch
 from hfdist.curvature.params import ParameterVector
 from hfdist.errors import DataError
-from hfdist.optim.objective import Operator
+from hfdist.optim.objective import Costs, Operator
 
 T = TypeVar("T")
 
@@ -42,8 +42,9 @@ class Overrides:
     """Gradient [P] in place of the derivative of the loss."""
     product: Operator | None = None
     """Undamped curvature product in place of autograd's, of whole vectors [P]."""
-    preconditioner: Callable[[Problem, float], Operator | None] | None = None
-    """(this objective, damping) -> product with an approximate inverse, of this rank's parts."""
+    preconditioner: Callable[[Problem, float | None], Operator | None] | None = None
+    """(this objective, damping) -> product with an approximate inverse, of this rank's parts; without
+    damping: of the metric of a Krylov space."""
 
 
 @dataclass(kw_only=True)
@@ -116,10 +117,13 @@ class Problem:
         self._fixed = self.frozen or FixedRandomness(self.params.device)
         self._trial: Tensor | None = None
         self._reference_weight: float | None = None
+        self._loss_weight = 0.0
         self._gradient_loss: float | None = None
         self._start_loss: float | None = None
         self._products: list[Product] | None = None
         self._product_weight = 0.0
+        self.metric_work = 0.0
+        """Statistics of the preconditioner, in gradients: added by who takes them."""
         self._summed: SummedProduct | None = None
 
     @property
@@ -277,10 +281,23 @@ class Problem:
         self._products, self._product_weight = builder.products, float(weight)
         _check_weight(self._product_weight, "curvature")
 
+    @property
+    def costs(self) -> Costs:
+        reference = self._reference_weight or 1.0
+        curvature = self._product_weight / reference
+        loss = 1.0 if self.roles.loss is self.roles.gradient else self._loss_weight / reference
+        shares_pass = self.roles.curvature is self.roles.gradient and self.autocast is None
+        return Costs(
+            gradient=1.0 + (0.0 if shares_pass else curvature / 3),
+            product=curvature * (2.0 if self.curvature_opt == "hessian" else 4 / 3),
+            loss=loss / 3,
+            metric=self.metric_work,
+        )
+
     def release(self) -> None:
         self._products = self._summed = None
 
-    def preconditioner(self, damping: float) -> Operator | None:
+    def preconditioner(self, damping: float | None) -> Operator | None:
         make = self.overrides.preconditioner
         return None if make is None else make(self, damping)
 
@@ -322,6 +339,7 @@ class Problem:
         rows = self.comm.all_reduce(torch.stack(list(sums))).tolist()
         for _, weight in rows:
             _check_weight(weight, "line_search")
+        self._loss_weight = rows[0][1]
         return [
             loss_sum * self._scale(weight) + penalty
             for (loss_sum, weight), penalty in zip(rows, penalties)
