@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from hfdist.curvature.engines import ProductBuilder, ProductEngine, check_dense
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import Product, Replicated, Sharded
 from hfdist.curvature.linearize import Recorder
-from hfdist.curvature.microbatch import Evaluation, Microbatch
+from hfdist.curvature.microbatch import Evaluation, Microbatch, TryAgain
 from hfdist.curvature.params import ParameterVector
 from hfdist.errors import DataError
 from hfdist.optim.objective import Operator
@@ -42,8 +42,9 @@ class Overrides:
     """Gradient [P] in place of the derivative of the loss."""
     product: Operator | None = None
     """Undamped curvature product in place of autograd's, of whole vectors [P]."""
-    preconditioner: Callable[[Problem, float], Operator | None] | None = None
-    """(this objective, damping) -> product with an approximate inverse, of this rank's parts."""
+    preconditioner: Callable[[Problem, float | None], Operator | None] | None = None
+    """(this objective, damping) -> product with an approximate inverse, of this rank's parts; damping None:
+    of the metric's, see `Problem.preconditioner`."""
 
 
 @dataclass(kw_only=True)
@@ -142,9 +143,50 @@ class Problem:
             raise RuntimeError("the weight of the gradient role is not known yet")
         return self._scale(self._reference_weight)
 
+    def scale(self, weight: float) -> float:
+        """Factor on sums over examples of the given weight, in place of all of the gradient's.
+
+        Raises:
+            DataError: The weight is zero.
+        """
+        _check_weight(weight, "gradient")
+        return self._scale(weight)
+
     def sum_to_part(self, local: Tensor) -> Tensor:
         """This rank's part of the sum over ranks of vectors [P]."""
         return self._layout.sum_to_part(local)
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """This rank's part of a whole vector [P]; a view where possible."""
+        return self._layout.part(whole)
+
+    def shift_part(self, damping: float = 0.0) -> float | Tensor:
+        """weight_decay + damping * damping_scale, of this rank's parts."""
+        return self._part_of_decay.shift(damping)
+
+    def of_whole(self, operator: Operator) -> Operator:
+        """An operator on whole vectors [P] as one on this rank's parts."""
+        layout = self._layout
+        if isinstance(layout, Replicated):
+            return operator
+        return lambda v: layout.part(operator(layout.whole(v)))
+
+    def evaluate_split(
+        self, microbatch: Microbatch, watch: AbstractContextManager[Any]
+    ) -> Evaluation:
+        """A forward pass with graph, whose loss is apart from the outputs where that is possible.
+
+        Args:
+            microbatch: Of any role, or a part of one.
+            watch: A context around the forward pass.
+        """
+        self.work.forward_with_graph += 1
+        while True:
+            with torch.enable_grad(), self._fixed.evaluation(microbatch.seed), watch:
+                try:
+                    return microbatch.evaluate(self.engine.traits, None)
+                except TryAgain:
+                    continue
 
     def evaluation(self, microbatch: Microbatch) -> AbstractContextManager[None]:
         """A forward pass of the microbatch inside sees the step's random numbers, and leaves no trace."""
@@ -343,7 +385,7 @@ class Problem:
     def release(self) -> None:
         self._products = self._product_buffer = self.signal = None
 
-    def preconditioner(self, damping: float) -> Operator | None:
+    def preconditioner(self, damping: float | None) -> Operator | None:
         make = self.overrides.preconditioner
         return None if make is None else make(self, damping)
 
