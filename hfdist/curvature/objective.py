@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from hfdist.curvature.engines import ProductBuilder, ProductEngine, check_dense
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import Layout, Product, Replicated, SummedProduct, add_scaled
 from hfdist.curvature.linearize import Recorder
-from hfdist.curvature.microbatch import Evaluation, Microbatch
+from hfdist.curvature.microbatch import Evaluation, Microbatch, TryAgain
 from hfdist.curvature.params import ParameterVector
 from hfdist.errors import DataError
 from hfdist.optim.objective import Costs, Operator
@@ -122,8 +122,7 @@ class Problem:
         self._start_loss: float | None = None
         self._products: list[Product] | None = None
         self._product_weight = 0.0
-        self.metric_work = 0.0
-        """Statistics of the preconditioner, in gradients: added by who takes them."""
+        self._metric_work = 0.0
         self._summed: SummedProduct | None = None
 
     @property
@@ -133,9 +132,59 @@ class Problem:
             raise RuntimeError("the weight of the gradient role is not known yet")
         return self._scale(self._reference_weight)
 
+    def scale(self, weight: float) -> float:
+        """Factor on sums over examples of the given weight, in place of all of the gradient's.
+
+        Raises:
+            DataError: The weight is zero.
+        """
+        _check_weight(weight, "gradient")
+        return self._scale(weight)
+
     def sum_to_part(self, local: Tensor) -> Tensor:
         """This rank's part of the sum over ranks of vectors [P]."""
         return self._layout.sum_to_part(local)
+
+    def count_statistics(self, weight: float, gradients: float = 5 / 3) -> None:
+        """Note for `costs` that statistics of a preconditioner were taken.
+
+        Args:
+            weight: Of their examples.
+            gradients: Work of all examples of the gradient: forward pass, a backward pass without the
+                weights' part, and the factors' outer products are about 5 matrix products a layer.
+        """
+        self._metric_work += gradients * weight / (self._reference_weight or 1.0)
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """This rank's part of a whole vector [P]; a view where possible."""
+        return self._layout.part(whole)
+
+    def shift_part(self, damping: float = 0.0) -> float | Tensor:
+        """weight_decay + damping * damping_scale, of this rank's parts."""
+        return self._part_of_decay.shift(damping)
+
+    def of_whole(self, operator: Operator) -> Operator:
+        """An operator on whole vectors [P] as one on this rank's parts."""
+        layout = self._layout
+        if isinstance(layout, Replicated):
+            return operator
+        return lambda v: layout.part(operator(layout.whole(v)))
+
+    def evaluate_split(
+        self, microbatch: Microbatch, watch: AbstractContextManager[Any]
+    ) -> Evaluation:
+        """A forward pass with graph, whose loss is apart from the outputs where that is possible.
+
+        Args:
+            microbatch: Of any role, or a part of one.
+            watch: A context around the forward pass.
+        """
+        while True:
+            with torch.enable_grad(), self._fixed.evaluation(microbatch.seed), watch:
+                try:
+                    return microbatch.evaluate(self.engine.traits, None)
+                except TryAgain:
+                    continue
 
     def evaluation(self, microbatch: Microbatch) -> AbstractContextManager[None]:
         """A forward pass of the microbatch inside sees the step's random numbers, and leaves no trace."""
@@ -291,7 +340,7 @@ class Problem:
             gradient=1.0 + (0.0 if shares_pass else curvature / 3),
             product=curvature * (2.0 if self.curvature_opt == "hessian" else 4 / 3),
             loss=loss / 3,
-            metric=self.metric_work,
+            metric=self._metric_work,
         )
 
     def release(self) -> None:

@@ -90,8 +90,12 @@ class Problem(Protocol):
         ...
 
     def preconditioner(self, damping: float | None) -> Operator | None:
-        """Product with an approximation of (B + damping * I)^-1, if there is one; None: of B^-1, as the
-        metric of a Krylov space."""
+        """Product with an approximation of (B + damping * I)^-1, if there is one.
+
+        With None, with the inverse of the metric C of a Krylov space: an approximation of B that is made
+        positive definite relative to itself, so that a factor on the loss is one on C, and other units of
+        a layer's weights are other units of C.
+        """
         ...
 
     @property

@@ -17,6 +17,7 @@ from hfdist.checkpoint import CheckpointStore, check, mirror
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config.job import RunConfig
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
+from hfdist.curvature.example_signs import example_seeds
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import make_layout
 from hfdist.curvature.linearize import Recorder
@@ -296,7 +297,15 @@ class Worker:
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
             return [
-                self._stoppable(from_task(self.task, self.model, batch, mixed(seed, plan.number)))
+                self._stoppable(
+                    from_task(
+                        self.task,
+                        self.model,
+                        batch,
+                        mixed(seed, plan.number),
+                        example_seeds(seed, plan.indices) if len(plan.indices) else None,
+                    )
+                )
                 for plan, batch in batches
             ]
 
