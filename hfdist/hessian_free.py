@@ -134,6 +134,7 @@ class HessianFree(torch.optim.Optimizer):
             "frozen": False,
             "step": 0,
             "seed": torch.initial_seed() % 2**63 if seed is None else seed,
+            "hf_state": HFState(damping=resolved.damping).scalars(),
             "has_x0": False,
         }
         super().__init__(params, defaults)
@@ -446,11 +447,7 @@ class HessianFree(torch.optim.Optimizer):
         x0 = None
         if first["has_x0"]:
             x0 = layout.part(params.flatten([self.state[p]["x0"] for p in params.tensors]))
-        return HFState(
-            damping=first["damping"],
-            x0=x0,
-            step=first["step"],
-        )
+        return HFState.restored({**first["hf_state"], "damping": first["damping"]}, x0)
 
     def _set_state(self, params: ParameterVector, state: HFState, layout: Layout) -> None:
         x0 = params.zeros() if state.x0 is None else layout.whole(state.x0)
@@ -459,6 +456,7 @@ class HessianFree(torch.optim.Optimizer):
         for group in self.param_groups:
             group["damping"] = state.damping
             group["step"] = state.step
+            group["hf_state"] = state.scalars()
             group["has_x0"] = state.x0 is not None
 
     # -- helpers ---------------------------------------------------------------------------------

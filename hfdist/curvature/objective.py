@@ -340,6 +340,7 @@ class Problem:
             gradient=1.0 + (0.0 if shares_pass else curvature / 3),
             product=curvature * (2.0 if self.curvature_opt == "hessian" else 4 / 3),
             loss=loss / 3,
+            curvature_share=curvature,
             metric=self._metric_work,
         )
 

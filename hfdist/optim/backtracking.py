@@ -44,11 +44,17 @@ def backtrack(num_candidates: int, loss_of: LossOf, rule: str, at_once: int = 1)
     return best
 
 
+NEARLY = 0.1
+"""Part of the best candidate's gain that is given up for a smaller lambda."""
+
+
 def climb(num_candidates: int, centre: int, loss_of: LossOf, loss_0: float, wide: bool) -> Choice:
     """Choose among candidates of falling lambda: the lowest loss, searched for uphill and downhill.
 
     The centre and its neighbours are evaluated together, then neighbours of the best one while that
-    falls; and towards large lambda as long as no loss is below loss_0.
+    falls; and towards large lambda as long as no loss is below loss_0. Of those that gain nearly as much as
+    the best, the one of the smallest lambda is taken: the loss after one step says little of directions
+    in which many steps have to go, and the greedy choice dwells on the others.
 
     Args:
         num_candidates: At least 1.
@@ -63,7 +69,6 @@ def climb(num_candidates: int, centre: int, loss_of: LossOf, loss_0: float, wide
         new = [k for k in indices if 0 <= k < num_candidates and k not in known]
         if new:
             known.update(zip(new, map(_ordered, loss_of(new))))
-        # Of equals the largest lambda: the shortest step.
         return min(sorted(known), key=known.__getitem__)
 
     best = look(range(0, num_candidates, 3) if wide else (centre - 1, centre, centre + 1))
@@ -75,8 +80,11 @@ def climb(num_candidates: int, centre: int, loss_of: LossOf, loss_0: float, wide
             if following == best and min(known) > 0:
                 continue
         if following == best:
-            return Choice(best, known[best])
+            break
         best = following
+    enough = known[best] + NEARLY * (loss_0 - known[best])
+    chosen = max(k for k in known if known[k] <= enough) if known[best] < loss_0 else best
+    return Choice(chosen, known[chosen])
 
 
 def _ordered(loss: float) -> float:

@@ -26,6 +26,8 @@ class Costs:
     """The gradient, and forward passes of the curvature's own examples."""
     product: float = 4 / 3
     loss: float = 1 / 3
+    curvature_share: float = 1.0
+    """Of the gradient's examples, that the products are of."""
     metric: float = 0.0
     """Statistics of the preconditioner that this step took."""
 

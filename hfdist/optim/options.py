@@ -22,6 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # PyTorchHessianFree's rules, for migration and comparison.
     "pytorch_hessianfree": {
+        "solver": "cg",
+        "preconditioner": "none",
         "cg_stop": "relative_progress",
         "nonpositive_curvature": "ignore",
         "reduction_ratio": "damped",
@@ -77,7 +79,7 @@ class PreconditionerOptions(OptionGroup):
         "kfac_examples": (1e-6, 1.0),
     }
 
-    preconditioner: Literal["none", "empirical_fisher", "kfac"] = "none"
+    preconditioner: Literal["none", "empirical_fisher", "kfac"] = "kfac"
     """none, the empirical Fisher diagonal [1, sec. 4.7], or Kronecker factors of the layers' Gauss-Newton
     blocks (Martens & Grosse 2015)."""
     preconditioner_exponent: float = 0.75

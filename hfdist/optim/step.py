@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
 from hfdist.optim.backtracking import Choice, backtrack, climb
+from hfdist.optim.curvature_share import CurvatureShare
 from hfdist.optim.damping import Outcome, next_damping, reduction_ratio, rule_of
 from hfdist.optim.line_search import LineSearchResult, line_search
-from hfdist.optim.objective import Problem
+from hfdist.optim.objective import Operator, Problem
 from hfdist.optim.options import HFOptions
 from hfdist.optim.report import StepReport, Stop
 from hfdist.optim.solvers import SOLVERS, Solution, System
@@ -35,6 +37,21 @@ class HFState:
     """Nothing is known of the right lambda: candidates of all sizes are looked at."""
     curvature_seen: float | None = None
     """d'Bd of the last step d, on the examples that it was computed from."""
+    curvature_share: CurvatureShare = field(default_factory=CurvatureShare)
+    """Of the examples, where `batches.curvature` is auto."""
+
+    def scalars(self) -> dict[str, Any]:
+        """All but the vector, as plain numbers: what a checkpoint keeps."""
+        scalars = asdict(replace(self, x0=None))
+        del scalars["x0"]
+        return scalars
+
+    @classmethod
+    def restored(cls, scalars: Mapping[str, Any], x0: Tensor | None) -> HFState:
+        """From `scalars()`, of this version or an earlier one."""
+        known = {key: value for key, value in scalars.items() if key in cls.__dataclass_fields__}
+        share = CurvatureShare(**known.pop("curvature_share", {}))
+        return cls(**{"explore": False, **known, "x0": x0, "curvature_share": share})
 
 
 class Clock:
@@ -116,7 +133,7 @@ def hf_step(
                 exact_curvature=lambda damping: problem.curvature(damping, exact=True),
                 b=g.neg(),
                 damping=state.damping,
-                preconditioner=problem.preconditioner,
+                preconditioner=lambda damping: _preconditioner(problem, damping),
                 start=x0,
                 costs=lambda: problem.costs,
                 keep_path=options.use_cg_backtracking or options.reduction_ratio_at == "last",
@@ -184,6 +201,7 @@ def hf_step(
     else:
         alpha = 0.0
 
+    ratio, share = _curvature_ratio(state, solution), problem.costs.curvature_share
     report = StepReport(
         step=state.step,
         loss=loss,
@@ -206,7 +224,8 @@ def hf_step(
         product_engine=problem.product_engine,
         solver_bytes=solution.num_bytes + (0 if x0 is None else x0.nbytes),
         num_loss_evaluations=candidates.num_evaluations + num_evaluations,
-        curvature_ratio=_curvature_ratio(state, solution),
+        curvature_ratio=ratio,
+        curvature_share=share,
         work=problem.costs.step(
             solution.num_products, candidates.num_evaluations + num_evaluations
         ),
@@ -226,6 +245,7 @@ def hf_step(
         step=state.step + 1,
         explore=not accepted,
         curvature_seen=curvature * alpha**2 if accepted else None,
+        curvature_share=state.curvature_share.after(ratio, undamped_ratio, accepted, share),
     )
     return report, next_state
 
@@ -243,6 +263,15 @@ def _curvature_ratio(state: HFState, solution: Solution) -> float:
     """
     seen, now = state.curvature_seen, solution.start_curvature
     return now / seen if seen and now is not None else math.nan
+
+
+def _preconditioner(problem: Problem, damping: float | None) -> Operator | None:
+    """The problem's; parameter groups with a damping of their own scale the metric."""
+    M, scale = problem.preconditioner(damping), problem.damping_scale
+    if damping is not None or scale is None:
+        return M
+    root = scale.rsqrt()  # C -> D^1/2 C D^1/2
+    return (lambda v: root * root * v) if M is None else (lambda v: root * M(root * v))
 
 
 def _warm_start(state: HFState, options: HFOptions) -> Tensor | None:

@@ -39,7 +39,7 @@ from hfdist.errors import (
     UserError,
 )
 from hfdist.optim.report import StepReport
-from hfdist.optim.step import hf_step
+from hfdist.optim.step import HFState, hf_step
 from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address, normal, split
 from hfdist.rundir.stop import StopRequest, stop_on_signals
@@ -255,10 +255,12 @@ class Worker:
 
     def _step(self, progress: Progress) -> StepReport:
         step = progress.state.step
-        plan = self._plan(step)
+        plan = self._plan(step, share=self._curvature_share(progress.state))
         problem = self._problem(plan, step)
         if step + 1 < self.config.steps:
-            self._loader.prefetch(_microbatch_plans(self._plan(step + 1)))
+            # With this step's share, which is most likely the next one's, too.
+            share = self._curvature_share(progress.state)
+            self._loader.prefetch(_microbatch_plans(self._plan(step + 1, share=share)))
         options = self.config.optim
 
         def on_cg_iteration(i: int, ranks_asking_to_stop: float) -> None:
@@ -278,7 +280,13 @@ class Worker:
             progress.evaluation = self.evaluate()
         return report
 
-    def _plan(self, step: int, rank: int | None = None) -> StepPlan:
+    def _curvature_share(self, state: HFState) -> float:
+        """Of the gradient's examples, where `batches.curvature` is auto."""
+        if self.config.optim.solver != "krylov" or self.num_examples is None:
+            return 1.0
+        return state.curvature_share.at(self.config.batches.gradient or self.num_examples)
+
+    def _plan(self, step: int, rank: int | None = None, share: float = 1.0) -> StepPlan:
         return plan_step(
             self.config.batches,
             num_examples=self.num_examples,
@@ -287,6 +295,7 @@ class Worker:
             rank=self.comm.rank if rank is None else rank,
             world_size=self.comm.world_size,
             costs=self._costs,
+            curvature_share=share,
         )
 
     def _load(self, role: RolePlan) -> list[tuple[MicrobatchPlan, Batch]]:

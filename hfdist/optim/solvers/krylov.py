@@ -25,7 +25,7 @@ from hfdist.optim.objective import Costs, Operator
 from hfdist.optim.option_group import OptionGroup
 from hfdist.optim.report import Stop
 from hfdist.optim.solvers.solution import Candidate, Solution, System
-from hfdist.optim.solvers.subproblems import SUBPROBLEMS, Projected, Small, Vector
+from hfdist.optim.solvers.subproblems import SUBPROBLEMS, Matrix, Projected, Small, Vector
 from hfdist.optim.space import Space
 
 
@@ -44,7 +44,7 @@ class KrylovOptions(OptionGroup):
     least residual."""
     krylov_max_dim: int = 50
     """Most products a space is built from."""
-    krylov_min_dim: int = 3
+    krylov_min_dim: int = 2
     """Fewest, unless the space is exhausted."""
     krylov_length: Literal["progress", "full"] = "progress"
     """Stop when a product buys less of the model's decrease than the step's work so far did on average, in
@@ -69,6 +69,8 @@ FACTOR = 4.0
 """Between the lambdas of neighbouring candidates."""
 RUNGS = 16
 """Candidates on each side of the step's lambda, at most."""
+NOTHING = 1e-6
+"""Part of the last step's curvature outside the space under which it has nothing outside."""
 SAME = 1e-2
 """Candidates whose steps differ by less, in the metric and relative to their length, are one."""
 
@@ -81,7 +83,7 @@ def solve(system: System, options: KrylovOptions) -> Solution:
         options: The `krylov_*` keys.
     """
     space = build(system, options)
-    projected = space.projected()
+    projected, basis = space.projected()
     unit = space.unit
     ladder = _ladder(projected, system.damping * unit, options)
     candidates = []
@@ -96,10 +98,9 @@ def solve(system: System, options: KrylovOptions) -> Solution:
                 undamped_model=undamped,
             )
         )
-    last = space.last_step
     return Solution(
         candidates=candidates,
-        step=lambda index: space.U.combine(ladder[index].y),
+        step=lambda index: space.step(ladder[index].y, basis),
         is_path=False,
         centre=_nearest([candidate.damping for candidate in candidates], system.damping),
         next_start=None,
@@ -110,7 +111,7 @@ def solve(system: System, options: KrylovOptions) -> Solution:
         residual=space.residual,
         num_products=space.num_products,
         num_bytes=space.U.num_bytes + space.V.num_bytes,
-        start_curvature=None if last is None else float(last @ projected.T @ last),
+        start_curvature=None if space.last is None else space.last.curvature,
     )
 
 
@@ -185,6 +186,10 @@ class Basis:
             local = torch.stack([torch.dot(self._row(i), v).double() for i in range(self.size)])
         return self._space.total(torch.cat((local, *(s.double().reshape(1) for s in scalars))))
 
+    def dot(self, i: int, v: Tensor) -> Tensor:
+        """This rank's part of vector i's product with v."""
+        return torch.dot(self._row(i % self.size), v)
+
     def subtract(self, v: Tensor, factors: Tensor) -> None:
         """v -= sum_i factors_i row_i, in place."""
         factors = factors.to(v.dtype)
@@ -204,41 +209,84 @@ class Basis:
         return self._rows[i].to(self._like)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LastStep:
+    """The last step d, which joins the space."""
+
+    d: Tensor
+    Bd: Tensor
+    curvature: float
+    """d'Bd."""
+    slope: float
+    """-g'd."""
+
+
 @dataclass(kw_only=True)
 class KrylovSpace:
     """U [m, n] and the step's model in it; U is orthonormal in the metric, V = C U."""
 
     U: Basis
     V: Basis
-    columns: list[list[float]] = field(default_factory=list)
-    """Column j of T: u_i'B u_j for i <= j."""
+    last: LastStep | None = None
+    T: list[list[float]] = field(default_factory=list)
+    """Column j: u_i'B u_j for i <= j."""
+    to_last: list[tuple[float, float]] = field(default_factory=list)
+    """u_j'Bd and u_j'Cd."""
     b: list[float] = field(default_factory=list)
     """U'(-g)."""
-    quadratic: list[float] = field(default_factory=lambda: [0.0])
-    """The damped model after 0, 1, .. products."""
+    quadratic: list[float] = field(default_factory=list)
+    """The damped model after 0, 1, .. vectors."""
     stop: Stop = Stop.MAX_ITERATIONS
     beta: float = 0.0
     """What the last product has outside the space."""
     residual: float = 1.0
     """|b - (B + lambda C) x| / |b| in the metric's inverse, at the step's lambda."""
     num_products: int = 0
-    last_step: Vector | None = None
-    """Coordinates of the last step, where it belongs to the space."""
-    dim: int = 0
-    """Without the last step."""
+
+    @property
+    def dim(self) -> int:
+        """Without the last step."""
+        return len(self.T)
 
     @property
     def unit(self) -> float:
         """Curvature along the preconditioned gradient: lambda counts in it."""
-        size = abs(self.columns[0][0]) if self.columns else 1.0
+        size = abs(self.T[0][0]) if self.T else 1.0
         return size if size > 0.0 else 1.0
 
-    def projected(self) -> Projected:
-        m = len(self.columns)
-        T = np.zeros((m, m))
-        for j, column in enumerate(self.columns):
+    def projected(self) -> tuple[Projected, Matrix]:
+        """The model in an orthonormal basis, and that basis: coordinates of each of its vectors [m, k + 1] in
+        u_1 .. u_k and d.
+
+        d less what U has of it completes U. Its size in the metric is not known (that would be a product
+        with C); it is given the one that makes its curvature the unit of lambda.
+        """
+        k = self.dim
+        T = np.zeros((k + 1, k + 1))
+        for j, column in enumerate(self.T):
             T[: j + 1, j] = T[j, : j + 1] = column
-        return Projected(T=T, b=np.array(self.b), beta=self.beta, last=self.dim - 1)
+        b = np.append(np.array(self.b), 0.0)
+        last = self.last
+        if last is not None:
+            a, c = np.array(self.to_last).reshape(k, 2).T
+            mixed, own = a - T[:k, :k] @ c, last.curvature - 2.0 * c @ a + c @ T[:k, :k] @ c
+            size = math.sqrt(abs(own) / self.unit)
+            # Where U has all of d, what is left is rounding.
+            if size > 0.0 and abs(own) > NOTHING * abs(last.curvature):
+                T[:k, k] = T[k, :k] = mixed / size
+                T[k, k], b[k] = own / size**2, (last.slope - c @ b[:k]) / size
+                basis = np.eye(k + 1)
+                basis[k] = np.append(-c, 1.0) / size
+                return Projected(T=T, b=b, beta=self.beta, last=k - 1), basis
+        return Projected(T=T[:k, :k], b=b[:k], beta=self.beta, last=k - 1), np.eye(k, k + 1)
+
+    def step(self, y: Vector, basis: Matrix) -> Tensor:
+        """The vector [n] of coordinates y in the basis that `projected` gives."""
+        coordinates = y @ basis
+        x = self.U.combine(coordinates[:-1])
+        if self.last is not None and coordinates[-1] != 0.0:
+            x.add_(self.last.d, alpha=float(coordinates[-1]))
+        return x
 
 
 def build(system: System, options: KrylovOptions) -> KrylovSpace:
@@ -250,10 +298,9 @@ def build(system: System, options: KrylovOptions) -> KrylovSpace:
     """
     vectors, M = system.space, system.preconditioner(None)
     B = system.curvature(0.0)
-    with_last = system.start is not None and options.krylov_momentum
     max_dim = min(options.krylov_max_dim, vectors.numel(system.b))
     space = KrylovSpace(
-        U=Basis(max_dim + with_last, system.b, options.krylov_basis, vectors),
+        U=Basis(max_dim, system.b, options.krylov_basis, vectors),
         V=Basis(max_dim, system.b, options.krylov_basis, vectors),
     )
     lagged = system.b.device.type != "cpu"
@@ -265,98 +312,93 @@ def build(system: System, options: KrylovOptions) -> KrylovSpace:
         space.stop = Stop.ZERO_GRADIENT if squared == 0.0 else Stop.NON_FINITE
         return space
     norm = torch.full((), squared, dtype=torch.float64, device=y.device).sqrt()
-    b_norm = math.sqrt(squared)
+    space.V.append(y / norm.to(y.dtype))
+    kept = space.U.append(u / norm.to(u.dtype))
+    if system.start is not None and options.krylov_momentum:
+        _add_last_step(space, B, system)
+    _follow(space, system.damping)
+    space.b.append(math.sqrt(squared))
     exhausted = max(options.krylov_tol, 10.0 * torch.finfo(y.dtype).eps)
-    w: Tensor | None = None
+    last, zero = space.last, torch.zeros((), dtype=torch.float64, device=y.device)
+    w = B(kept)
+    space.num_products += 1
     while True:
-        if w is None:
-            kept = _append(space, u, y, norm)
-            w = B(kept)
-            space.num_products += 1
         # h = U'Bu: a column of T, and the coefficients of Gram and Schmidt; twice is enough.
-        scalars = space.U.dots(w, vectors.read_signal(w))
-        h = scalars[:-1]
+        to_last = (zero, zero)
+        if last is not None:
+            to_last = torch.dot(kept, last.Bd), space.V.dot(-1, last.d)
+        scalars = space.U.dots(w, *to_last, vectors.read_signal(w))
+        h = scalars[: space.U.size]
         y = w.clone()
         space.V.subtract(y, h)
         space.V.subtract(y, space.U.dots(y))
         u = y if M is None else M(y)
         rest = vectors.total(torch.dot(u, y).double().reshape(1))
         norm = rest[0].clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-        j = space.dim
-        w = None
-        if lagged and j + 1 < max_dim:
-            w = B(_append(space, u, y, norm))
-            space.num_products += 1
-        *column, signal, squared = torch.cat((scalars, rest)).tolist()
+        more = space.dim + 1 < max_dim
+        if more:
+            space.V.append(y / norm.to(y.dtype))
+            kept = space.U.append(u / norm.to(u.dtype))
+            if lagged:
+                w = B(kept)
+                space.num_products += 1
+        *column, with_Bd, with_Cd, signal, squared = torch.cat((scalars, rest)).tolist()
         if not all(map(math.isfinite, column)):
             space.stop = Stop.NON_FINITE
             break
-        space.columns.append(column)
-        space.b.append(b_norm if j == 0 else 0.0)
-        space.dim = j + 1
+        if space.T:
+            space.b.append(0.0)
+        space.T.append(column)
+        space.to_last.append((with_Bd, with_Cd))
         space.beta = math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else 0.0
         _follow(space, system.damping)
         if system.on_iteration is not None:
             system.on_iteration(space.dim, signal)
-        size = math.hypot(*column, space.beta)
-        if not math.isfinite(squared) or space.beta <= exhausted * size:
-            space.stop = Stop.RESIDUAL
-            break
-        if space.dim >= max_dim:
-            space.stop = Stop.MAX_ITERATIONS
-            break
         may_stop = space.dim >= options.krylov_min_dim and options.krylov_length == "progress"
-        if may_stop and not _is_worth_it(space.quadratic, system.costs()):
+        if not math.isfinite(squared) or space.beta <= exhausted * math.hypot(*column, space.beta):
+            space.stop = Stop.RESIDUAL
+        elif not more:
+            space.stop = Stop.MAX_ITERATIONS
+        elif may_stop and not _is_worth_it(space, system.costs()):
             space.stop = Stop.PROGRESS
-            break
+        else:
+            if not lagged:
+                w = B(kept)
+                space.num_products += 1
+            continue
+        break
+    space.b = space.b[: space.dim]
     space.U.size = space.V.size = space.dim
-    if with_last and space.dim:
-        _add_last_step(space, B, system)
     return space
 
 
-def _append(space: KrylovSpace, u: Tensor, y: Tensor, norm: Tensor) -> Tensor:
-    """One more vector of each basis; returns u as it is kept, so that the model is the kept basis's."""
-    scale = norm.to(u.dtype)
-    space.V.append(y / scale)
-    return space.U.append(u / scale)
+def _add_last_step(space: KrylovSpace, B: Operator, system: System) -> None:
+    """The last step's own product."""
+    d = system.start
+    assert d is not None
+    Bd = B(d).clone()
+    space.num_products += 1
+    curvature, slope = system.space.dots((d, Bd), (d, system.b))
+    if math.isfinite(curvature) and curvature != 0.0 and math.isfinite(slope):
+        space.last = LastStep(d=d, Bd=Bd, curvature=curvature, slope=slope)
 
 
 def _follow(space: KrylovSpace, damping: float) -> None:
     """The damped model's least value in the space so far, and the residual there."""
-    projected = space.projected()
+    projected, _ = space.projected()
+    if not projected.b.size:
+        space.quadratic.append(0.0)
+        return
     small = SUBPROBLEMS["damping"](projected, damping * space.unit, 1.0)
     space.quadratic.append(projected.model(small.y) + 0.5 * small.shift * float(small.y @ small.y))
-    space.residual = space.beta * abs(float(small.y[-1])) / space.b[0]
+    if space.dim:
+        space.residual = space.beta * abs(float(small.y[space.dim - 1])) / space.b[0]
 
 
-def _is_worth_it(quadratic: Sequence[float], costs: Costs) -> bool:
+def _is_worth_it(space: KrylovSpace, costs: Costs) -> bool:
     """Whether the last two products bought at least the step's average decrease for its work: where they did
     not, the work is better spent on the next step (marginal value theorem, Charnov 1976)."""
-    k = len(quadratic) - 1
-    average = -quadratic[-1] / costs.step(k, losses=3)
+    quadratic, k = space.quadratic, space.dim
+    average = -quadratic[-1] / costs.step(k + (space.last is not None), losses=3)
     recent = min(2, k)
     return (quadratic[-1 - recent] - quadratic[-1]) / (recent * costs.product) >= average
-
-
-def _add_last_step(space: KrylovSpace, B: Operator, system: System) -> None:
-    """The last step d, less what the space has of it, as one more vector.
-
-    Its size in the metric is not known (that would be a product with C); it is given the one that makes its
-    curvature the unit of lambda.
-    """
-    d = system.start.clone()  # type: ignore[union-attr]
-    inside = space.V.dots(d)
-    space.U.subtract(d, inside)
-    again = space.V.dots(d)
-    space.U.subtract(d, again)
-    w = B(d)
-    space.num_products += 1
-    *column, curvature, slope = space.U.dots(w, torch.dot(d, w), torch.dot(d, system.b)).tolist()
-    size = math.sqrt(abs(curvature) / space.unit) if math.isfinite(curvature) else 0.0
-    if size == 0.0 or not math.isfinite(slope) or not all(map(math.isfinite, column)):
-        return
-    space.U.append(d.div_(size))
-    space.columns.append([*(value / size for value in column), curvature / size**2])
-    space.b.append(slope / size)
-    space.last_step = np.append((inside + again).cpu().numpy(), size)
