@@ -34,6 +34,8 @@ from hfdist.training.evaluation import evaluate
 GRADIENTS_PER_PRODUCT = 4 / 3
 """Matrix products of a Gauss-Newton product on kept activations, 4 a layer, in those of a gradient, 3."""
 GRADIENTS_PER_LOSS = 1 / 3
+GRADIENTS_PER_STATISTICS = 5 / 3
+"""Forward pass, derivatives in the layers' outputs, and the second moments of these and of the inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +197,7 @@ def _hf_updates(arena: Arena, model: nn.Module, options: HFOptions) -> Iterator[
             + GRADIENTS_PER_PRODUCT * report.num_products
             + GRADIENTS_PER_LOSS * report.num_loss_evaluations
             + (options.preconditioner == "empirical_fisher")
+            + (options.preconditioner == "kfac") * GRADIENTS_PER_STATISTICS * options.kfac_examples
         )
 
 

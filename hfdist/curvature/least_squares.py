@@ -126,7 +126,7 @@ class ResidualSystem:
             raise ConfigError(
                 f"{microbatch.name}: {z.numel()} residuals of {self._params.numel} parameters take "
                 f"{_gib(size)} GiB, and {_gib(self._budget)} are free: give the term a smaller microbatch, "
-                "or take optim.solver=cg, which needs no rows"
+                "or take optim.solver=krylov, which needs no rows"
             )
         uses = watch.finish()
         J = jacobian_rows(z, uses, tensors, self._method)
@@ -169,7 +169,7 @@ class ResidualSystem:
         if off() > allowed:
             raise TaskError(
                 f"{microbatch.name}: the rows of the Jacobian do not add up to the gradient: take "
-                "optim.solver=cg, and look for a custom autograd.Function with a wrong backward()"
+                "optim.solver=krylov, and look for a custom autograd.Function with a wrong backward()"
             )
         return gradient
 
@@ -216,7 +216,7 @@ class ResidualSystem:
 
     def gram(self) -> Tensor:
         P = self._params.numel
-        self._check_matrix(P, "parameters", "sample_space or cg")
+        self._check_matrix(P, "parameters", "sample_space or krylov")
         G = torch.zeros(P, P, dtype=self._params.dtype, device=self._params.device)
         for _, J in self._chunks():
             G.addmm_(J.T, J)
@@ -226,7 +226,7 @@ class ResidualSystem:
         """By columns: each rank gets all rows for its part of the parameters, and one sum makes the
         matrix."""
         N, W = self.num_residuals, self._comm.world_size
-        self._check_matrix(N, "residuals", "dense or cg")
+        self._check_matrix(N, "residuals", "dense or krylov")
         n = self._comm.shard_size(self._params.numel)
         rows = torch.zeros(W, N, n, dtype=self._params.dtype, device=self._params.device)
         start = sum(self._counts[: self._comm.rank])

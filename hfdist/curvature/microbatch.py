@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from hfdist.curvature.dispatch import Watch
+from hfdist.curvature.example_signs import example_seeds as seeds_of_examples
 from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.loss_hessian import ClosedForm, LossCall, LossWatch, closed_form
 from hfdist.curvature.outputs import (
@@ -94,18 +97,65 @@ class Microbatch:
     num_examples: int = 1
     name: str = "the loss"
     """For messages."""
+    example_seeds: Tensor | None = None
+    """Seeds of what is drawn for each example, wherever it is evaluated, int64 [n]; None: not known."""
+    part: Callable[[float], Microbatch] | None = None
+    """The same of a share of its examples; None: it is only to be had as a whole."""
 
 
-def from_task(task: Task, model: nn.Module, batch: Batch, seed: int) -> Microbatch:
-    """Microbatch of a task's model and loss."""
+def from_task(
+    task: Task, model: nn.Module, batch: Batch, seed: int, example_seeds: Tensor | None = None
+) -> Microbatch:
+    """Microbatch of a task's model and loss; `example_seeds` by default from its seed."""
     name = f"{type(task).__name__}.loss"
     n = num_examples(batch)
+    if example_seeds is None:
+        example_seeds = seeds_of_examples(seed, torch.arange(n))
+    seeds = example_seeds
 
     def loss_of(outputs: Outputs) -> tuple[Tensor, float | Tensor]:
         return as_sum(task.loss(outputs, batch), n, task.loss_reduction, name)
 
+    def part(share: float) -> Microbatch:
+        kept = chosen(seeds, share)
+        if len(kept) == n or has_batch_statistics(model):
+            return whole
+        return from_task(task, model, rows_of(batch, n, kept), seed, seeds[kept])
+
     microbatch = from_parts(lambda: task.forward(model, batch), loss_of, seed, name)
-    return replace(microbatch, num_examples=n, name=task.batch_name(batch))
+    whole = replace(
+        microbatch,
+        num_examples=n,
+        name=task.batch_name(batch),
+        example_seeds=seeds,
+        part=part,
+    )
+    return whole
+
+
+def chosen(seeds: Tensor, share: float) -> Tensor:
+    """About a share of the examples, at least one: by their seeds, so that it does not depend on how they are
+    cut into microbatches, but for the one. int64 [m], ascending."""
+    places = seeds.abs().double() / 2.0**63
+    kept = (places < share).nonzero().flatten()
+    return kept if len(kept) or not len(seeds) else places.argmin().reshape(1)
+
+
+def rows_of(batch: Batch, n: int, kept: Tensor) -> Batch:
+    """Some examples of a batch of n: of all tensors that have so many rows."""
+
+    def rows(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == n
+        return leaf[kept.to(leaf.device)] if has_rows else leaf
+
+    return tree_map(rows, batch)
+
+
+def has_batch_statistics(model: Any) -> bool:
+    """Whether an example's outputs may depend on the others'; of what is no module, nobody knows."""
+    if not isinstance(model, nn.Module):
+        return True
+    return any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
 
 
 def from_parts(

@@ -64,6 +64,7 @@ def plan_step(
     rank: int,
     world_size: int,
     costs: Costs = None,
+    curvature_share: float = 1.0,
 ) -> StepPlan:
     """Draw a step's examples and take this rank's share.
 
@@ -75,6 +76,7 @@ def plan_step(
         num_examples: Length of the data; None for a deterministic function, which rank 0 evaluates.
         seed, step, rank, world_size: What the plan is a function of.
         costs: Relative work of every example; ranks are then balanced by work instead of number.
+        curvature_share: Of the gradient's examples, where `batches.curvature` is auto.
 
     Raises:
         DataError: A role is larger than the data.
@@ -93,8 +95,13 @@ def plan_step(
 
     gradient = share(examples[: sizes.gradient])
     curvature = gradient
-    if sizes.curvature != sizes.gradient:
-        curvature = share(examples[: sizes.curvature])
+    num_curvature = sizes.curvature
+    if config.curvature == "auto":
+        num_curvature = min(
+            sizes.gradient, max(world_size, round(curvature_share * sizes.gradient))
+        )
+    if num_curvature != sizes.gradient:
+        curvature = share(examples[:num_curvature])
     line_search = gradient
     if sizes.line_search is not None:
         line_search = share(examples[len(examples) - sizes.line_search :])
@@ -138,7 +145,7 @@ class _Sizes:
             )
 
         gradient = size("gradient", config.gradient)
-        if config.curvature is None:
+        if config.curvature is None or isinstance(config.curvature, str):
             curvature = gradient
         elif isinstance(config.curvature, float):
             curvature = max(1, round(config.curvature * gradient))

@@ -34,7 +34,7 @@ def plan_points(
     """This rank's points of a step.
 
     Args:
-        config: `curvature` may be a fraction: the first points of every term; and `microbatch` is the terms'
+        config: `curvature` may be a fraction: the first points of every term (auto is all of them); and `microbatch` is the terms'
             that have none of their own.
         terms: In their order.
         step, rank, world_size: What the plan is a function of.
@@ -53,7 +53,7 @@ def plan_points(
         )
     gradient = _role(config, terms, 1.0, step, rank, world_size)
     curvature = gradient
-    if config.curvature is not None and config.curvature < 1.0:
+    if isinstance(config.curvature, float) and config.curvature < 1.0:
         curvature = _role(config, terms, config.curvature, step, rank, world_size)
     return StepPlan(gradient=gradient, curvature=curvature, line_search=gradient)
 

@@ -22,6 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # PyTorchHessianFree's rules, for migration and comparison.
     "pytorch_hessianfree": {
+        "solver": "cg",
+        "preconditioner": "none",
         "cg_stop": "relative_progress",
         "nonpositive_curvature": "ignore",
         "reduction_ratio": "damped",
@@ -72,12 +74,18 @@ class ProductOptions(OptionGroup):
 class PreconditionerOptions(OptionGroup):
     """Preconditioner of CG, metric of the Krylov space."""
 
-    RANGES: ClassVar[dict[str, tuple[float, float]]] = {"preconditioner_exponent": (0.0, 1.0)}
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "preconditioner_exponent": (0.0, 1.0),
+        "kfac_examples": (1e-6, 1.0),
+    }
 
-    preconditioner: Literal["none", "empirical_fisher"] = "none"
-    """none, or the empirical Fisher diagonal [1, sec. 4.7]."""
+    preconditioner: Literal["none", "empirical_fisher", "kfac"] = "kfac"
+    """none, the empirical Fisher diagonal [1, sec. 4.7], or Kronecker factors of the layers' Gauss-Newton
+    blocks (Martens & Grosse 2015)."""
     preconditioner_exponent: float = 0.75
-    """Exponent of the diagonal preconditioner."""
+    """Exponent of the diagonal preconditioner of `cg` and `steihaug`."""
+    kfac_examples: float = 0.25
+    """Share of the gradient's examples that the statistics of `kfac` are taken from."""
 
 
 @dataclass(frozen=True, kw_only=True)

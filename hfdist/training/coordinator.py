@@ -157,10 +157,9 @@ class Coordinator:
             asked = self._config.optim.damping
             is_changed = asked != saved["config"]["optim"]["damping"]
             return Progress(
-                state=HFState(
-                    damping=asked if is_changed else hf["damping"],
-                    x0=None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
-                    step=hf["step"],
+                state=HFState.restored(
+                    {**hf, "damping": asked if is_changed else hf["damping"]},
+                    None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
                 ),
                 cg_iterations=run["cg_iterations"],
                 wall_seconds=run["wall_seconds"],
@@ -241,7 +240,7 @@ class Coordinator:
             {
                 "model": model_tensors(self._model),
                 "optimizer": {
-                    "damping": progress.state.damping,
+                    **progress.state.scalars(),
                     "step": step,
                     "x0": None if x0 is None else self._layout.whole(x0),
                 },

@@ -18,6 +18,7 @@ from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config.job import RunConfig
 from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
+from hfdist.curvature.example_signs import example_seeds
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import Sharded, make_layout
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, from_task
@@ -40,7 +41,7 @@ from hfdist.errors import (
 )
 from hfdist.optim.report import StepReport
 from hfdist.optim.solvers.auto import choice
-from hfdist.optim.step import hf_step
+from hfdist.optim.step import HFState, hf_step
 from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address, normal, split
 from hfdist.rundir.stop import StopRequest, stop_on_signals
@@ -275,10 +276,12 @@ class Worker:
 
     def _step(self, progress: Progress) -> StepReport:
         step = progress.state.step
-        plan = self._plan(step)
+        plan = self._plan(step, share=self._curvature_share(progress.state))
         problem = self._problem(plan, step)
         if step + 1 < self.config.steps:
-            self._loader.prefetch(_microbatch_plans(self._plan(step + 1)))
+            # With this step's share, which is most likely the next one's, too.
+            share = self._curvature_share(progress.state)
+            self._loader.prefetch(_microbatch_plans(self._plan(step + 1, share=share)))
         options = self.config.optim
 
         def on_cg_iteration(i: int, ranks_asking_to_stop: float) -> None:
@@ -298,7 +301,14 @@ class Worker:
             progress.evaluation = self.evaluate()
         return report
 
-    def _plan(self, step: int, rank: int | None = None) -> StepPlan:
+    def _curvature_share(self, state: HFState) -> float:
+        """Of the gradient's examples, where `batches.curvature` is auto."""
+        grows = self.config.optim.solver in ("auto", "krylov") and self._terms is None
+        if not grows or self.num_examples is None:
+            return 1.0
+        return state.curvature_share.at(self.config.batches.gradient or self.num_examples)
+
+    def _plan(self, step: int, rank: int | None = None, share: float = 1.0) -> StepPlan:
         if self._terms is not None:
             return plan_points(
                 self.config.batches,
@@ -315,6 +325,7 @@ class Worker:
             rank=self.comm.rank if rank is None else rank,
             world_size=self.comm.world_size,
             costs=self._costs,
+            curvature_share=share,
         )
 
     def _load(self, role: RolePlan) -> list[tuple[MicrobatchPlan, Batch]]:
@@ -325,7 +336,20 @@ class Worker:
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
             return [
-                self._stoppable(from_task(self.task, self.model, batch, mixed(seed, plan.number)))
+                self._stoppable(
+                    from_task(
+                        self.task,
+                        self.model,
+                        batch,
+                        mixed(seed, plan.number),
+                        example_seeds(
+                            seed if plan.term is None else mixed(seed, "term", plan.term),
+                            plan.indices,
+                        )
+                        if len(plan.indices)
+                        else None,
+                    )
+                )
                 for plan, batch in batches
             ]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hfdist.optim.least_squares import LeastSquaresOptions
-from hfdist.optim.solvers import auto, cg, dense, sample_space, steihaug
+from hfdist.optim.solvers import auto, cg, dense, krylov, sample_space, steihaug
 from hfdist.optim.solvers.solution import Candidate, Solution, System
 
 __all__ = ["SOLVERS", "Candidate", "Solution", "Solver", "SolverOptions", "System"]
@@ -20,6 +20,7 @@ Solver = Callable[[System, Any], Solution]
 """The second argument is the whole of the options; a solver reads its own."""
 
 SOLVERS: dict[str, Solver] = {
+    "krylov": krylov.solve,
     "cg": cg.solve,
     "steihaug": steihaug.solve,
     "dense": dense.solve,
@@ -30,11 +31,12 @@ SOLVERS: dict[str, Solver] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverOptions(cg.CGOptions, LeastSquaresOptions):
+class SolverOptions(krylov.KrylovOptions, cg.CGOptions, LeastSquaresOptions):
     """Which solver, and every solver's options."""
 
-    solver: Literal["auto", "cg", "steihaug", "dense", "sample_space"] = "auto"
-    """Conjugate gradients [2]; the same with a trust region in place of damping, of radius |gradient| /
-    lambda [8]; the whole matrix (dense: thousands of parameters at most); for residuals, the system in the
-    space of the residuals (sample_space: fewer residuals than parameters). auto: of residuals, the cheapest
-    of dense, sample_space and cg by their sizes; otherwise cg."""
+    solver: Literal["auto", "krylov", "cg", "steihaug", "dense", "sample_space"] = "auto"
+    """krylov: a short Krylov space in which damping is chosen after the solve; cg: conjugate gradients [2];
+    steihaug: the same with a trust region in place of damping, of radius |gradient| / lambda [8]; dense: the
+    whole matrix, of thousands of parameters at most; sample_space: for residuals, the system in their space,
+    for fewer residuals than parameters. auto: of residuals, the cheapest of dense, sample_space and krylov by
+    their sizes; otherwise krylov."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hfdist.optim.solvers import cg, dense, sample_space
+from hfdist.optim.solvers import dense, krylov, sample_space
 from hfdist.optim.solvers.solution import Solution, System
 
 LARGEST = 6000
@@ -21,9 +21,9 @@ def solve(system: System, options: Any) -> Solution:
     name = choice(num_residuals, system.space.numel(system.b))
     is_even = ls is not None and not isinstance(ls.weight_decay, Tensor)
     if name == "sample_space" and (system.damping_scale is not None or not is_even):
-        name = "cg"  # it takes one lambda and one L2 coefficient for all parameters
+        name = "krylov"  # it takes one lambda and one L2 coefficient for all parameters
     solvers: dict[str, Callable[[System, Any], Solution]] = {
-        "cg": cg.solve,
+        "krylov": krylov.solve,
         "dense": dense.solve,
         "sample_space": sample_space.solve,
     }
@@ -32,10 +32,10 @@ def solve(system: System, options: Any) -> Solution:
 
 def choice(num_residuals: int | None, num_parameters: int) -> str:
     """dense costs N P^2 multiplications for its matrix and P^3 / 3 for a factor; sample_space N^2 P and N^3 /
-    3. Where the smaller of N and P is too large for a matrix, or there are no residuals: cg."""
+    3. Where the smaller of N and P is too large for a matrix, or there are no residuals: krylov."""
     N, P = num_residuals, num_parameters
     if N is None or min(N, P) > LARGEST:
-        return "cg"
+        return "krylov"
     costs = {"dense": N * P**2 + P**3 / 3, "sample_space": N**2 * P + N**3 / 3}
     name = min(costs, key=costs.__getitem__)
-    return name if (P if name == "dense" else N) <= LARGEST else "cg"
+    return name if (P if name == "dense" else N) <= LARGEST else "krylov"

@@ -11,16 +11,22 @@ from torch import Tensor
 
 from hfdist.optim.least_squares import LeastSquares, LeastSquaresOptions
 from hfdist.optim.report import Stop
+from hfdist.optim.solvers.cg import CGOptions
 from hfdist.optim.solvers.dense import nothing
 from hfdist.optim.solvers.shifted import Shifted
 from hfdist.optim.solvers.solution import Solution, System
 from hfdist.optim.solvers.trials import Trials
 
+
+class Options(LeastSquaresOptions, CGOptions):
+    """What is read of the options."""
+
+
 _SAME = 1e-9
 """Relative size of b + J'r that counts as rounding."""
 
 
-def solve(system: System, options: LeastSquaresOptions) -> Solution:
+def solve(system: System, options: Options) -> Solution:
     """(J'J + mu I) x = b with mu = weight_decay + lambda, for one lambda after the other.
 
     Raises:
@@ -47,6 +53,8 @@ def solve(system: System, options: LeastSquaresOptions) -> Solution:
     if not bool(torch.isfinite(K).all()):
         return nothing(system, Stop.NON_FINITE)
     start = system.start if options.momentum else None
+    if start is not None:
+        start = options.cg_decay_x0 * start
     space = _SampleSpace(ls, K, r, b, start)
 
     def models(v: Tensor) -> tuple[float, float]:
