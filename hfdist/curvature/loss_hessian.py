@@ -494,12 +494,9 @@ def _residual_loss(
     out: Tensor, residuals: Tensor, loss: str = "squares", scale: float = 1.0
 ) -> LossCall:
     """The weights of iteratively reweighted least squares, see `hfdist.tasks.robust`."""
-
-    def diagonal(factor: Tensor) -> Diagonal:
-        d = weights(residuals.detach(), loss, scale) * factor
-        return lambda t: t * d
-
-    return LossCall(input=residuals, diagonal=diagonal, is_loss=True)
+    return _element_wise(
+        residuals, lambda factor: weights(residuals.detach(), loss, scale) * factor
+    )
 
 
 KNOWN_FUNCTIONS: dict[Any, Callable[..., LossCall | None]] = {

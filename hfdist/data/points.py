@@ -34,7 +34,8 @@ def plan_points(
     """This rank's points of a step.
 
     Args:
-        config: `curvature` may be a fraction: the first points of every term (auto is all of them); and `microbatch` is the terms'
+        config: `curvature` may be a fraction: the first points of every term (auto is all of them); and
+        `microbatch` is the terms'
             that have none of their own.
         terms: In their order.
         step, rank, world_size: What the plan is a function of.

@@ -275,8 +275,8 @@ def _derivatives(
         result: Tensor = vjp(f, t)[1](one)[0]
         return result
 
-    d1, back = vjp(df, v)
-    return f(v), d1, back(one)[0]
+    pulled: tuple[Any, ...] = vjp(df, v)
+    return f(v), pulled[0], pulled[1](one)[0]
 
 
 def _same(name: str) -> list[Any]:
