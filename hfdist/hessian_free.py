@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from hfdist.comm import Communicator, current_communicator
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
 from hfdist.curvature.fixed_randomness import FixedRandomness
-from hfdist.curvature.layout import Layout, Replicated, make_layout
+from hfdist.curvature.layout import Layout, make_layout
 from hfdist.curvature.loss_weight import mean_weight
 from hfdist.curvature.microbatch import Microbatch, as_sum, from_closure, from_parts
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
@@ -539,8 +539,6 @@ def _differing(key: str, first: Any, other: Any) -> ValueError:
 
 def _of_parts(M: Operator, layout: Layout) -> Operator:
     """A preconditioner of whole vectors as one of this rank's parts."""
-    if isinstance(layout, Replicated):
-        return M
     return lambda v: layout.part(M(layout.whole(v)))
 
 

@@ -371,7 +371,6 @@ class RecomputedGGNProduct:
     """
 
     overlaps = False
-    """Whether the parameters' gradient hooks fire only for the result."""
 
     def __init__(self, evaluated: Evaluated, tensors: Sequence[Tensor]) -> None:
         self._evaluated, self._tensors = evaluated, list(tensors)

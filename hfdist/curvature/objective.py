@@ -14,12 +14,12 @@ from torch.autograd import grad
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.curvature.engines import ProductBuilder, ProductEngine, check_dense
 from hfdist.curvature.fixed_randomness import FixedRandomness
-from hfdist.curvature.layout import Product, Replicated, Sharded
+from hfdist.curvature.layout import Layout, Product, Replicated, SummedProduct, add_scaled
 from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.microbatch import Evaluation, Microbatch
 from hfdist.curvature.params import ParameterVector
 from hfdist.errors import DataError
-from hfdist.optim.objective import Operator
+from hfdist.optim.objective import Costs, Operator
 
 T = TypeVar("T")
 
@@ -42,17 +42,9 @@ class Overrides:
     """Gradient [P] in place of the derivative of the loss."""
     product: Operator | None = None
     """Undamped curvature product in place of autograd's, of whole vectors [P]."""
-    preconditioner: Callable[[Problem, float], Operator | None] | None = None
-    """(this objective, damping) -> product with an approximate inverse, of this rank's parts."""
-
-
-@dataclass(kw_only=True)
-class _Work:
-    """What was done, in microbatch passes on this rank."""
-
-    forward_with_graph: int = 0
-    forward: int = 0
-    products: int = 0
+    preconditioner: Callable[[Problem, float | None], Operator | None] | None = None
+    """(this objective, damping) -> product with an approximate inverse, of this rank's parts; without
+    damping: of the metric of a Krylov space."""
 
 
 @dataclass(kw_only=True)
@@ -110,7 +102,7 @@ class Problem:
     regularisation: Regularisation = field(default_factory=Regularisation)
     overrides: Overrides = field(default_factory=Overrides)
     frozen: FixedRandomness | None = None
-    layout: Replicated | Sharded | None = None
+    layout: Layout | None = None
     """How solver vectors lie over ranks; None: whole on each."""
     engine: ProductEngine = field(default_factory=ProductEngine)
     """How products are computed; shared by the steps of a run."""
@@ -120,20 +112,19 @@ class Problem:
     """Whether this rank asks to abandon the step; summed over ranks with every product."""
 
     def __post_init__(self) -> None:
-        self.work = _Work()
-        self._layout = self.layout or Replicated(self.params, self.comm)
+        self._layout: Layout = self.layout or Replicated(self.params, self.comm)
         self._part_of_decay = self.regularisation.part(self._layout.part)
-        self.signal: Tensor | None = None
         self._fixed = self.frozen or FixedRandomness(self.params.device)
         self._trial: Tensor | None = None
         self._reference_weight: float | None = None
+        self._loss_weight = 0.0
         self._gradient_loss: float | None = None
         self._start_loss: float | None = None
         self._products: list[Product] | None = None
         self._product_weight = 0.0
-        self._product_buffer: Tensor | None = (
-            None  # [P + 1]: where products are computed; the signal
-        )
+        self.metric_work = 0.0
+        """Statistics of the preconditioner, in gradients: added by who takes them."""
+        self._summed: SummedProduct | None = None
 
     @property
     def gradient_scale(self) -> float:
@@ -169,10 +160,10 @@ class Problem:
             if builder is not None:
                 evaluation, gradient = builder.add(microbatch)
             elif own_gradient is None:
-                evaluation = self._evaluate(microbatch, graph=True, record=True)
+                evaluation = self._evaluate(microbatch, record=True)
                 gradient = grad(evaluation.loss_sum, self.params.tensors, allow_unused=True)
             else:
-                evaluation = self._evaluate(microbatch, graph=False, record=True)
+                evaluation = self._evaluate(microbatch, record=True)
             if own_gradient is None:
                 check_dense(gradient)
                 self.params.add(g, gradient)
@@ -186,11 +177,12 @@ class Problem:
             g = self._layout.sum_to_part(g).mul_(scale)
             if self.regularisation:
                 theta = self._layout.part(self.params.read())
-                _add_scaled(g, self._part_of_decay.weight_decay, theta)
+                add_scaled(g, self._part_of_decay.weight_decay, theta)
         else:
             g = self._layout.part(own_gradient.detach().to(self.params.dtype)).clone()
         if builder is not None:
             self._products, self._product_weight = builder.products, weight
+            self._summed = None
         self._gradient_loss = loss_sum * scale + self._start_penalty()
         if self.roles.loss is self.roles.gradient:
             self._start_loss = self._gradient_loss
@@ -204,7 +196,6 @@ class Problem:
             first = id(microbatch) not in recorded
             evaluation = self._evaluate(
                 microbatch,
-                graph=True,
                 split=True,
                 record=first,
                 recorder=recorder,
@@ -217,7 +208,7 @@ class Problem:
             microbatch: Microbatch, theta: Tensor, then: Callable[[Evaluation], T]
         ) -> T:
             with self.params.at(theta):
-                return then(self._evaluate(microbatch, graph=True, split=True))
+                return then(self._evaluate(microbatch, split=True))
 
         return ProductBuilder(
             self.engine,
@@ -239,68 +230,18 @@ class Problem:
             return self._own_product(self.overrides.product, damping)
         if self._products is None:
             self._build_products()
-        layout = self._layout
+        if self._summed is None:
+            factor = self._scale(self._product_weight)
+            self._summed = self._layout.summed(self._products or [], factor, self._abort_flag)
         # L2 and damping add the same kind of term: one diagonal, one pass over the vectors.
-        shift = self._part_of_decay.shift(damping)
-        if isinstance(layout, Sharded):
-            return self._sharded_product(layout, shift, exact)
-        return self._replicated_product(layout, shift, exact)
+        return self._summed.damped(self._part_of_decay.shift(damping), exact)
 
-    def _replicated_product(
-        self, layout: Replicated, shift: float | Tensor, exact: bool
-    ) -> Operator:
-        products, factor = self._products or [], self._scale(self._product_weight)
-        # The last one's results are reduced while it goes on, if they can be told from others.
-        overlaps = bool(products) and getattr(products[-1], "overlaps", True)
-        first, last = (products[:-1], products[-1]) if overlaps else (products, None)
-        if self._product_buffer is None:
-            self._product_buffer = torch.zeros(
-                self.params.numel + 1, dtype=self.params.dtype, device=self.params.device
-            )
-        buffer = self._product_buffer
-        out, self.signal = buffer[:-1], buffer[-1]
+    def _abort_flag(self) -> float:
+        return float(self.abandon is not None and self.abandon())
 
-        def alone(v: Tensor) -> Tensor:
-            # One product on one rank: a single pass puts it into place, shifted.
-            results = products[0](self.params.views(v), factor)
-            self._write_abort_flag()
-            self.work.products += 1
-            return self.params.flatten_shifted(results, v, shift, out)
-
-        if len(products) == 1 and self.comm.world_size == 1:
-            return alone
-
-        def B(v: Tensor) -> Tensor:
-            views = self.params.views(v)
-            buffer.zero_()
-            for product in first:
-                self.params.add(out, product(views, factor))
-            self._write_abort_flag()
-            layout.add_and_sum(last, views, factor, buffer, exact)
-            self.work.products += len(products)
-            return _add_scaled(out, shift, v)
-
-        return B
-
-    def _sharded_product(self, layout: Sharded, shift: float | Tensor, exact: bool) -> Operator:
-        products, factor = self._products or [], self._scale(self._product_weight)
-        local = self.params.zeros()
-        self.signal = torch.zeros((), dtype=torch.float64, device=self.params.device)
-
-        def B(v: Tensor) -> Tensor:
-            views = self.params.views(layout.whole(v))
-            local.zero_()
-            for product in products:
-                self.params.add(local, product(views, factor))
-            self.work.products += len(products)
-            self._write_abort_flag()  # summed with the solver's scalars
-            return _add_scaled(layout.sum_product_to_part(local, exact), shift, v)
-
-        return B
-
-    def _write_abort_flag(self) -> None:
-        if self.signal is not None:
-            self.signal.fill_(float(self.abandon is not None and self.abandon()))
+    @property
+    def signal(self) -> Tensor | None:
+        return None if self._summed is None else self._summed.signal
 
     @property
     def numel(self) -> int:
@@ -316,7 +257,7 @@ class Problem:
 
     @property
     def is_sharded(self) -> bool:
-        return isinstance(self._layout, Sharded)
+        return self._layout.is_sharded
 
     def total(self, scalars: Tensor) -> Tensor:
         return self._layout.total(scalars)
@@ -327,7 +268,7 @@ class Problem:
 
         def B(v: Tensor) -> Tensor:
             out.copy_(self._layout.part(product(self._layout.whole(v))))
-            return _add_scaled(out, shift, v)
+            return add_scaled(out, shift, v)
 
         return B
 
@@ -340,10 +281,23 @@ class Problem:
         self._products, self._product_weight = builder.products, float(weight)
         _check_weight(self._product_weight, "curvature")
 
-    def release(self) -> None:
-        self._products = self._product_buffer = self.signal = None
+    @property
+    def costs(self) -> Costs:
+        reference = self._reference_weight or 1.0
+        curvature = self._product_weight / reference
+        loss = 1.0 if self.roles.loss is self.roles.gradient else self._loss_weight / reference
+        shares_pass = self.roles.curvature is self.roles.gradient and self.autocast is None
+        return Costs(
+            gradient=1.0 + (0.0 if shares_pass else curvature / 3),
+            product=curvature * (2.0 if self.curvature_opt == "hessian" else 4 / 3),
+            loss=loss / 3,
+            metric=self.metric_work,
+        )
 
-    def preconditioner(self, damping: float) -> Operator | None:
+    def release(self) -> None:
+        self._products = self._summed = None
+
+    def preconditioner(self, damping: float | None) -> Operator | None:
         make = self.overrides.preconditioner
         return None if make is None else make(self, damping)
 
@@ -378,13 +332,14 @@ class Problem:
         """[2] float64: this rank's sum of losses and weights, where the parameters are now."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.params.device)
         for microbatch in self.roles.loss:
-            sums += _as_sums(self._evaluate(microbatch, graph=False), sums)
+            sums += _as_sums(self._evaluate(microbatch), sums)
         return sums
 
     def _values(self, sums: Sequence[Tensor], penalties: Sequence[float]) -> list[float]:
         rows = self.comm.all_reduce(torch.stack(list(sums))).tolist()
         for _, weight in rows:
             _check_weight(weight, "line_search")
+        self._loss_weight = rows[0][1]
         return [
             loss_sum * self._scale(weight) + penalty
             for (loss_sum, weight), penalty in zip(rows, penalties)
@@ -421,7 +376,6 @@ class Problem:
         self,
         microbatch: Microbatch,
         *,
-        graph: bool,
         split: bool = False,
         record: bool = False,
         recorder: Recorder | None = None,
@@ -429,8 +383,6 @@ class Problem:
     ) -> Evaluation:
         # Only the Gauss-Newton product looks at loss and outputs apart.
         split = split and self.curvature_opt == "ggn"
-        self.work.forward_with_graph += graph
-        self.work.forward += not graph
         with (
             # Also where only the value counts: some modules compute by other kernels without.
             torch.enable_grad(),
@@ -443,13 +395,6 @@ class Problem:
             if record:
                 self._fixed.record(float(evaluation.weight))
             return evaluation
-
-
-def _add_scaled(out: Tensor, factor: float | Tensor, v: Tensor) -> Tensor:
-    """out += factor * v; factor is a scalar or a diagonal."""
-    if isinstance(factor, Tensor):
-        return out.addcmul_(factor, v)
-    return out if factor == 0.0 else out.add_(v, alpha=factor)
 
 
 def _as_sums(e: Evaluation, like: Tensor) -> Tensor:

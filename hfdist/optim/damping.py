@@ -143,5 +143,11 @@ DAMPING_RULES: dict[str, Callable[[Outcome, DampingOptions], float]] = {
 
 def next_damping(outcome: Outcome, options: DampingOptions, default: str) -> float:
     """The next lambda by the options' rule; `default` is what "auto" means."""
-    rule = default if options.damping_rule == "auto" else options.damping_rule
-    return DAMPING_RULES[rule if options.adapt_damping else "fixed"](outcome, options)
+    return DAMPING_RULES[rule_of(options, default)](outcome, options)
+
+
+def rule_of(options: DampingOptions, default: str) -> str:
+    """The name of the options' rule; `default` is what "auto" means."""
+    if not options.adapt_damping:
+        return "fixed"
+    return default if options.damping_rule == "auto" else options.damping_rule

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from hfdist.optim.backtracking import Choice, backtrack
-from hfdist.optim.damping import Outcome, next_damping, reduction_ratio
+from hfdist.optim.backtracking import Choice, backtrack, climb
+from hfdist.optim.damping import Outcome, next_damping, reduction_ratio, rule_of
 from hfdist.optim.line_search import LineSearchResult, line_search
 from hfdist.optim.objective import Problem
 from hfdist.optim.options import HFOptions
@@ -28,8 +28,13 @@ class HFState:
     """lambda of the next step."""
     x0: Tensor | None = None
     """Last CG iterate of the last step, this rank's part [n] (not the backtracked one, [1] sec. 4.6)."""
+    """... or, for the solver krylov, the last step itself."""
     step: int = 0
     """Number of the next step."""
+    explore: bool = True
+    """Nothing is known of the right lambda: candidates of all sizes are looked at."""
+    curvature_seen: float | None = None
+    """d'Bd of the last step d, on the examples that it was computed from."""
 
 
 class Clock:
@@ -113,6 +118,7 @@ def hf_step(
                 damping=state.damping,
                 preconditioner=problem.preconditioner,
                 start=x0,
+                costs=lambda: problem.costs,
                 keep_path=options.use_cg_backtracking or options.reduction_ratio_at == "last",
                 space=space,
                 on_iteration=on_cg_iteration,
@@ -128,7 +134,10 @@ def hf_step(
     with clock.phase("backtracking"):
         loss_0 = problem.start_loss()
         if not solution.is_path:
-            choice = backtrack(last + 1, candidates, "full")
+            if rule_of(options, "chosen") == "chosen":
+                choice = climb(last + 1, solution.centre, candidates, loss_0, state.explore)
+            else:  # the rule's own lambda, and no other
+                choice = Choice(solution.centre, candidates([solution.centre])[0])
         elif options.use_cg_backtracking:
             choice = backtrack(
                 last + 1, candidates, options.cg_backtracking, options.candidates_per_pass
@@ -197,15 +206,26 @@ def hf_step(
         product_engine=problem.product_engine,
         solver_bytes=solution.num_bytes + (0 if x0 is None else x0.nbytes),
         num_loss_evaluations=candidates.num_evaluations + num_evaluations,
+        curvature_ratio=_curvature_ratio(state, solution),
+        work=problem.costs.step(
+            solution.num_products, candidates.num_evaluations + num_evaluations
+        ),
         seconds=clock.total(),
         quadratic=tuple(solution.quadratic),
         candidates=candidates.by_iteration(),
     )
     keep_start = accepted or not options.reset_warm_start
+    # d'Bd, from m(d) = g'd + d'Bd/2.
+    curvature = 2.0 * ((chosen.undamped_model or math.nan) - slope)
+    start = solution.next_start
+    if solution.starts_from_step:
+        start = delta.mul_(alpha) if accepted else x0
     next_state = HFState(
         damping=following,
-        x0=solution.next_start if keep_start else None,
+        x0=start if keep_start else None,
         step=state.step + 1,
+        explore=not accepted,
+        curvature_seen=curvature * alpha**2 if accepted else None,
     )
     return report, next_state
 
@@ -214,10 +234,21 @@ _AUTO_DAMPING_RULE = {True: "lm", False: "chosen"}
 """damping_rule=auto: candidates of several lambda choose among them by their losses."""
 
 
+def _curvature_ratio(state: HFState, solution: Solution) -> float:
+    """d'Bd of the last step d on this step's curvature examples, over that on those which it was computed
+    from; NaN where it is not known.
+
+    A step that fits its own examples too closely finds more curvature on others: with the ratio r the step
+    of a quadratic earns 2 - r of what its model says.
+    """
+    seen, now = state.curvature_seen, solution.start_curvature
+    return now / seen if seen and now is not None else math.nan
+
+
 def _warm_start(state: HFState, options: HFOptions) -> Tensor | None:
     """Decayed last solution [2, sec. 10]; the decay may rise over the run [9, A.6]."""
-    if state.x0 is None:
-        return None
+    if state.x0 is None or options.solver != "cg":
+        return state.x0
     decay = options.cg_decay_x0
     if options.cg_decay_x0_max is not None:
         part = min(state.step / options.cg_decay_x0_steps, 1.0)

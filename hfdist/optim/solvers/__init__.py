@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hfdist.optim.solvers import cg, steihaug
+from hfdist.optim.solvers import cg, krylov, steihaug
 from hfdist.optim.solvers.solution import Candidate, Solution, System
 
 __all__ = ["SOLVERS", "Candidate", "Solution", "Solver", "SolverOptions", "System"]
@@ -19,6 +19,7 @@ Solver = Callable[[System, Any], Solution]
 """The second argument is the whole of the options; a solver reads its own."""
 
 SOLVERS: dict[str, Solver] = {
+    "krylov": krylov.solve,
     "cg": cg.solve,
     "steihaug": steihaug.solve,
 }
@@ -26,9 +27,9 @@ SOLVERS: dict[str, Solver] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverOptions(cg.CGOptions):
+class SolverOptions(krylov.KrylovOptions, cg.CGOptions):
     """Which solver, and every solver's options."""
 
-    solver: Literal["cg", "steihaug"] = "cg"
-    """Conjugate gradients [2], or the same with a trust region in place of damping, of radius
-    |gradient| / lambda [8]."""
+    solver: Literal["krylov", "cg", "steihaug"] = "krylov"
+    """A short Krylov space in which damping is chosen after the solve; conjugate gradients [2]; or the same
+    with a trust region in place of damping, of radius |gradient| / lambda [8]."""
