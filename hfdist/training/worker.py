@@ -99,7 +99,13 @@ class Worker:
         self._resume, self._retried = job.resume, job.retried
         self.task, self.model = build(job.config, comm.device)
         self.params = ParameterVector(p for p in self.model.parameters() if p.requires_grad)
-        self._layout = make_layout(self.params, comm, job.config.optim)
+        optim = job.config.optim
+        self._layout = make_layout(self.params, comm, optim)
+        self._engine = ProductEngine(
+            requested=optim.product_engine,
+            memory_budget=optim.memory_budget,
+            verifier=Verifier(mode=optim.verify),
+        )
         name = type(self.task).__name__
         self.data = self.task.train_data()
         self.num_examples = length(self.data, f"{name}.train_data()", "train on")
@@ -137,12 +143,6 @@ class Worker:
         """The loop; see `run`."""
         self._warn_about_batch_norm()
         progress = self._coordinator.start(self._resume, self._info())
-        optim = self.config.optim
-        self._engine = ProductEngine(
-            requested=optim.product_engine,
-            memory_budget=optim.memory_budget,
-            verifier=Verifier(mode=optim.verify),
-        )
         self.model.train()
         try:
             status = self._loop(progress)
@@ -166,7 +166,7 @@ class Worker:
         """Step until the last step, or until somebody asks to stop."""
         try:
             while progress.state.step < self.config.steps:
-                report = self._step(progress)
+                report = self.step(progress)
                 if self._coordinator.commit(report, progress, self.params, self._extra(report)):
                     return Status.KILLED
         except Interrupted:
@@ -253,7 +253,8 @@ class Worker:
 
     # -- a step ----------------------------------------------------------------------------------
 
-    def _step(self, progress: Progress) -> StepReport:
+    def step(self, progress: Progress) -> StepReport:
+        """Take the next step; `progress` moves on with it."""
         step = progress.state.step
         plan = self._plan(step, share=self._curvature_share(progress.state))
         problem = self._problem(plan, step)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hfdist.optim.solvers import cg, krylov, steihaug
+from hfdist.optim.solvers import cg, krylov, metric, steihaug
 from hfdist.optim.solvers.solution import Candidate, Solution, System
 
 __all__ = ["SOLVERS", "Candidate", "Solution", "Solver", "SolverOptions", "System"]
@@ -22,6 +22,7 @@ SOLVERS: dict[str, Solver] = {
     "krylov": krylov.solve,
     "cg": cg.solve,
     "steihaug": steihaug.solve,
+    "metric": metric.solve,
 }
 """The solvers by their names in `solver`."""
 
@@ -30,6 +31,7 @@ SOLVERS: dict[str, Solver] = {
 class SolverOptions(krylov.KrylovOptions, cg.CGOptions):
     """Which solver, and every solver's options."""
 
-    solver: Literal["krylov", "cg", "steihaug"] = "krylov"
+    solver: Literal["krylov", "cg", "steihaug", "metric"] = "krylov"
     """A short Krylov space in which damping is chosen after the solve; conjugate gradients [2]; or the same
-    with a trust region in place of damping, of radius |gradient| / lambda [8]."""
+    with a trust region in place of damping, of radius |gradient| / lambda [8]; or metric: the
+    preconditioned gradient without products, cheap on small batches."""
