@@ -26,6 +26,7 @@ from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import MicrobatchPlan
+from hfdist.data.stream import is_stream
 from hfdist.optim.options import HFOptions
 from hfdist.optim.step import HFState, hf_step
 from hfdist.tasks.task import Task, num_examples
@@ -95,6 +96,8 @@ class Arena:
         data = task.train_data()
         if data is None:
             raise ValueError(f"{type(task).__name__} has no data: nothing to compare on")
+        if is_stream(data):
+            raise ValueError(f"{type(task).__name__}.train_data() is a stream: give it a length")
         n = min(examples or len(data), len(data))  # type: ignore[arg-type]
         loader = BatchLoader(task, data, self._comm.device, torch.float32)
         self.batch = loader.load(MicrobatchPlan(number=0, indices=torch.arange(n)))
