@@ -338,7 +338,8 @@ class Worker:
 
     def _curvature_share(self, state: HFState) -> float:
         """Of the gradient's examples, where `batches.curvature` is auto."""
-        if self.config.optim.solver != "krylov" or self.num_examples is None:
+        is_fixed = self.config.batches.loaders > 0  # processes that load know the plans beforehand
+        if self.config.optim.solver != "krylov" or self.num_examples is None or is_fixed:
             return 1.0
         return state.curvature_share.at(self.config.batches.gradient or self.num_examples)
 
