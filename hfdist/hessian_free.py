@@ -9,7 +9,8 @@ import dataclasses
 import logging
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -129,6 +130,7 @@ class HessianFree(torch.optim.Optimizer):
         self.history: deque[StepReport] = deque(maxlen=1000)
         self._communicator = communicator
         self._engine: ProductEngine | None = None
+        self._leaves_gradient = False
         defaults = dataclasses.asdict(resolved) | {
             "damping_scale": 1.0,
             "frozen": False,
@@ -280,6 +282,7 @@ class HessianFree(torch.optim.Optimizer):
                 preconditioner=make_preconditioner(Context(options=options))
                 if M_func is None
                 else lambda _, __: _of_parts(M_func, layout),
+                move=self._leave_gradient if self._leaves_gradient else None,
             ),
             frozen=FixedRandomness(params.device, _module(model)),
             engine=self._product_engine(options),
@@ -305,6 +308,23 @@ class HessianFree(torch.optim.Optimizer):
             report.reduction_ratio,
         )
         return report.final_loss
+
+    @contextmanager
+    def steps_as_gradients(self) -> Iterator[None]:
+        """Steps inside the block do not move the parameters: they leave minus the step in `.grad`, zeros
+        where it was rejected. See `newton_gradient`."""
+        before, self._leaves_gradient = self._leaves_gradient, True
+        for p in self._trainable().tensors:
+            p.grad = torch.zeros_like(p)
+        try:
+            yield
+        finally:
+            self._leaves_gradient = before
+
+    def _leave_gradient(self, alpha: float, step: Tensor) -> None:
+        params = self._trainable()
+        for p, piece in zip(params.tensors, params.views(step)):
+            p.grad = piece.mul(-alpha).to(p.dtype)
 
     # -- what the seed also has ------------------------------------------------------------------
 
@@ -399,7 +419,7 @@ class HessianFree(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._communicator, self._engine = None, None
+        self._communicator, self._engine, self._leaves_gradient = None, None, False
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -554,6 +574,35 @@ class HessianFree(torch.optim.Optimizer):
                 "Does forward() draw new data or keep state between calls?",
                 stacklevel=3,
             )
+
+
+def newton_gradient(optimizer: HessianFree, *args: Any, **kwargs: Any) -> float:
+    """Leave the Newton direction in the parameters' `.grad`, for any torch optimizer to follow.
+
+    SGD with a learning rate of 1 then takes the Hessian-free step; with momentum, with a schedule, or with
+    Adam, it is their rule on a preconditioned gradient. With `solver="metric"` it costs no products: the
+    cheap mode for small batches.
+
+        newton = HessianFree(model.parameters(), solver="metric")
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for inputs, targets in batches:
+            newton_gradient(newton, model, loss_function, [(inputs, targets)])
+            sgd.step()
+
+    Args:
+        optimizer: Its rules find the direction; its damping follows as if its steps were taken.
+        args, kwargs: As for `HessianFree.acc_step`; or a function for `HessianFree.step`, with that method's
+            other arguments by keyword.
+
+    Returns:
+        The loss where the parameters are. `optimizer.report` is of the whole step; where that was rejected,
+        the gradient is zero.
+    """
+    take = optimizer.acc_step if len(args) > 1 or "loss_func" in kwargs else optimizer.step
+    with optimizer.steps_as_gradients():
+        take(*args, **kwargs)
+    assert optimizer.report is not None
+    return optimizer.report.loss
 
 
 def _module(model: Any) -> nn.Module | None:

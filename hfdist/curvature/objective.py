@@ -49,6 +49,8 @@ class Overrides:
     preconditioner: Callable[[Problem, float | None], Operator | None] | None = None
     """(this objective, damping) -> product with an approximate inverse, of this rank's parts; without
     damping: of the metric of a Krylov space."""
+    move: Callable[[float, Tensor], None] | None = None
+    """(alpha, step [P]) -> what is done with an accepted step instead of moving the parameters by it."""
 
 
 @dataclass(kw_only=True)
@@ -456,10 +458,13 @@ class Problem:
 
     def move(self, alpha: float, delta: Tensor) -> None:
         """Move the parameters, and the batch-norm statistics to where this step's gradient saw them."""
-        if self._trial is None:
-            self._trial = self.params.zeros()
-        theta = self.params.moved(alpha, self._layout.whole(delta), self._trial)
-        self.params.write(theta)
+        delta = self._layout.whole(delta)
+        if self.overrides.move is not None:
+            self.overrides.move(alpha, delta)
+        else:
+            if self._trial is None:
+                self._trial = self.params.zeros()
+            self.params.write(self.params.moved(alpha, delta, self._trial))
         moved = self._fixed.moved_buffers()
         if moved is not None:
             self._fixed.apply(self.comm.all_reduce(moved))

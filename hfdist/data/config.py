@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+MAX_LOADERS = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchesConfig:
@@ -34,12 +36,17 @@ class BatchesConfig:
     with this set they do not depend on the number of workers. null: one microbatch a worker."""
     growth: float = 1.0
     """Factor by which the numbers of examples grow with every step, up to all data."""
+    loaders: int = 0
+    """Processes of each worker that read and collate examples ahead of the steps, one where the data is a
+    stream; 0: a thread of the worker."""
 
     def __post_init__(self) -> None:
         for key in ("gradient", "line_search", "microbatch"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key} is {value}: it must be at least 1, or null")
+        if not 0 <= self.loaders <= MAX_LOADERS:
+            raise ValueError(f"loaders is {self.loaders}: it must be from 0 to {MAX_LOADERS}")
         c = self.curvature
         if isinstance(c, str) and c != "auto":
             raise ValueError(f"curvature is {c!r}: it must be a number, auto, or null")

@@ -54,11 +54,15 @@ class Task(abc.ABC):
         return model(batch)
 
     def train_data(self) -> Dataset | None:
-        """Map-style training data; None for a deterministic function (batches are then None)."""
+        """Training data; None for a deterministic function (batches are then None).
+
+        A map-style data set (`__len__`, `__getitem__`), or a stream of examples (`__iter__`: a torch or
+        Hugging Face IterableDataset), of which a step sees the next `batches.gradient`.
+        """
         return None
 
     def eval_data(self) -> Dataset | None:
-        """Map-style evaluation data, if any."""
+        """Evaluation data, if any: map-style, or a stream that ends."""
         return None
 
     def metrics(self, outputs: Outputs, batch: Batch) -> Mapping[str, Tensor | Weighted]:

@@ -29,7 +29,7 @@ from hfdist.rundir.locations import home_of, is_address
 from hfdist.rundir.stop import StopRequest
 from hfdist.tracking import RunInfo, Status, Tracker
 from hfdist.tracking.description import describe
-from hfdist.tracking.links import TRAINING
+from hfdist.tracking.links import for_training
 from hfdist.tracking.plots import draw_plots
 from hfdist.training.consistency import check_replicas
 from hfdist.training.display import Display
@@ -53,6 +53,8 @@ class Progress:
     evaluation: dict[str, float] = field(default_factory=dict)
     """Last evaluation: {"loss": .., metric: ..}."""
     tracked_as: str | None = None
+    data: dict[str, Any] | None = None
+    """Where this rank's stream of training data stands; None where the data has a length."""
 
 
 class Coordinator:
@@ -151,7 +153,7 @@ class Coordinator:
                 tensor.data.copy_(saved["model"][name])
         self._saved_at = step
         try:
-            run, hf = saved["run"], saved["optimizer"]
+            run, hf, data = saved["run"], saved["optimizer"], saved.get("data")
             x0 = hf.get("x0")
             set_rng_state(saved["rng"])
             asked = self._config.optim.damping
@@ -166,6 +168,8 @@ class Coordinator:
                 final_loss=run["final_loss"],
                 evaluation=dict(run["evaluation"]),
                 tracked_as=run["tracked_as"],
+                # Of fewer or more ranks than now: those that read the whole stream stand at one place.
+                data=data[self._comm.rank % len(data)] if data else None,
             )
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
@@ -233,6 +237,9 @@ class Coordinator:
         if self._comm.is_rank_0:  # before the checkpoint: it is never without its record
             self._lease.check()
             mirror.push(self._config.output, self._run_dir, mirror.RECORD)
+        streams = {}
+        if progress.data is not None:
+            streams = {"data": self._comm.all_gather_object(progress.data)}
         x0 = progress.state.x0
         monitored = progress.evaluation.get("loss", progress.final_loss)
         self._store.save(
@@ -252,6 +259,7 @@ class Coordinator:
                     "tracked_as": progress.tracked_as,
                 },
                 "rng": get_rng_state(),
+                **streams,
                 "config": self._config.to_dict(),
             },
             monitored,
@@ -317,7 +325,7 @@ class Coordinator:
         self._tracker.flush()  # short runs end before their tracker has answered
         result["mlflow_run_id"] = self._tracker.tracked_as or progress.tracked_as
         url = self._tracker.url
-        result["tracking_url"] = f"{url}?{TRAINING}" if url else None
+        result["tracking_url"] = for_training(url) if url else None
         write_json(self._run_dir / files.RESULT, result)
         mirror.push(self._config.output, self._run_dir, (*mirror.RECORD, *mirror.RESULTS))
         self._log_artifact(self._run_dir / files.RESULT)

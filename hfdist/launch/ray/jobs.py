@@ -44,6 +44,8 @@ _TALKATIVE = (
 """Loggers that report every upload."""
 _AGENT_WAIT = 120.0  # seconds that a new head's agent may take to come up
 _CREDENTIALS = ("MLFLOW_TRACKING_", "AWS_", "MLFLOW_S3_", "HFDIST_NOTIFY_")
+_OF_CLIENTS = ("MLFLOW_WORKSPACE",)
+"""Other variables that go with a job."""
 _DESCRIBED = ("task", "steps", "experiment")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -401,7 +403,11 @@ def _is_of(details: JobDetails, run_id: str) -> bool:
 
 
 def _credentials() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key.startswith(_CREDENTIALS)}
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key.startswith(_CREDENTIALS) or key in _OF_CLIENTS
+    }
 
 
 def _link(config: RunConfig, output: Path, run_id: str) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hfdist.optim.least_squares import LeastSquaresOptions
-from hfdist.optim.solvers import auto, cg, dense, krylov, sample_space, steihaug
+from hfdist.optim.solvers import auto, cg, dense, krylov, metric, sample_space, steihaug
 from hfdist.optim.solvers.solution import Candidate, Solution, System
 
 __all__ = ["SOLVERS", "Candidate", "Solution", "Solver", "SolverOptions", "System"]
@@ -26,6 +26,7 @@ SOLVERS: dict[str, Solver] = {
     "dense": dense.solve,
     "sample_space": sample_space.solve,
     "auto": auto.solve,
+    "metric": metric.solve,
 }
 """The solvers by their names in `solver`."""
 
@@ -34,9 +35,10 @@ SOLVERS: dict[str, Solver] = {
 class SolverOptions(krylov.KrylovOptions, cg.CGOptions, LeastSquaresOptions):
     """Which solver, and every solver's options."""
 
-    solver: Literal["auto", "krylov", "cg", "steihaug", "dense", "sample_space"] = "auto"
+    solver: Literal["auto", "krylov", "cg", "steihaug", "metric", "dense", "sample_space"] = "auto"
     """krylov: a short Krylov space in which damping is chosen after the solve; cg: conjugate gradients [2];
-    steihaug: the same with a trust region in place of damping, of radius |gradient| / lambda [8]; dense: the
-    whole matrix, of thousands of parameters at most; sample_space: for residuals, the system in their space,
-    for fewer residuals than parameters. auto: of residuals, the cheapest of dense, sample_space and krylov by
-    their sizes; otherwise krylov."""
+    steihaug: the same with a trust region in place of damping, of radius |gradient| / lambda [8]; metric: the
+    preconditioned gradient without products, cheap on small batches; dense: the whole matrix, of thousands of
+    parameters at most; sample_space: for residuals, the system in their space, for fewer residuals than
+    parameters. auto: of residuals, the cheapest of dense, sample_space and krylov by their sizes; otherwise
+    krylov."""
