@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from hfdist.data.batches import collated, on_device
@@ -44,15 +43,15 @@ class BatchLoader:
         self._source, self._processes, self._seed = source, processes, seed
         self._task, self._dataset, self._device, self._dtype = task, dataset, device, dtype
         self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[tuple[int, bytes], Future[Batch]] = {}
-        self._made: Iterator[tuple[tuple[int, bytes], Batch]] | None = None
+        self._coming: dict[Any, Future[Batch]] = {}
+        self._made: Iterator[tuple[Any, Batch]] | None = None
         # Hugging Face's data sets have a `batch`, too, which is another thing.
         is_array_like = hasattr(dataset, "batch") and not hasattr(dataset, "__getitems__")
         self._whole_batches = type(task).collate is Task.collate and is_array_like
 
-    def first(self, n: int) -> Batch:
-        """The first examples of the data set."""
-        return self._make(MicrobatchPlan(number=0, indices=torch.arange(n)))
+    def first(self, n: int, term: int | None = None) -> Batch:
+        """The first examples of the data set, or of a term."""
+        return self._make(MicrobatchPlan(number=0, indices=torch.arange(n), term=term))
 
     def expect(self, plans: Iterable[tuple[int, MicrobatchPlan]]) -> None:
         """What will be loaded, in its order: processes, if there are any, begin with it."""
@@ -101,14 +100,18 @@ class BatchLoader:
     def _make(self, plan: MicrobatchPlan) -> Batch:
         if self._dataset is None:
             return None
-        return on_device(self._on_host(plan.indices), self._device, self._dtype)
+        return on_device(self._on_host(plan), self._device, self._dtype)
 
-    def _made_by_process(self, plan: MicrobatchPlan) -> tuple[tuple[int, bytes], Batch]:
-        return _key(plan), self._on_host(plan.indices)
+    def _made_by_process(self, plan: MicrobatchPlan) -> tuple[Any, Batch]:
+        return _key(plan), self._on_host(plan)
 
-    def _on_host(self, indices: Tensor) -> Batch:
+    def _on_host(self, plan: MicrobatchPlan) -> Batch:
         data: Any = self._dataset
+        indices = plan.indices
         name, kind = f"{type(self._task).__name__}.{self._source}()", type(data).__name__
+        if plan.term is not None:
+            with user_code(f"drawing points of {name}", type(self._task), DataError):
+                return data.points(plan.term, plan.draw, indices)
         if self._whole_batches:
             with user_code(f"{kind}.batch() of {name}", type(data).batch, DataError):
                 return data.batch(indices)
@@ -122,5 +125,5 @@ class BatchLoader:
         return collated(self._task, examples)
 
 
-def _key(plan: MicrobatchPlan) -> tuple[int, bytes]:
-    return plan.number, plan.indices.numpy().tobytes()
+def _key(plan: MicrobatchPlan) -> Any:
+    return plan.number, plan.term, plan.draw, plan.indices.numpy().tobytes()

@@ -282,6 +282,7 @@ class Coordinator:
         example_inputs: Callable[[], Any] = lambda: None,
         error: str | None = None,
         save: bool | None = None,
+        draw: Callable[[Path], Sequence[Path]] = lambda folder: (),
     ) -> dict[str, Any]:
         """Close the run: last checkpoint (by default, unless it has failed), plots, model, result.json.
 
@@ -313,6 +314,7 @@ class Coordinator:
         plots: list[Path] = []
         with _never_failing("the plots are not drawn"):
             plots = draw_plots(self._records, self._run_dir / files.PLOTS)
+            plots += draw(self._run_dir / files.PLOTS)
             for path in plots:
                 self._tracker.log_plot(path, progress.state.step)
         if self._log.path.exists():
