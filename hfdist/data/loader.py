@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset
 
 from hfdist.data.plan import MicrobatchPlan
+from hfdist.devices import CopyStream
 from hfdist.errors import DataError
 from hfdist.tasks.task import Batch, Task
 from hfdist.tasks.user_code import user_code
@@ -23,7 +24,7 @@ class BatchLoader:
     Args:
         task: Its `collate` makes batches of examples.
         dataset: Map-style; None for a deterministic function, whose batches are None.
-        device: Where batches go; from pinned memory and without waiting, where it is a GPU.
+        device: Where batches go; beside what it computes, where it is an accelerator.
         dtype: Type of floating-point leaves.
         source: The task's method that gave the data set, for messages.
     """
@@ -38,8 +39,9 @@ class BatchLoader:
     ) -> None:
         self._source = source
         self._task, self._dataset, self._device, self._dtype = task, dataset, device, dtype
+        self._copies = CopyStream(device)
         self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[tuple[int, bytes], Future[Batch]] = {}
+        self._coming: dict[tuple[int, bytes], Future[tuple[Batch, torch.Event | None]]] = {}
         whole = type(task).collate is Task.collate and hasattr(dataset, "batch")
         self._whole_batches = whole
 
@@ -50,7 +52,9 @@ class BatchLoader:
             DataError: The data set fails on an example, or the task cannot make a batch.
         """
         coming = self._coming.pop(_key(plan), None)
-        return self._make(plan) if coming is None else coming.result()
+        batch, event = self._make(plan) if coming is None else coming.result()
+        self._copies.arrived(event, [t for t in tree_leaves(batch) if isinstance(t, Tensor)])
+        return batch
 
     def prefetch(self, plans: Sequence[MicrobatchPlan]) -> None:
         """Begin to make these batches; what is not loaded until the next call is dropped."""
@@ -69,20 +73,18 @@ class BatchLoader:
             self._pool = None
         self._coming = {}
 
-    def _make(self, plan: MicrobatchPlan) -> Batch:
+    def _make(self, plan: MicrobatchPlan) -> tuple[Batch, torch.Event | None]:
         if self._dataset is None:
-            return None
-        on_gpu = self._device.type == "cuda"
+            return None, None
 
         def to_device(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            dtype = self._dtype if leaf.is_floating_point() else leaf.dtype
-            if on_gpu and leaf.device.type == "cpu":
-                return leaf.to(dtype).pin_memory().to(self._device, non_blocking=True)
-            return leaf.to(self._device, dtype)
+            return self._copies.copy(
+                leaf.to(self._dtype if leaf.is_floating_point() else leaf.dtype)
+            )
 
-        return tree_map(to_device, self._on_host(plan.indices))
+        return tree_map(to_device, self._on_host(plan.indices)), self._copies.event()
 
     def _on_host(self, indices: Tensor) -> Batch:
         data: Any = self._dataset
