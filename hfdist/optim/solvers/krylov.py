@@ -70,8 +70,8 @@ FACTOR = 4.0
 RUNGS = 16
 """Candidates on each side of the step's lambda, at most."""
 WORTH = 2.0
-"""A product must buy this much more of the decrease than the step so far did on average: the next step, with a
-new gradient and the last step beside it, buys more than the average."""
+"""A product must buy this much more of the decrease than the step so far did on average: the next step, with
+a new gradient and the last step beside it, buys more than the average."""
 NOTHING = 1e-6
 """Part of the last step's curvature outside the space under which it has nothing outside."""
 SAME = 1e-2
