@@ -25,6 +25,7 @@ from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, from
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
 from hfdist.curvature.verify import Verifier
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import (
@@ -329,7 +330,7 @@ class Worker:
         plan = self._plan(step, share=share)
         try:
             self._loader.begin(step, plan)
-            problem = self._problem(plan, step)
+            problem = self._problem(plan, step, progress.memory)
         except WorkerError:
             if self._stop.requested:  # whoever asked this process to end asked its loaders, too
                 raise Interrupted from None
@@ -362,7 +363,7 @@ class Worker:
         """The objective of a step, with all examples of the curvature's role."""
         plan = self._plan(step)
         self._loader.begin(step, plan)
-        return self._problem(plan, step)
+        return self._problem(plan, step, PreconditionerMemory())
 
     def _curvature_share(self, state: HFState) -> float:
         """Of the gradient's examples, where `batches.curvature` is auto."""
@@ -404,7 +405,7 @@ class Worker:
     def _load(self, role: RolePlan) -> list[tuple[MicrobatchPlan, Batch]]:
         return [(plan, self._loader.load(plan)) for plan in role.microbatches]
 
-    def _problem(self, plan: StepPlan, step: int) -> Problem:
+    def _problem(self, plan: StepPlan, step: int, memory: PreconditionerMemory) -> Problem:
         seed = mixed(self.config.seed, "forward", step)
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
@@ -433,11 +434,15 @@ class Worker:
         same_loss = plan.line_search is plan.gradient
         loss = gradient if same_loss else role(self._load(plan.line_search))
         options = self.config.optim
+        is_finite = self._terms is None and self._stream is None
+        sees_all_examples = is_finite and plan.gradient.num_examples == (self.num_examples or 1)
         context = Context(
             task=self.task,
             model=self.model,
             gradient=[(microbatch, batch) for microbatch, (_, batch) in zip(gradient, loaded)],
             options=options,
+            sees_all_examples=sees_all_examples,
+            memory=memory,
         )
         return Problem(
             params=self.params,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,90 +41,97 @@ class Statistics:
     others: dict[int, Tensor]
     """Of a parameter of no known layer, the mean of the diagonal [1]."""
 
-    def named(self) -> Iterator[tuple[object, list[Tensor]]]:
-        """(key, its tensors)."""
-        for key, (A, G) in self.layers.items():
-            yield key, [A.blocks, G.blocks]
-        for vector, blocks in self.vectors.items():
-            yield vector, [blocks]
-        for k, mean in self.others.items():
-            yield k, [mean]
+    def averaged(self, old: Statistics, mass: float) -> Statistics:
+        """The mean of this and an older one that counts `mass` times; what only one of them has stays."""
+
+        def mean(new: Tensor, before: Tensor) -> Tensor:
+            # What no example went through this time says nothing.
+            is_empty = (new.diagonal(dim1=-2, dim2=-1) if new.ndim > 1 else new).sum() == 0
+            return torch.where(is_empty, before, (new + mass * before) / (1.0 + mass))
+
+        def factors(key: KroneckerKey) -> tuple[Factor, Factor]:
+            pairs = zip(self.layers[key], old.layers.get(key, self.layers[key]))
+            A, G = (Factor(blocks=mean(a.blocks, b.blocks), n=a.n) for a, b in pairs)
+            return A, G
+
+        return Statistics(
+            layers={key: factors(key) for key in self.layers},
+            vectors={k: mean(t, old.vectors.get(k, t)) for k, t in self.vectors.items()},
+            others={k: mean(t, old.others.get(k, t)) for k, t in self.others.items()},
+        )
 
 
-class StatisticsPass:
-    """Takes the statistics of a step; remembers between steps which layers the ranks have seen.
+def take_statistics(
+    problem: Problem, sampling: Sampling, agreed: Seen | None = None
+) -> tuple[BlockPlan, Statistics, Seen]:
+    """Statistics of a step. Collective: one reduction; an exchange first, where a rank has seen what is not
+    in `agreed`.
 
     Args:
+        problem: The objective, after its gradient.
         sampling: How much is looked at.
+        agreed: What any rank has seen in earlier steps, the same on all of them.
+
+    Returns:
+        The blocks, their statistics, and what any rank has seen by now.
+
+    Raises:
+        DataError: The weights of the examples add up to nothing.
     """
+    sums = _LocalSums(problem.params.zeros()[:0])
+    for microbatch in problem.roles.gradient:
+        part = microbatch if microbatch.part is None else microbatch.part(sampling.share)
+        sums.add_microbatch(problem, part, sampling)
+    while True:
+        if agreed is None:
+            agreed = Seen()
+            for seen in problem.comm.all_gather_object(sums.seen):
+                agreed.update(seen)
+        plan = plan_blocks(agreed, problem.params.tensors)
+        found = _reduced(problem, plan, sums, sampling.samples, not agreed.includes(sums.seen))
+        if found is not None:
+            return plan, found, agreed
+        agreed = None
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
-        self.agreed: Seen | None = None
-        """What any rank has seen so far, the same on all of them."""
 
-    def __call__(self, problem: Problem) -> tuple[BlockPlan, Statistics]:
-        """Collective: one reduction; an exchange and another one where a rank has seen something new.
-
-        Raises:
-            DataError: The weights of the examples add up to nothing.
-        """
-        sums = _LocalSums(problem.params.zeros()[:0])
-        for microbatch in problem.roles.gradient:
-            part = microbatch if microbatch.part is None else microbatch.part(self._sampling.share)
-            sums.add_microbatch(problem, part, self._sampling)
-        while True:
-            if self.agreed is None:
-                self.agreed = Seen()
-                for seen in problem.comm.all_gather_object(sums.seen):
-                    self.agreed.update(seen)
-            plan = plan_blocks(self.agreed, problem.params.tensors)
-            is_new = not self.agreed.includes(sums.seen)
-            found = self._reduced(problem, plan, sums, is_new)
-            if found is not None:
-                return plan, found
-            self.agreed = None
-
-    def _reduced(
-        self, problem: Problem, plan: BlockPlan, sums: _LocalSums, is_new: bool
-    ) -> Statistics | None:
-        """Sums over the ranks, normalised; None if any of them has seen something that is not in the plan."""
-        samples, like = self._sampling.samples, sums.like
-        layers = [sums.layers.get(key) or LayerSums.zeros(key, like) for key in plan.keys]
-        vectors = [
-            sums.vectors[key] if key in sums.vectors else vector_blocks(key, like)
-            for key in plan.vectors
-        ]
-        others = [
-            sums.others.get(k, like.new_zeros(samples, *problem.params.tensors[k].shape)).view(-1)
-            for k in plan.others
-        ]
-        ends = torch.tensor([sums.weight, float(is_new)], dtype=like.dtype, device=like.device)
-        tensors = [t for layer in layers for t in layer.tensors] + vectors + others + [ends]
-        if problem.comm.world_size > 1:
-            flat = packed(tensors)
-            problem.comm.all_reduce(flat)
-            tensors = unpacked(flat, tensors)
-        weight, num_new = tensors[-1].tolist()
-        if num_new > 0:
-            return None
-        problem.count_statistics(weight)
-        scale = problem.scale(weight) / samples
-        rest = iter(tensors)
-        result = Statistics(layers={}, vectors={}, others={})
-        for key, layer in zip(plan.keys, layers):
-            A, G, uses = next(rest), next(rest), next(rest)
-            result.layers[key] = (
-                Factor(blocks=A / uses.clamp(min=1.0), n=layer.A.n),
-                Factor(blocks=G * scale, n=layer.G.n),
-            )
-        for vector in plan.vectors:
-            result.vectors[vector] = next(rest) * scale
-        for k in plan.others:
-            # Signs of different examples are independent: the square of the sum is the sum of squares, in
-            # the mean.
-            result.others[k] = next(rest).square().mean().reshape(1) * (scale * samples)
-        return result
+def _reduced(
+    problem: Problem, plan: BlockPlan, sums: _LocalSums, samples: int, is_new: bool
+) -> Statistics | None:
+    """Sums over the ranks, normalised; None if any of them has seen something that is not in the plan."""
+    like = sums.like
+    layers = [sums.layers.get(key) or LayerSums.zeros(key, like) for key in plan.keys]
+    vectors = [
+        sums.vectors[key] if key in sums.vectors else vector_blocks(key, like)
+        for key in plan.vectors
+    ]
+    others = [
+        sums.others.get(k, like.new_zeros(samples, *problem.params.tensors[k].shape)).view(-1)
+        for k in plan.others
+    ]
+    ends = torch.tensor([sums.weight, float(is_new)], dtype=like.dtype, device=like.device)
+    tensors = [t for layer in layers for t in layer.tensors] + vectors + others + [ends]
+    if problem.comm.world_size > 1:
+        tensors = unpacked(problem.comm.all_reduce(packed(tensors)), tensors)
+    weight, num_new = tensors[-1].tolist()
+    if num_new > 0:
+        return None
+    problem.count_statistics(weight)
+    scale = problem.scale(weight) / samples
+    rest = iter(tensors)
+    result = Statistics(layers={}, vectors={}, others={})
+    for key, layer in zip(plan.keys, layers):
+        A, G, uses = next(rest), next(rest), next(rest)
+        result.layers[key] = (
+            Factor(blocks=A / uses.clamp(min=1.0), n=layer.A.n),
+            Factor(blocks=G * scale, n=layer.G.n),
+        )
+    for vector in plan.vectors:
+        result.vectors[vector] = next(rest) * scale
+    for k in plan.others:
+        # Signs of different examples are independent: in the mean, the square of the sum is the sum of
+        # the squares.
+        result.others[k] = next(rest).square().mean().reshape(1) * (scale * samples)
+    return result
 
 
 @dataclass

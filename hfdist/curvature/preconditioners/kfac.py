@@ -12,23 +12,30 @@ from __future__ import annotations
 
 from hfdist.curvature.kronecker.blocks import BlockDiagonal
 from hfdist.curvature.kronecker.keys import BlockPlan
-from hfdist.curvature.kronecker.statistics import Sampling, Statistics, StatisticsPass
+from hfdist.curvature.kronecker.statistics import Sampling, Statistics
 from hfdist.curvature.objective import Problem
 from hfdist.curvature.preconditioners.context import Builder, Context
 from hfdist.optim.objective import Operator
+
+STOCHASTIC_DECAY = 0.9
+"""`kfac_decay` where a step does not see all examples."""
 
 
 def kfac(context: Context) -> Builder:
     """Blocks of layers; multiples of the identity elsewhere."""
     options = context.options
-    sampling = Sampling(share=options.kfac_examples)
-    taken: list[
-        tuple[BlockPlan, Statistics]
-    ] = []  # of this step: statistics do not depend on the damping
+    sampling = Sampling(
+        share=options.kfac_examples, samples=options.kfac_samples, shared=options.kfac_shared
+    )
+    decay = options.kfac_decay
+    if decay is None:
+        decay = 0.0 if context.sees_all_examples else STOCHASTIC_DECAY
+    taken: list[tuple[BlockPlan, Statistics]] = []  # once a step, whatever its dampings
 
     def build(problem: Problem, damping: float | None) -> Operator:
         if not taken:
-            taken.append(StatisticsPass(sampling)(problem))
+            memory = context.memory.statistics
+            taken.append(memory.take(problem, sampling, decay, options.kfac_refresh))
         plan, statistics = taken[0]
         return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping))
 
