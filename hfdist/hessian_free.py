@@ -282,7 +282,9 @@ class HessianFree(torch.optim.Optimizer):
             overrides=Overrides(
                 gradient=grad,
                 product=mvp,
-                preconditioner=make_preconditioner(Context(options=options, memory=self._memory))
+                preconditioner=make_preconditioner(
+                    Context(options=options, damping=self.damping, memory=self._memory)
+                )
                 if M_func is None
                 else lambda _, __: _of_parts(M_func, layout),
                 move=self._leave_gradient if self._leaves_gradient else None,

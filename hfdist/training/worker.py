@@ -330,7 +330,7 @@ class Worker:
         plan = self._plan(step, share=share)
         try:
             self._loader.begin(step, plan)
-            problem = self._problem(plan, step, progress.memory)
+            problem = self._problem(plan, progress.state, progress.memory)
         except WorkerError:
             if self._stop.requested:  # whoever asked this process to end asked its loaders, too
                 raise Interrupted from None
@@ -363,7 +363,8 @@ class Worker:
         """The objective of a step, with all examples of the curvature's role."""
         plan = self._plan(step)
         self._loader.begin(step, plan)
-        return self._problem(plan, step, PreconditionerMemory())
+        state = HFState(damping=self.config.optim.damping, step=step)
+        return self._problem(plan, state, PreconditionerMemory())
 
     def _curvature_share(self, state: HFState) -> float:
         """Of the gradient's examples, where `batches.curvature` is auto."""
@@ -405,8 +406,8 @@ class Worker:
     def _load(self, role: RolePlan) -> list[tuple[MicrobatchPlan, Batch]]:
         return [(plan, self._loader.load(plan)) for plan in role.microbatches]
 
-    def _problem(self, plan: StepPlan, step: int, memory: PreconditionerMemory) -> Problem:
-        seed = mixed(self.config.seed, "forward", step)
+    def _problem(self, plan: StepPlan, state: HFState, memory: PreconditionerMemory) -> Problem:
+        seed = mixed(self.config.seed, "forward", state.step)
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
             return [
@@ -441,6 +442,7 @@ class Worker:
             model=self.model,
             gradient=[(microbatch, batch) for microbatch, (_, batch) in zip(gradient, loaded)],
             options=options,
+            damping=state.damping,
             sees_all_examples=sees_all_examples,
             memory=memory,
         )

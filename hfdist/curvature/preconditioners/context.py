@@ -35,5 +35,7 @@ class Context:
     only functions of the microbatches are known."""
     sees_all_examples: bool = True
     """Whether the gradient's are all that there are; otherwise statistics may be averaged over steps."""
+    damping: float = 1.0
+    """lambda of the step."""
     memory: PreconditionerMemory = field(default_factory=PreconditionerMemory)
     """What earlier steps left; the run's."""

@@ -17,6 +17,10 @@ from hfdist.curvature.objective import Problem
 from hfdist.curvature.preconditioners.context import Builder, Context
 from hfdist.optim.objective import Operator
 
+RELATIVE_DAMPING = 0.1
+"""What a metric adds to each factor, and to each block without factors, in units of its mean diagonal element,
+times the root of the step's lambda: two factors have lambda's own part of their product. The steps of a large
+lambda are short of what the metric says of flat directions, those of a small one need it."""
 STOCHASTIC_DECAY = 0.9
 """`kfac_decay` where a step does not see all examples."""
 
@@ -37,6 +41,7 @@ def kfac(context: Context) -> Builder:
             memory = context.memory.statistics
             taken.append(memory.take(problem, sampling, decay, options.kfac_refresh))
         plan, statistics = taken[0]
-        return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping))
+        relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5 if damping is None else 0.0
+        return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping, relative))
 
     return build
