@@ -31,7 +31,9 @@ def laplacian(
         model: Maps points [n, d] to [n, m], each point for itself: a module or function of linear layers,
             smooth activations, products, sums and rearrangements.
         x: Points [n, d].
-        coordinates: The Laplacian's; None: all. (Of the coordinates t, x, y: 1, 2.)
+        coordinates: The Laplacian's; None: all. (Of the coordinates t, x, y: 1, 2. None of them, []: where
+        the
+            gradient alone is wanted.)
 
     Returns:
         u [n, m], du/dx [n, d, m], sum of d2u/dx_k^2 over the coordinates [n, m].
