@@ -206,7 +206,7 @@ class Heat(Evolution):
             raise TaskError(f"task_args.kappa is {kappa}: it must be above 0")
         self._kappa = kappa
 
-    box = ((0.0, 1.0), (0.0, 1.0))  # type: ignore[assignment]
+    box = ((0.0, 1.0), (0.0, 1.0))
 
     def solution(self, points: Tensor) -> Tensor:
         t, x = points.T
@@ -220,7 +220,7 @@ class Heat(Evolution):
 class Periodic(Evolution):
     """Equal values at both ends of the interval in x."""
 
-    box = ((0.0, 1.0), (0.0, 2.0 * pi))  # type: ignore[assignment]
+    box = ((0.0, 1.0), (0.0, 2.0 * pi))
 
     def ends(self, n: int, generator: Generator) -> Tensor:
         return self.at(n, generator, 1, 0.0)
@@ -283,7 +283,7 @@ class Burgers(Evolution):
         **points: See `Equation`.
     """
 
-    box = ((0.0, 1.0), (-1.0, 1.0))  # type: ignore[assignment]
+    box = ((0.0, 1.0), (-1.0, 1.0))
 
     def __init__(self, nu: float = 0.01 / pi, **points: int) -> None:
         super().__init__(**points)  # type: ignore[arg-type]
