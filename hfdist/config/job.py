@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -214,6 +215,18 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         or (has_user_information(str(plain.get(key))) and is_all_reference(str(value)))
     )
     return _with_task_beside(config, path.parent)
+
+
+def merged(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Plain values with `key=value` overrides on top.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
+    written = copy.deepcopy(dict(values))
+    for override in overrides:
+        _apply(written, override)
+    return written
 
 
 def from_dict(values: Mapping[str, Any], where: str = "the job") -> RunConfig:

@@ -27,6 +27,8 @@ class TrackingConfig:
     uri: str | None = None
     """Tracking server or store; by default MLFLOW_TRACKING_URI, else a sqlite file in `output`. Users and
     tokens come from MLflow's own variables (MLFLOW_TRACKING_USERNAME, ..._PASSWORD, ..._TOKEN)."""
+    workspace: str | None = None
+    """Workspace of a server that has them; by default MLFLOW_WORKSPACE, else the server's own default."""
     experiment: str = "hfdist"
     """Experiment that the run belongs to."""
     parent_run: str | None = None
@@ -58,6 +60,8 @@ class TrackingConfig:
             raise ValueError(
                 f"uri is {self.uri}: MLflow's file stores are gone, use sqlite:///FILE"
             )
+        if self.workspace is not None and not self.workspace.strip():
+            raise ValueError("workspace is empty: name one, or null")
         if not self.experiment:
             raise ValueError("experiment is empty: name one")
         if not self.system_metrics_every > 0:
@@ -75,6 +79,11 @@ def store_uri(config: TrackingConfig, output: Path) -> str:
     """Address of the tracking store: the job's, the environment's, or a sqlite file in `output`."""
     configured = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
     return configured or f"sqlite:///{output.expanduser().resolve() / 'mlflow.db'}"
+
+
+def workspace(config: TrackingConfig) -> str | None:
+    """Workspace of the server: the job's or the environment's."""
+    return config.workspace or os.environ.get("MLFLOW_WORKSPACE") or None
 
 
 def artifact_root(uri: str, output: Path) -> str | None:

@@ -27,7 +27,11 @@ class MicrobatchPlan:
     number: int
     """Place on the step's grid; seeds its random numbers."""
     indices: Tensor
-    """Places in the data set, int64 [n]."""
+    """Places in the data set, or in the term's points, int64 [n]."""
+    term: int | None = None
+    """Of data in terms (see `hfdist.data.points`): which one."""
+    draw: int = 0
+    """Number of the draw of its points."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,9 +50,20 @@ class StepPlan:
     gradient: RolePlan
     curvature: RolePlan
     line_search: RolePlan
+    num_read: int = 0
+    """Of a stream: examples that this rank reads for the step."""
+
+    def microbatches(self) -> list[MicrobatchPlan]:
+        """What the step loads, in its order, each role once."""
+        roles = [self.gradient]
+        roles += [r for r in (self.curvature, self.line_search) if r is not self.gradient]
+        return [microbatch for role in roles for microbatch in role.microbatches]
 
 
 Costs = Sequence[float] | Tensor | None
+
+_ENDLESS = 1 << 40
+"""Stands for the length of a stream."""
 
 
 def plan_step(
@@ -60,6 +75,7 @@ def plan_step(
     rank: int,
     world_size: int,
     costs: Costs = None,
+    curvature_share: float = 1.0,
 ) -> StepPlan:
     """Draw a step's examples and take this rank's share.
 
@@ -71,6 +87,7 @@ def plan_step(
         num_examples: Length of the data; None for a deterministic function, which rank 0 evaluates.
         seed, step, rank, world_size: What the plan is a function of.
         costs: Relative work of every example; ranks are then balanced by work instead of number.
+        curvature_share: Of the gradient's examples, where `batches.curvature` is auto.
 
     Raises:
         DataError: A role is larger than the data.
@@ -89,12 +106,78 @@ def plan_step(
 
     gradient = share(examples[: sizes.gradient])
     curvature = gradient
-    if sizes.curvature != sizes.gradient:
-        curvature = share(examples[: sizes.curvature])
+    num_curvature = sizes.curvature
+    if config.curvature == "auto":
+        num_curvature = min(
+            sizes.gradient, max(world_size, round(curvature_share * sizes.gradient))
+        )
+    if num_curvature != sizes.gradient:
+        curvature = share(examples[:num_curvature])
     line_search = gradient
     if sizes.line_search is not None:
         line_search = share(examples[len(examples) - sizes.line_search :])
     return StepPlan(gradient=gradient, curvature=curvature, line_search=line_search)
+
+
+def plan_stream_step(
+    config: BatchesConfig, *, step: int, rank: int, world_size: int, is_sharded: bool
+) -> StepPlan:
+    """Take this rank's share of the next examples of a stream.
+
+    A microbatch's indices are places among the `num_read` examples that this rank reads for the step. Where
+    every rank reads the whole stream, the step's examples and their cut into microbatches are global, as
+    those of `plan_step`; where each reads its own part, the sizes of the roles are divided among the ranks.
+
+    Args:
+        config: Sizes of the roles; `gradient` is a number.
+        step, rank, world_size: What the plan is a function of.
+        is_sharded: Whether each rank reads its own part.
+    """
+    sizes = _Sizes.of(config, _ENDLESS, step)
+    parts = [sizes.gradient, sizes.curvature, sizes.line_search or 0]
+    if is_sharded:
+        parts = [n // world_size + (rank < n % world_size) for n in parts]
+    gradient, curvature, line_search = parts
+    drawn = max(gradient, curvature)
+    places = torch.arange(drawn + line_search)
+
+    def share(indices: Tensor, total: int) -> RolePlan:
+        if not is_sharded:
+            return _share(indices, config.microbatch, rank, world_size, None)
+        pieces = indices.split(config.microbatch or max(len(indices), 1))
+        return RolePlan(
+            microbatches=tuple(
+                MicrobatchPlan(number=rank + world_size * k, indices=piece)
+                for k, piece in enumerate(pieces)
+                if len(piece)
+            ),
+            num_examples=total,
+        )
+
+    of_gradient = share(places[:gradient], sizes.gradient)
+    of_curvature = of_line_search = of_gradient
+    if sizes.curvature != sizes.gradient:
+        of_curvature = share(places[:curvature], sizes.curvature)
+    if sizes.line_search is not None:
+        of_line_search = share(places[drawn:], sizes.line_search)
+    return StepPlan(
+        gradient=of_gradient,
+        curvature=of_curvature,
+        line_search=of_line_search,
+        num_read=len(places),
+    )
+
+
+def gradient_examples(config: BatchesConfig, step: int) -> int:
+    """Gradient examples of a step on a stream, over all ranks."""
+    return _Sizes.of(config, _ENDLESS, step).gradient
+
+
+def examples_until(config: BatchesConfig, step: int) -> int:
+    """Gradient examples of the steps before `step` on a stream, over all ranks."""
+    if config.growth == 1.0:
+        return step * gradient_examples(config, 0)
+    return sum(gradient_examples(config, s) for s in range(step))
 
 
 def data_passes(config: BatchesConfig, num_examples: int | None, step: int) -> float:
@@ -134,7 +217,7 @@ class _Sizes:
             )
 
         gradient = size("gradient", config.gradient)
-        if config.curvature is None:
+        if config.curvature is None or isinstance(config.curvature, str):
             curvature = gradient
         elif isinstance(config.curvature, float):
             curvature = max(1, round(config.curvature * gradient))

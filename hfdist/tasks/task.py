@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -53,16 +54,32 @@ class Task(abc.ABC):
         return model(batch)
 
     def train_data(self) -> Dataset | None:
-        """Map-style training data; None for a deterministic function (batches are then None)."""
+        """Training data; None for a deterministic function (batches are then None).
+
+        A map-style data set (`__len__`, `__getitem__`), or a stream of examples (`__iter__`: a torch or
+        Hugging Face IterableDataset), of which a step sees the next `batches.gradient`.
+        """
         return None
 
     def eval_data(self) -> Dataset | None:
-        """Map-style evaluation data, if any."""
+        """Evaluation data, if any: map-style, or a stream that ends."""
         return None
 
     def metrics(self, outputs: Outputs, batch: Batch) -> Mapping[str, Tensor | Weighted]:
         """Evaluation metrics of one batch: means over its examples, or (sum, weight) pairs."""
         return {}
+
+    def summary(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """What is reported of the loss and the metrics: made of their means over all evaluation data."""
+        return means
+
+    def draw(self, model: nn.Module, folder: Path) -> Sequence[Path]:
+        """Pictures of the trained model, written into a folder at the end of a run."""
+        return []
+
+    def batch_name(self, batch: Batch) -> str:
+        """What messages call a batch's loss."""
+        return f"{type(self).__name__}.loss"
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         """Make a batch of examples. Override to pad sequences."""

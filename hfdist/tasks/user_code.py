@@ -18,7 +18,7 @@ from hfdist.tasks.task import Task
 
 METHODS = (
     *("model", "forward", "loss", "train_data", "eval_data", "metrics"),
-    *("example_costs", "example_inputs"),
+    *("example_costs", "example_inputs", "summary", "draw"),
 )
 """What a task may define, and any part of hfdist calls. `collate` is called by the loader alone."""
 
@@ -175,7 +175,7 @@ def length(data: Any, what: str, purpose: str) -> int | None:
     name = type(data).__name__
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise DataError(
-            f"{what} returns a {name}, which is no map-style data set: give it __len__ and __getitem__"
+            f"{what} returns a {name}, which is no data set: give it __len__ and __getitem__, or __iter__"
         )
     with user_code(f"len({name}) of {what}", type(data).__len__, DataError):
         n = len(data)

@@ -46,9 +46,16 @@ def prepare() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def connect(uri: str) -> Any:
-    """An `MlflowClient` of a store. May take seconds: a new database is set up here."""
+def connect(uri: str, workspace: str | None = None) -> Any:
+    """An `MlflowClient` of a store. May take seconds: a new database is set up here.
+
+    Args:
+        uri: The store, without a password.
+        workspace: Of a server that has them. It is this process's from here on: MLflow reads a variable.
+    """
     prepare()
+    if workspace and is_server(uri):
+        os.environ["MLFLOW_WORKSPACE"] = workspace
     from mlflow import MlflowClient
 
     # The address with a password, where there is one, is the environment's alone.

@@ -53,7 +53,7 @@ class Delivery:
         if self._run is not None:
             return False
         if self._client is None:
-            self._client = connect(self._target["uri"])
+            self._client = connect(self._target["uri"], self._target.get("workspace"))
         before = self._spool.num_delivered
         self._run = open_run(self._client, self._spool, self._target)
         self._moved()

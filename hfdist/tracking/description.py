@@ -38,7 +38,9 @@ def describe(
         rows["Status"] = f"**{result['status']}** after {result['steps']} of {steps} steps"
         if (loss := result.get("final_loss")) is not None:
             rows["Loss"] = f"{loss:.6g}"
-        if held_out := {k[5:]: v for k, v in result.items() if k.startswith("eval_")}:
+        # None: a number that is not finite, as result.json has it.
+        held_out = {k[5:]: v for k, v in result.items() if k.startswith("eval_") and v is not None}
+        if held_out:
             rows["Evaluation"] = ", ".join(f"{k} {v:.6g}" for k, v in held_out.items())
         rows["Cost"] = f"{result['wall_seconds']:.1f} s, {result['cg_iterations']} CG iterations"
         if result.get("error"):

@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfdist.config.tracking import store_uri
+from hfdist.config.tracking import store_uri, workspace
 from hfdist.tracking.client import public
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def run_link(config: TrackingConfig, output: Path, run_id: str) -> str | None:
         return None
     name = urllib.parse.quote(config.experiment)
     request = urllib.request.Request(
-        f"{uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}", headers=_headers()
+        f"{uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}",
+        headers=_headers(workspace(config)),
     )
     try:
         with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
@@ -41,11 +42,28 @@ def run_link(config: TrackingConfig, output: Path, run_id: str) -> str | None:
     except (OSError, ValueError, KeyError):  # it does not exist yet, or the server is away
         return uri
     query = urllib.parse.quote(f"tags.`hfdist.run_id` = '{run_id}'")
-    return f"{uri}/#/experiments/{experiment}/runs?searchFilter={query}&{TRAINING}"
+    page = f"{uri}/#/experiments/{experiment}/runs?searchFilter={query}"
+    return in_workspace(for_training(page), workspace(config))
 
 
-def _headers() -> dict[str, str]:
-    """What MLflow's own variables say of the user."""
+def for_training(page: str) -> str:
+    """A page of MLflow's, shown as one of training runs."""
+    return f"{page}{'&' if '?' in page else '?'}{TRAINING}"
+
+
+def in_workspace(page: str, workspace: str | None) -> str:
+    """A page of MLflow's, in a workspace of its server."""
+    if workspace is None:
+        return page
+    return f"{page}{'&' if '?' in page else '?'}workspace={urllib.parse.quote(workspace, safe='')}"
+
+
+def _headers(workspace: str | None) -> dict[str, str]:
+    """What MLflow's own variables say of the user, and the workspace."""
+    return _user() | ({"X-MLFLOW-WORKSPACE": workspace} if workspace else {})
+
+
+def _user() -> dict[str, str]:
     if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
         return {"Authorization": f"Bearer {token}"}
     if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hfdist.config.tracking import TrackingConfig, artifact_root, store_uri
+from hfdist.config.tracking import TrackingConfig, artifact_root, store_uri, workspace
 from hfdist.errors import StorageError
 from hfdist.rundir import files
 from hfdist.tracking.client import is_server, prepare, public
+from hfdist.tracking.links import in_workspace
 from hfdist.tracking.provenance import provenance
 from hfdist.tracking.sender import Sender
 from hfdist.tracking.spool import Spool
@@ -58,7 +59,8 @@ class MlflowTracker:
         if not run or not self._uri.startswith(("http:", "https:")):
             return None
         base = self._uri.rstrip("/")
-        return f"{base}/#/experiments/{run['experiment_id']}/runs/{run['mlflow_run_id']}"
+        page = f"{base}/#/experiments/{run['experiment_id']}/runs/{run['mlflow_run_id']}"
+        return in_workspace(page, workspace(self._config))
 
     def start(self, info: RunInfo) -> None:
         if self._sender is not None:
@@ -208,6 +210,7 @@ class MlflowTracker:
         config = self._config
         return {
             "uri": self._uri,
+            "workspace": workspace(config),
             "experiment": config.experiment,
             "artifact_root": artifact_root(self._uri, self._output),
             "run_id": info.run_id,

@@ -97,6 +97,8 @@ def _convergence(axes: Sequence[Any], records: Sequence[Record]) -> None:
         ("seconds of training", lambda r: r.get("wall_seconds", 0.0)),
         ("effective data passes", lambda r: r.get("data_passes", r["step"] + 1)),
     )
+    if any("examples" in r for r in records):  # of a stream
+        units = (*units[:2], ("training examples", lambda r: r.get("examples", 0.0)))
     trained = [r for r in records if "final_loss" in r]
     evaluated = _evaluations(records)
     start = [records[0]["loss"]] if records[0]["step"] == 0 and "loss" in records[0] else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from hfdist.config.tracking import TrackingConfig, store_uri
+from hfdist.config.tracking import TrackingConfig, store_uri, workspace
 from hfdist.errors import ConfigError, StorageError
 from hfdist.rundir import files
 from hfdist.tracking.client import connect, is_server, one_line, public
@@ -69,7 +69,7 @@ def close(config: TrackingConfig, run_dir: Path) -> None:
     if not is_server(uri):
         return
     try:
-        client = connect(uri)
+        client = connect(uri, workspace(config))
         experiment = client.get_experiment_by_name(config.experiment)
         for run in runs_of(client, experiment.experiment_id, run_dir.name) if experiment else []:
             if run.info.status == Status.RUNNING:

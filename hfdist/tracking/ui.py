@@ -52,7 +52,7 @@ def command(uri: str, *, host: str, port: int) -> list[str]:
 def environment() -> dict[str, str]:
     """Without the server's job queue, which nobody here needs and which takes a dozen processes."""
     return {
-        **os.environ,
+        **{k: v for k, v in os.environ.items() if k != "MLFLOW_WORKSPACE"},  # it is for clients
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": os.environ.get("MLFLOW_DISABLE_TELEMETRY", "true"),
     }

@@ -30,7 +30,7 @@ from hfdist.rundir.locations import home_of, is_address
 from hfdist.rundir.stop import StopRequest
 from hfdist.tracking import RunInfo, Status, Tracker
 from hfdist.tracking.description import describe
-from hfdist.tracking.links import TRAINING
+from hfdist.tracking.links import for_training
 from hfdist.tracking.plots import draw_plots
 from hfdist.training.consistency import check_replicas
 from hfdist.training.display import Display
@@ -54,6 +54,8 @@ class Progress:
     evaluation: dict[str, float] = field(default_factory=dict)
     """Last evaluation: {"loss": .., metric: ..}."""
     tracked_as: str | None = None
+    data: dict[str, Any] | None = None
+    """Where this rank's stream of training data stands; None where the data has a length."""
 
 
 class Coordinator:
@@ -152,22 +154,23 @@ class Coordinator:
                 tensor.data.copy_(saved["model"][name])
         self._saved_at = step
         try:
-            run, hf = saved["run"], saved["optimizer"]
+            run, hf, data = saved["run"], saved["optimizer"], saved.get("data")
             x0 = hf.get("x0")
             set_rng_states(self._comm.device, saved["rng"])
             asked = self._config.optim.damping
             is_changed = asked != saved["config"]["optim"]["damping"]
             return Progress(
-                state=HFState(
-                    damping=asked if is_changed else hf["damping"],
-                    x0=None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
-                    step=hf["step"],
+                state=HFState.restored(
+                    {**hf, "damping": asked if is_changed else hf["damping"]},
+                    None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
                 ),
                 cg_iterations=run["cg_iterations"],
                 wall_seconds=run["wall_seconds"],
                 final_loss=run["final_loss"],
                 evaluation=dict(run["evaluation"]),
                 tracked_as=run["tracked_as"],
+                # Of fewer or more ranks than now: those that read the whole stream stand at one place.
+                data=data[self._comm.rank % len(data)] if data else None,
             )
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
@@ -235,6 +238,9 @@ class Coordinator:
         if self._comm.is_rank_0:  # before the checkpoint: it is never without its record
             self._lease.check()
             mirror.push(self._config.output, self._run_dir, mirror.RECORD)
+        streams = {}
+        if progress.data is not None:
+            streams = {"data": self._comm.all_gather_object(progress.data)}
         x0 = progress.state.x0
         monitored = progress.evaluation.get("loss", progress.final_loss)
         self._store.save(
@@ -242,7 +248,7 @@ class Coordinator:
             {
                 "model": model_tensors(self._model),
                 "optimizer": {
-                    "damping": progress.state.damping,
+                    **progress.state.scalars(),
                     "step": step,
                     "x0": None if x0 is None else self._layout.whole(x0),
                 },
@@ -254,6 +260,7 @@ class Coordinator:
                     "tracked_as": progress.tracked_as,
                 },
                 "rng": rng_states(self._comm.device),
+                **streams,
                 "config": self._config.to_dict(),
             },
             monitored,
@@ -276,6 +283,7 @@ class Coordinator:
         example_inputs: Callable[[], Any] = lambda: None,
         error: str | None = None,
         save: bool | None = None,
+        draw: Callable[[Path], Sequence[Path]] = lambda folder: (),
     ) -> dict[str, Any]:
         """Close the run: last checkpoint (by default, unless it has failed), plots, model, result.json.
 
@@ -307,6 +315,7 @@ class Coordinator:
         plots: list[Path] = []
         with _never_failing("the plots are not drawn"):
             plots = draw_plots(self._records, self._run_dir / files.PLOTS)
+            plots += draw(self._run_dir / files.PLOTS)
             for path in plots:
                 self._tracker.log_plot(path, progress.state.step)
         if self._log.path.exists():
@@ -317,7 +326,7 @@ class Coordinator:
         self._tracker.flush()  # short runs end before their tracker has answered
         result["mlflow_run_id"] = self._tracker.tracked_as or progress.tracked_as
         url = self._tracker.url
-        result["tracking_url"] = f"{url}?{TRAINING}" if url else None
+        result["tracking_url"] = for_training(url) if url else None
         write_json(self._run_dir / files.RESULT, result)
         mirror.push(self._config.output, self._run_dir, (*mirror.RECORD, *mirror.RESULTS))
         self._log_artifact(self._run_dir / files.RESULT)

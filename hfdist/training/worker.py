@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,17 +16,30 @@ from hfdist import __version__
 from hfdist.checkpoint import CheckpointStore, check, mirror
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config.job import RunConfig
+from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
+from hfdist.curvature.example_signs import example_seeds
 from hfdist.curvature.fixed_randomness import FixedRandomness
-from hfdist.curvature.layout import make_layout
-from hfdist.curvature.linearize import Recorder
+from hfdist.curvature.layout import Sharded, make_layout
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
 from hfdist.curvature.verify import Verifier
 from hfdist.data.loader import BatchLoader
-from hfdist.data.plan import MicrobatchPlan, RolePlan, StepPlan, data_passes, plan_step
+from hfdist.data.plan import (
+    MicrobatchPlan,
+    RolePlan,
+    StepPlan,
+    data_passes,
+    examples_until,
+    gradient_examples,
+    plan_step,
+    plan_stream_step,
+)
+from hfdist.data.points import TermSize, plan_points
+from hfdist.data.stream import Stream, is_stream
+from hfdist.data.stream_loader import StreamLoader
 from hfdist.devices import device_name, peak_memory, resolve
 from hfdist.errors import (
     CheckpointError,
@@ -36,21 +49,24 @@ from hfdist.errors import (
     TaskError,
     TaskFailure,
     UserError,
+    WorkerError,
 )
 from hfdist.optim.report import StepReport
-from hfdist.optim.step import hf_step
+from hfdist.optim.solvers.auto import choice
+from hfdist.optim.step import HFState, hf_step
 from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address, normal, split
 from hfdist.rundir.stop import StopRequest, stop_on_signals
 from hfdist.seeds import mixed
 from hfdist.tasks.loading import load_task
+from hfdist.tasks.residuals import PointSets
 from hfdist.tasks.task import Batch, Task
 from hfdist.tasks.user_code import length, told, user_code, where
 from hfdist.tracking import CompositeTracker, NullTracker, Status, Tracker, make_tracker
 from hfdist.training.consistency import check_agreement
 from hfdist.training.coordinator import Coordinator, Progress, model_tensors
 from hfdist.training.display import Display
-from hfdist.training.evaluation import evaluate
+from hfdist.training.evaluation import Evaluator
 
 logger = logging.getLogger(__name__)
 
@@ -98,18 +114,39 @@ class Worker:
         self._resume, self._retried = job.resume, job.retried
         self.task, self.model = build(job.config, comm.device)
         self.params = ParameterVector(p for p in self.model.parameters() if p.requires_grad)
-        self._layout = make_layout(self.params, comm, job.config.optim)
-        name = type(self.task).__name__
-        self.data = self.task.train_data()
-        self.num_examples = length(self.data, f"{name}.train_data()", "train on")
-        dtype = getattr(torch, job.config.dtype)
-        self._loader = BatchLoader(self.task, self.data, comm.device, dtype)
-        self.eval_data = self.task.eval_data()
-        self._num_eval_examples = length(self.eval_data, f"{name}.eval_data()", "evaluate on")
-        self._eval_loader = BatchLoader(
-            self.task, self.eval_data, comm.device, dtype, source="eval_data"
+        optim = job.config.optim
+        self._layout = make_layout(self.params, comm, optim)
+        self._engine = ProductEngine(
+            requested=optim.product_engine,
+            memory_budget=optim.memory_budget,
+            verifier=Verifier(mode=optim.verify),
         )
+        name = type(self.task).__name__
+        dtype = getattr(torch, job.config.dtype)
+        self.data = self.task.train_data()
+        self._stream: Stream | None = None
+        """Of data without a length."""
+        self.num_examples: int | None = None
+        """Of data with a length."""
+        loaders = job.config.batches.loaders
+        self._loader: BatchLoader | StreamLoader
+        if is_stream(self.data):
+            _check_sizes(job.config, name)
+            self._stream = Stream(self.data, f"{name}.train_data()", comm.rank, comm.world_size)
+            self._loader = StreamLoader(
+                self.task, self._stream, comm.device, dtype, in_process=loaders > 0
+            )
+        else:
+            self.num_examples = length(self.data, f"{name}.train_data()", "train on")
+            self._loader = BatchLoader(
+                *(self.task, self.data, comm.device, dtype),
+                # Terms hold functions, which do not go from process to process.
+                processes=0 if isinstance(self.data, PointSets) else loaders,
+                seed=job.config.seed,
+            )
+        self._evaluation = Evaluator(self.task, job.config, comm, loaders)
         self._costs = _costs(self.task, self.num_examples)
+        self._terms = _terms(self.data)
         # What is wrong with the job shows here, before anything is written.
         if self.num_examples is not None and self.num_examples < comm.world_size:
             raise DataError(
@@ -136,18 +173,15 @@ class Worker:
         """The loop; see `run`."""
         self._warn_about_batch_norm()
         progress = self._coordinator.start(self._resume, self._info())
-        optim = self.config.optim
-        self._engine = ProductEngine(
-            requested=optim.product_engine,
-            memory_budget=optim.memory_budget,
-            verifier=Verifier(mode=optim.verify),
-        )
+        self._go_to(progress)
         self.model.train()
         try:
             status = self._loop(progress)
             problem = self._coordinator.what_came_of_it(status, progress)
             if problem is None:
-                return self._coordinator.finish(status, progress, self._example_inputs)
+                return self._coordinator.finish(
+                    status, progress, self._example_inputs, draw=self._draw
+                )
             return self._coordinator.finish(Status.FAILED, progress, error=problem, save=True)
         except BaseException as error:
             failure = self._told(error)
@@ -159,13 +193,36 @@ class Worker:
             raise failure from error
         finally:
             self._loader.close()
-            self._eval_loader.close()
+            self._evaluation.close()
+
+    def _go_to(self, progress: Progress) -> None:
+        """Begin to load the next steps' data."""
+        if isinstance(self._loader, StreamLoader):
+            if progress.data is not None:
+                self._loader.restore(progress.data)
+            elif progress.state.step:
+                raise CheckpointError(
+                    f"the checkpoint of step {progress.state.step} does not say where the stream of "
+                    f"{type(self.task).__name__}.train_data() stood: start a new run"
+                )
+            progress.data = self._loader.state()
+            self._loader.expect(self._plans_from(progress.state.step))
+            return
+        progress.data = None
+        self._loader.expect(
+            (step, microbatch)
+            for step, plan in self._plans_from(progress.state.step)
+            for microbatch in plan.microbatches()
+        )
+
+    def _plans_from(self, first: int) -> Iterator[tuple[int, StepPlan]]:
+        return ((step, self._plan(step)) for step in range(first, self.config.steps))
 
     def _loop(self, progress: Progress) -> Status:
         """Step until the last step, or until somebody asks to stop."""
         try:
             while progress.state.step < self.config.steps:
-                report = self._step(progress)
+                report = self.step(progress)
                 if self._coordinator.commit(report, progress, self.params, self._extra(report)):
                     return Status.KILLED
         except Interrupted:
@@ -192,10 +249,8 @@ class Worker:
             The batch of these examples.
         """
         name = type(self.task).__name__
-        n = min(4, self.num_examples or 0)
-        batch = None
-        if self.num_examples is not None:
-            batch = self._loader.load(MicrobatchPlan(number=0, indices=torch.arange(n)))
+        n = 4 if self._stream else min(4, self.num_examples or 0)
+        batches = self._first_batches(n) if n else [None]
         seen = (
             f"its first {n} examples" if n else "the batch None, as its train_data() returns None"
         )
@@ -205,15 +260,24 @@ class Worker:
             torch.enable_grad(),
         ):
             try:
-                from_task(self.task, self.model, batch, seed=0).evaluate(None, None)
+                for batch in batches:
+                    from_task(self.task, self.model, batch, seed=0).evaluate(None, None)
             except TaskError as error:
-                if self.num_examples is not None:
+                if n:
                     raise
                 raise TaskError(
                     f"{error}. Its batch is None, because {name}.train_data() returns None: return a data "
                     "set there, unless the loss is a function of the parameters alone"
                 ) from error
-        return batch
+        return batches[0]
+
+    def _first_batches(self, n: int) -> list[Batch]:
+        """The first n examples, of every term where the data is in terms."""
+        if self._terms is None or isinstance(self._loader, StreamLoader):
+            return [self._loader.first(n)]
+        return [
+            self._loader.first(min(n, term.num_points), k) for k, term in enumerate(self._terms)
+        ]
 
     def _check_batch_norm(self) -> None:
         """No microbatch of any rank is a single example that batch norm has no statistics of.
@@ -221,17 +285,17 @@ class Worker:
         Raises:
             ConfigError: One is.
         """
-        if self.num_examples is None or not self._has_batch_norm():
+        if self.data is None or not self._has_batch_norm():
             return
         sizes = {
             len(microbatch.indices)
             for step in (0, self.config.steps - 1)
             for rank in range(self.comm.world_size)
-            for microbatch in _microbatch_plans(self._plan(step, rank))
+            for microbatch in self._plan(step, rank).microbatches()
         }
         if 1 not in sizes:
             return
-        one = self._loader.load(MicrobatchPlan(number=0, indices=torch.arange(1)))
+        one = self._first_batches(1)[0]
         try:
             with FixedRandomness(self.comm.device, self.model).evaluation(seed=0):
                 self.task.forward(self.model.train(), one)
@@ -250,14 +314,28 @@ class Worker:
         """What the model takes of a batch, for one example: no step need have been taken here."""
         return _first_example(self.task.example_inputs(self._tried))
 
+    def _draw(self, folder: Path) -> Sequence[Path]:
+        """The task's own pictures."""
+        self.model.eval()
+        return self.task.draw(self.model, folder)
+
     # -- a step ----------------------------------------------------------------------------------
 
-    def _step(self, progress: Progress) -> StepReport:
+    def step(self, progress: Progress) -> StepReport:
+        """Take the next step; `progress` moves on with it."""
         step = progress.state.step
-        plan = self._plan(step)
-        problem = self._problem(plan, step)
+        share = self._curvature_share(progress.state)
+        plan = self._plan(step, share=share)
+        try:
+            self._loader.begin(step, plan)
+            problem = self._problem(plan, step)
+        except WorkerError:
+            if self._stop.requested:  # whoever asked this process to end asked its loaders, too
+                raise Interrupted from None
+            raise
         if step + 1 < self.config.steps:
-            self._loader.prefetch(_microbatch_plans(self._plan(step + 1)))
+            # With this step's share, which is most likely the next one's, too.
+            self._loader.prepare(step + 1, self._plan(step + 1, share=share))
         options = self.config.optim
 
         def on_cg_iteration(i: int, ranks_asking_to_stop: float) -> None:
@@ -270,22 +348,50 @@ class Worker:
         progress.state = state
         progress.cg_iterations += report.cg_iterations
         progress.final_loss = report.final_loss
+        if isinstance(self._loader, StreamLoader):
+            progress.data = self._loader.state()
         every, done = self.config.evaluate.every, step + 1
-        if self.eval_data is not None and (
+        if self._evaluation.has_data and (
             done == self.config.steps or (every and done % every == 0)
         ):
-            progress.evaluation = self.evaluate()
+            progress.evaluation = self._evaluation.of(self.model)
         return report
 
-    def _plan(self, step: int, rank: int | None = None) -> StepPlan:
+    def _curvature_share(self, state: HFState) -> float:
+        """Of the gradient's examples, where `batches.curvature` is auto."""
+        is_fixed = self.config.batches.loaders > 0  # processes that load know the plans beforehand
+        grows = self.config.optim.solver in ("auto", "krylov") and self._terms is None
+        if not grows or self.num_examples is None or is_fixed:
+            return 1.0
+        return state.curvature_share.at(self.config.batches.gradient or self.num_examples)
+
+    def _plan(self, step: int, rank: int | None = None, share: float = 1.0) -> StepPlan:
+        rank = self.comm.rank if rank is None else rank
+        if self._terms is not None:
+            return plan_points(
+                self.config.batches,
+                self._terms,
+                step=step,
+                rank=rank,
+                world_size=self.comm.world_size,
+            )
+        if self._stream is not None:
+            return plan_stream_step(
+                self.config.batches,
+                step=step,
+                rank=rank,
+                world_size=self.comm.world_size,
+                is_sharded=self._stream.is_sharded,
+            )
         return plan_step(
             self.config.batches,
             num_examples=self.num_examples,
             seed=self.config.seed,
             step=step,
-            rank=self.comm.rank if rank is None else rank,
+            rank=rank,
             world_size=self.comm.world_size,
             costs=self._costs,
+            curvature_share=share,
         )
 
     def _load(self, role: RolePlan) -> list[tuple[MicrobatchPlan, Batch]]:
@@ -296,7 +402,20 @@ class Worker:
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
             return [
-                self._stoppable(from_task(self.task, self.model, batch, mixed(seed, plan.number)))
+                self._stoppable(
+                    from_task(
+                        self.task,
+                        self.model,
+                        batch,
+                        mixed(seed, plan.number),
+                        example_seeds(
+                            seed if plan.term is None else mixed(seed, "term", plan.term),
+                            plan.indices,
+                        )
+                        if len(plan.indices)
+                        else None,
+                    )
+                )
                 for plan, batch in batches
             ]
 
@@ -324,9 +443,21 @@ class Worker:
             layout=self._layout,
             engine=self._engine,
             autocast=autocast_dtype(options),
+            residuals=self._terms is not None,
+            row_solver=self._solves_rows(),
             abandon=lambda: self._stop.requested,
             overrides=Overrides(preconditioner=make_preconditioner(context)),
         )
+
+    def _solves_rows(self) -> bool:
+        """Whether the solver works on rows of the Jacobian."""
+        if self._terms is None:
+            return False
+        options = self.config.optim
+        name: str = options.solver
+        if name == "auto" and not isinstance(self._layout, Sharded):
+            name = choice(self.num_examples, self.params.numel)
+        return name in ("dense", "sample_space") and options.curvature_opt == "ggn"
 
     def _stoppable(self, microbatch: Microbatch) -> Microbatch:
         """A microbatch that abandons the step where a stop was asked for: a pass over many may take longer
@@ -334,34 +465,28 @@ class Worker:
         if self.comm.world_size > 1:
             return microbatch
 
-        def evaluate(traits: LossTraits | None, recorder: Recorder | None = None) -> Evaluation:
+        def evaluate(traits: LossTraits | None, recorder: Watch | None = None) -> Evaluation:
             if self._stop.requested:
                 raise Interrupted
             return microbatch.evaluate(traits, recorder)
 
         return dataclasses.replace(microbatch, evaluate=evaluate)
 
-    def evaluate(self) -> dict[str, float]:
-        """Loss and metrics on the evaluation data."""
-        if self._num_eval_examples is None:
-            return {}
-        return evaluate(
-            self.task,
-            self.model,
-            self._eval_loader,
-            self._num_eval_examples,
-            self.comm,
-            self.config.evaluate.batch,
-        )
-
     # -- what is recorded ------------------------------------------------------------------------
 
     def _extra(self, report: StepReport) -> dict[str, float]:
-        passes = data_passes(self.config.batches, self.num_examples, report.step + 1)
-        before = data_passes(self.config.batches, self.num_examples, report.step)
-        examples = (passes - before) * (self.num_examples or 1)
+        batches = self.config.batches
+        if self._stream is not None:
+            examples: float = gradient_examples(batches, report.step)
+            seen = {"examples": float(examples_until(batches, report.step + 1))}
+        else:
+            whole = None if self._terms is not None else self.num_examples  # None: all, every step
+            passes = data_passes(batches, whole, report.step + 1)
+            before = data_passes(batches, whole, report.step)
+            examples = (passes - before) * (self.num_examples or 1)
+            seen = {"data_passes": passes}
         return {
-            "data_passes": passes,
+            **seen,
             "examples_per_second": examples / max(report.seconds["total"], 1e-9),
             "peak_memory_bytes": peak_memory(self.comm.device),
         }
@@ -382,7 +507,7 @@ class Worker:
             "dataset": {
                 "name": name,
                 "num_examples": self.num_examples or 0,
-                "num_eval_examples": self._num_eval_examples or 0,
+                "num_eval_examples": self._evaluation.num_examples or 0,
             },
         }
 
@@ -454,9 +579,8 @@ def evaluate_run(
     config = RunConfig.from_run(run_dir, overrides)
     comm = SerialCommunicator(resolve(config.device, local_rank=0))
     task, model = build(config, comm.device)
-    data = task.eval_data()
-    n = length(data, f"{type(task).__name__}.eval_data()", "evaluate on")
-    if n is None:
+    evaluation = Evaluator(task, config, comm)
+    if not evaluation.has_data:
         raise DataError(f"{type(task).__name__} has no evaluation data: define eval_data()")
     folder = f"{home_of(output, run_dir)}/{files.CHECKPOINTS}"
     store = CheckpointStore(folder, config.checkpoint, comm)
@@ -468,12 +592,16 @@ def evaluate_run(
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.data.copy_(saved["model"][name])
-    loader = BatchLoader(task, data, comm.device, getattr(torch, config.dtype), source="eval_data")
     try:
-        values = evaluate(task, model, loader, n, comm, config.evaluate.batch)
+        values = evaluation.of(model)
     finally:
-        loader.close()
-    return {"run_id": run_dir.name, "step": step, "num_examples": n, **values}
+        evaluation.close()
+    return {
+        "run_id": run_dir.name,
+        "step": step,
+        "num_examples": evaluation.num_examples,
+        **values,
+    }
 
 
 def _tracker(job: Job) -> Tracker:
@@ -481,6 +609,16 @@ def _tracker(job: Job) -> Tracker:
     if job.extra_tracker is None:
         return configured
     return CompositeTracker([configured, job.extra_tracker])
+
+
+def _terms(data: Any) -> list[TermSize] | None:
+    """Sizes of the terms that the data is in; None for examples."""
+    if not isinstance(data, PointSets):
+        return None
+    return [
+        TermSize(num_points=n, microbatch=term.microbatch, every_step=term.every_step)
+        for term, n in zip(data.terms, data.sizes)
+    ]
 
 
 def _costs(task: Task, num_examples: int | None) -> Tensor | None:
@@ -505,11 +643,17 @@ def _costs(task: Task, num_examples: int | None) -> Tensor | None:
     return values
 
 
-def _microbatch_plans(plan: StepPlan) -> list[MicrobatchPlan]:
-    """What a step loads, in its order, each role once."""
-    roles = [plan.gradient]
-    roles += [role for role in (plan.curvature, plan.line_search) if role is not plan.gradient]
-    return [plan for role in roles for plan in role.microbatches]
+def _check_sizes(config: RunConfig, name: str) -> None:
+    """A stream has no "all examples".
+
+    Raises:
+        DataError: The job asks for them.
+    """
+    if config.batches.gradient is None:
+        raise DataError(
+            f"{name}.train_data() returns a stream, of which a step sees the next examples: say how many, "
+            "batches.gradient=1000"
+        )
 
 
 def _first_example(inputs: Any) -> Any:

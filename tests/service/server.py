@@ -19,10 +19,12 @@ class MlflowServer:
 
     Args:
         folder: For its database, artifacts and log.
+        options: More of its command line.
+        variables: More of its environment.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *options: str, **variables: str) -> None:
+        self._folder, self._options, self._variables = folder, options, variables
         self._process: subprocess.Popen[bytes] | None = None
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -33,11 +35,11 @@ class MlflowServer:
         """Start it and wait until it answers."""
         store = f"sqlite:///{self._folder}/server.db"
         arguments = command(store, host="127.0.0.1", port=self.port)
-        arguments += ["--artifacts-destination", str(self._folder / "artifacts")]
+        arguments += ["--artifacts-destination", str(self._folder / "artifacts"), *self._options]
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 arguments,
-                env=environment(),
+                env={**environment(), **self._variables},
                 stdout=log,
                 stderr=log,
                 cwd=self._folder,

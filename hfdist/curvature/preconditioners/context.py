@@ -13,17 +13,22 @@ from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
 from hfdist.tasks.task import Batch, Task
 
-Builder = Callable[[Problem, float], Operator]
+Builder = Callable[[Problem, float | None], Operator | None]
 """(objective, damping) -> M, of this rank's parts of vectors; called once a solve, after the objective's
-gradient, whose weight normalises sums over examples. Collective."""
+gradient, whose weight normalises sums over examples. Collective.
+
+With a damping, M approximates (B + (damping + l2) I)^-1. With None it is the inverse of a metric C, B's
+approximation alone (+ l2): in units of B and positive definite relative to itself, so that a factor on the
+loss is one on C."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """One step's model and data."""
 
-    task: Task
-    model: nn.Module
-    gradient: Sequence[tuple[Microbatch, Batch]]
-    """This rank's microbatches of the gradient role, and their examples."""
     options: HFOptions
+    task: Task | None = None
+    model: nn.Module | None = None
+    gradient: Sequence[tuple[Microbatch, Batch]] = ()
+    """This rank's microbatches of the gradient role, and their examples; with task and model, None where
+    only functions of the microbatches are known."""
