@@ -18,6 +18,7 @@ from hfdist.comm import Communicator
 from hfdist.curvature.direct import direct_product
 from hfdist.curvature.ggn import GGNProduct, SumOfProducts, added
 from hfdist.curvature.hessian import HessianProduct
+from hfdist.curvature.jacobian_rows import RowMethod
 from hfdist.curvature.layout import Product
 from hfdist.curvature.linearize import Jacobian, Recorder, Unsupported
 from hfdist.curvature.loss_hessian import ByDoubleBackward, LossHessian
@@ -54,6 +55,7 @@ class ProductEngine:
             recomputed for each. None: what the device has left.
         verifier: Checks gradients and products against differences of losses and outputs.
         traits: What was found out about the loss.
+        rows: How rows of the Jacobian of residuals are computed.
         used: What the last microbatch had, where that is not what was asked for.
     """
 
@@ -61,6 +63,7 @@ class ProductEngine:
     memory_budget: int | None = None
     verifier: Verifier = field(default_factory=Verifier)
     traits: LossTraits = field(default_factory=LossTraits)
+    rows: RowMethod = field(default_factory=RowMethod)
     used: str | None = None
     _warned: set[str] = field(default_factory=set)
 

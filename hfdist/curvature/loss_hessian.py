@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from hfdist.curvature.linearize import Program, Recorder, Unsupported
 from hfdist.curvature.outputs import Edge, edge, is_reached
+from hfdist.tasks.robust import residual_loss, weights
 
 Diagonal = Callable[[Tensor], Tensor]  # tangent of a loss function's input -> its Hessian times it
 
@@ -95,11 +96,14 @@ class LossWatch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
+        self.differentiates = False
+        """Whether `torch.autograd.grad` was called."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.differentiates |= func is torch.autograd.grad
         known = KNOWN_FUNCTIONS.get(func)
         if known is None:
             return func(*args, **kwargs)
@@ -496,10 +500,20 @@ def _logistic(x: Tensor) -> Tensor:
     return p * (1.0 - p)
 
 
+def _residual_loss(
+    out: Tensor, residuals: Tensor, loss: str = "squares", scale: float = 1.0
+) -> LossCall:
+    """The weights of iteratively reweighted least squares, see `hfdist.tasks.robust`."""
+    return _element_wise(
+        residuals, lambda factor: weights(residuals.detach(), loss, scale) * factor
+    )
+
+
 KNOWN_FUNCTIONS: dict[Any, Callable[..., LossCall | None]] = {
     F.cross_entropy: _cross_entropy,
     F.binary_cross_entropy_with_logits: _bce_with_logits,
     F.mse_loss: _mse,
+    residual_loss: _residual_loss,
     **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _pow),
     **dict.fromkeys(
         (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__), _product

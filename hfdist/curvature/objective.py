@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.autograd import grad
 
 from hfdist.comm import Communicator, SerialCommunicator
+from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.engines import ProductBuilder, ProductEngine, check_dense
 from hfdist.curvature.fixed_randomness import FixedRandomness
+from hfdist.curvature.jacobian_rows import UseWatch
 from hfdist.curvature.layout import Layout, Product, Replicated, SummedProduct, add_scaled
+from hfdist.curvature.least_squares import ResidualSystem
 from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.microbatch import Evaluation, Microbatch, TryAgain
 from hfdist.curvature.params import ParameterVector
 from hfdist.errors import DataError
+from hfdist.optim.least_squares import LeastSquares
 from hfdist.optim.objective import Costs, Operator
 
 T = TypeVar("T")
@@ -110,6 +114,11 @@ class Problem:
     """How products are computed; shared by the steps of a run."""
     autocast: torch.dtype | None = None
     """Forward passes of products run under `torch.autocast` to this dtype."""
+    residuals: bool = False
+    """The objective is a sum of squares of the outputs (a `ResidualTask`'s), whose rows a solver may ask
+    for."""
+    row_solver: bool = False
+    """The solver asks for rows, not for products: they come from the gradient's forward pass."""
     abandon: Callable[[], bool] | None = None
     """Whether this rank asks to abandon the step; summed over ranks with every product."""
 
@@ -124,6 +133,7 @@ class Problem:
         self._start_loss: float | None = None
         self._products: list[Product] | None = None
         self._product_weight = 0.0
+        self._system: ResidualSystem | None = None
         self._metric_work = 0.0
         self._summed: SummedProduct | None = None
 
@@ -200,6 +210,9 @@ class Problem:
             and self.autocast is None
             and self.roles.curvature is self.roles.gradient
         )
+        system = None
+        if share and self.row_solver:
+            share, system = False, self._new_system()
         g = self.params.zeros()
         sums = torch.zeros(2, dtype=torch.float64, device=self.params.device)  # loss, weight
         builder = self._builder(self.roles.gradient, record=True) if share else None
@@ -207,6 +220,8 @@ class Problem:
             gradient: Sequence[Tensor | None] = []
             if builder is not None:
                 evaluation, gradient = builder.add(microbatch)
+            elif system is not None:
+                evaluation, gradient = system.add(microbatch)
             elif own_gradient is None:
                 evaluation = self._evaluate(microbatch, record=True)
                 gradient = grad(evaluation.loss_sum, self.params.tensors, allow_unused=True)
@@ -231,6 +246,9 @@ class Problem:
         if builder is not None:
             self._products, self._product_weight = builder.products, weight
             self._summed = None
+        if system is not None:
+            system.close(1.0 / scale)
+            self._system, self._product_weight = system, weight
         self._gradient_loss = loss_sum * scale + self._start_penalty()
         if self.roles.loss is self.roles.gradient:
             self._start_loss = self._gradient_loss
@@ -333,6 +351,42 @@ class Problem:
         _check_weight(self._product_weight, "curvature")
 
     @property
+    def least_squares(self) -> LeastSquares | None:
+        if not self.residuals or self.overrides.product is not None:
+            return None
+        if self._system is None:
+            self._system = self._new_system()
+            weight = torch.zeros(1, dtype=torch.float64, device=self.params.device)
+            for microbatch in self.roles.curvature:
+                weight += self._system.add(microbatch)[0].weight
+            self.comm.all_reduce(weight)
+            self._product_weight = float(weight)
+            _check_weight(self._product_weight, "curvature")
+            self._system.close(1.0 / self._scale(self._product_weight))
+        return self._system
+
+    def _new_system(self) -> ResidualSystem:
+        recorded = (
+            {id(m) for m in self.roles.gradient} if self._gradient_loss is not None else set()
+        )
+
+        def evaluate(microbatch: Microbatch, watch: UseWatch | None) -> Evaluation:
+            record = watch is not None and id(microbatch) not in recorded
+            recorded.add(id(microbatch))
+            return self._evaluate(microbatch, split=True, record=record, recorder=watch)
+
+        return ResidualSystem(
+            evaluate,
+            self.params,
+            self.comm,
+            self.engine.rows,
+            memory_budget=self.engine.memory_budget,
+            weight_decay=self.regularisation.weight_decay,
+            at=self.params.at,
+            warn=self.engine.warn,
+        )
+
+    @property
     def costs(self) -> Costs:
         reference = self._reference_weight or 1.0
         curvature = self._product_weight / reference
@@ -347,7 +401,7 @@ class Problem:
         )
 
     def release(self) -> None:
-        self._products = self._summed = None
+        self._products = self._summed = self._system = None
 
     def preconditioner(self, damping: float | None) -> Operator | None:
         make = self.overrides.preconditioner
@@ -433,7 +487,7 @@ class Problem:
         *,
         split: bool = False,
         record: bool = False,
-        recorder: Recorder | None = None,
+        recorder: Watch | None = None,
         autocast: torch.dtype | None = None,
     ) -> Evaluation:
         # Only the Gauss-Newton product looks at loss and outputs apart.
@@ -454,7 +508,7 @@ class Problem:
 
 def _as_sums(e: Evaluation, like: Tensor) -> Tensor:
     """[2] float64: sum of the losses, weight."""
-    weight = e.weight if isinstance(e.weight, Tensor) else torch.tensor(e.weight)
+    weight = torch.as_tensor(e.weight, dtype=torch.float64)
     return torch.stack((e.loss_sum.detach().to(like), weight.reshape(()).to(like)))
 
 

@@ -27,7 +27,11 @@ class MicrobatchPlan:
     number: int
     """Place on the step's grid; seeds its random numbers."""
     indices: Tensor
-    """Places in the data set, int64 [n]."""
+    """Places in the data set, or in the term's points, int64 [n]."""
+    term: int | None = None
+    """Of data in terms (see `hfdist.data.points`): which one."""
+    draw: int = 0
+    """Number of the draw of its points."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

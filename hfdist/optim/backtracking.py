@@ -44,6 +44,15 @@ def backtrack(num_candidates: int, loss_of: LossOf, rule: str, at_once: int = 1)
     return best
 
 
+def first_descent(num_candidates: int, loss_of: LossOf, loss_0: float) -> Choice:
+    """The first candidate with a loss below `loss_0`; the last if there is none."""
+    for index in range(num_candidates):
+        loss = _ordered(loss_of([index])[0])
+        if loss < loss_0:
+            break
+    return Choice(index, loss)
+
+
 NEARLY = 0.1
 """Part of the best candidate's gain that is given up for a smaller lambda."""
 

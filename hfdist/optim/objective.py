@@ -8,6 +8,8 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from hfdist.optim.least_squares import LeastSquares
+
 T = TypeVar("T")
 
 Operator = Callable[[Tensor], Tensor]
@@ -103,6 +105,11 @@ class Problem(Protocol):
     @property
     def damping_scale(self) -> Tensor | None:
         """Diagonal [P] of the damping metric (parameter groups); None is the identity."""
+        ...
+
+    @property
+    def least_squares(self) -> LeastSquares | None:
+        """Its residuals, where it is a sum of squares."""
         ...
 
     def start_loss(self) -> float:

@@ -102,6 +102,13 @@ class HFOptions(
     """Base set of rules that the other keys change: the literature's, or PyTorchHessianFree's ("seed" is
     its first name)."""
 
+    def check(self) -> None:
+        if self.shard_solver_state and self.solver in ("dense", "sample_space"):
+            raise ValueError(
+                f"shard_solver_state is true: solver={self.solver} holds whole matrices and vectors; set it "
+                "to false, or choose another solver"
+            )
+
     @classmethod
     def with_preset(cls, preset: str = "default", **changes: Any) -> HFOptions:
         """Options of `preset`, with `changes` on top.

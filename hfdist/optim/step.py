@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hfdist.optim.backtracking import Choice, backtrack, climb
+from hfdist.optim.backtracking import Choice, backtrack, climb, first_descent
 from hfdist.optim.curvature_share import CurvatureShare
 from hfdist.optim.damping import Outcome, next_damping, reduction_ratio, rule_of
 from hfdist.optim.line_search import LineSearchResult, line_search
@@ -137,12 +137,15 @@ def hf_step(
                 start=x0,
                 costs=lambda: problem.costs,
                 keep_path=options.use_cg_backtracking or options.reduction_ratio_at == "last",
+                damping_scale=problem.damping_scale,
+                least_squares=problem.least_squares,
                 space=space,
                 on_iteration=on_cg_iteration,
             ),
             options,
         )
-    problem.release()
+    if not solution.takes_first:
+        problem.release()
     if solution.iterations == 0 and solution.stop is not Stop.EXACT_START:
         return _no_step(state, options, clock, loss, grad_norm, solution.stop, solution)
 
@@ -150,7 +153,9 @@ def hf_step(
     last = len(solution.candidates) - 1
     with clock.phase("backtracking"):
         loss_0 = problem.start_loss()
-        if not solution.is_path:
+        if solution.takes_first:
+            choice = first_descent(last + 1, candidates, loss_0)
+        elif not solution.is_path:
             if rule_of(options, "chosen") == "chosen":
                 choice = climb(last + 1, solution.centre, candidates, loss_0, state.explore)
             else:  # the rule's own lambda, and no other
@@ -194,7 +199,7 @@ def hf_step(
         accepted=accepted,
         candidate_damping=None if solution.is_path else chosen.damping,
     )
-    following = next_damping(outcome, options, _AUTO_DAMPING_RULE[solution.is_path])
+    following = next_damping(outcome, options, _auto_damping_rule(solution))
     accepted, alpha, following = problem.agree((accepted, found.alpha, following))
     if accepted:
         problem.move(alpha, delta)
@@ -250,8 +255,11 @@ def hf_step(
     return report, next_state
 
 
-_AUTO_DAMPING_RULE = {True: "lm", False: "chosen"}
-"""damping_rule=auto: candidates of several lambda choose among them by their losses."""
+def _auto_damping_rule(solution: Solution | None) -> str:
+    """damping_rule=auto: candidates of several lambda choose among them by their losses."""
+    if solution is None or solution.is_path:
+        return "lm"
+    return "trials" if solution.takes_first else "chosen"
 
 
 def _curvature_ratio(state: HFState, solution: Solution) -> float:
@@ -341,7 +349,7 @@ def _no_step(
     """A step that ends before there is a candidate: nothing moves, damping rises unless at rest."""
     following = state.damping
     if stop is not Stop.ZERO_GRADIENT:
-        rule = _AUTO_DAMPING_RULE[solution is None or solution.is_path]
+        rule = _auto_damping_rule(solution)
         following = next_damping(Outcome(damping=state.damping), options, rule)
     report = StepReport(
         step=state.step,

@@ -16,11 +16,11 @@ from hfdist import __version__
 from hfdist.checkpoint import CheckpointStore, check, mirror
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config.job import RunConfig
+from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
 from hfdist.curvature.example_signs import example_seeds
 from hfdist.curvature.fixed_randomness import FixedRandomness
-from hfdist.curvature.layout import make_layout
-from hfdist.curvature.linearize import Recorder
+from hfdist.curvature.layout import Sharded, make_layout
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
@@ -37,6 +37,7 @@ from hfdist.data.plan import (
     plan_step,
     plan_stream_step,
 )
+from hfdist.data.points import TermSize, plan_points
 from hfdist.data.stream import Stream, is_stream
 from hfdist.data.stream_loader import StreamLoader
 from hfdist.devices import device_name, peak_memory, resolve
@@ -51,12 +52,14 @@ from hfdist.errors import (
     WorkerError,
 )
 from hfdist.optim.report import StepReport
+from hfdist.optim.solvers.auto import choice
 from hfdist.optim.step import HFState, hf_step
 from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address, normal, split
 from hfdist.rundir.stop import StopRequest, stop_on_signals
 from hfdist.seeds import mixed
 from hfdist.tasks.loading import load_task
+from hfdist.tasks.residuals import PointSets
 from hfdist.tasks.task import Batch, Task
 from hfdist.tasks.user_code import length, told, user_code, where
 from hfdist.tracking import CompositeTracker, NullTracker, Status, Tracker, make_tracker
@@ -137,11 +140,13 @@ class Worker:
             self.num_examples = length(self.data, f"{name}.train_data()", "train on")
             self._loader = BatchLoader(
                 *(self.task, self.data, comm.device, dtype),
-                processes=loaders,
+                # Terms hold functions, which do not go from process to process.
+                processes=0 if isinstance(self.data, PointSets) else loaders,
                 seed=job.config.seed,
             )
         self._evaluation = Evaluator(self.task, job.config, comm, loaders)
         self._costs = _costs(self.task, self.num_examples)
+        self._terms = _terms(self.data)
         # What is wrong with the job shows here, before anything is written.
         if self.num_examples is not None and self.num_examples < comm.world_size:
             raise DataError(
@@ -149,7 +154,8 @@ class Worker:
                 f"launch.workers to at most {self.num_examples}"
             )
         self._plan(0)
-        self._tried = self._try_task()
+        self.first_batch = self._try_task()
+        """Of a few examples."""
         self._check_batch_norm()
         tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
         self._coordinator = Coordinator(
@@ -174,7 +180,9 @@ class Worker:
             status = self._loop(progress)
             problem = self._coordinator.what_came_of_it(status, progress)
             if problem is None:
-                return self._coordinator.finish(status, progress, self._example_inputs)
+                return self._coordinator.finish(
+                    status, progress, self._example_inputs, draw=self._draw
+                )
             return self._coordinator.finish(Status.FAILED, progress, error=problem, save=True)
         except BaseException as error:
             failure = self._told(error)
@@ -243,7 +251,7 @@ class Worker:
         """
         name = type(self.task).__name__
         n = 4 if self._stream else min(4, self.num_examples or 0)
-        batch = self._loader.first(n) if n else None
+        batches = self._first_batches(n) if n else [None]
         seen = (
             f"its first {n} examples" if n else "the batch None, as its train_data() returns None"
         )
@@ -253,7 +261,8 @@ class Worker:
             torch.enable_grad(),
         ):
             try:
-                from_task(self.task, self.model, batch, seed=0).evaluate(None, None)
+                for batch in batches:
+                    from_task(self.task, self.model, batch, seed=0).evaluate(None, None)
             except TaskError as error:
                 if n:
                     raise
@@ -261,7 +270,15 @@ class Worker:
                     f"{error}. Its batch is None, because {name}.train_data() returns None: return a data "
                     "set there, unless the loss is a function of the parameters alone"
                 ) from error
-        return batch
+        return batches[0]
+
+    def _first_batches(self, n: int) -> list[Batch]:
+        """The first n examples, of every term where the data is in terms."""
+        if self._terms is None or isinstance(self._loader, StreamLoader):
+            return [self._loader.first(n)]
+        return [
+            self._loader.first(min(n, term.num_points), k) for k, term in enumerate(self._terms)
+        ]
 
     def _check_batch_norm(self) -> None:
         """No microbatch of any rank is a single example that batch norm has no statistics of.
@@ -279,7 +296,7 @@ class Worker:
         }
         if 1 not in sizes:
             return
-        one = self._loader.first(1)
+        one = self._first_batches(1)[0]
         try:
             with FixedRandomness(self.comm.device, self.model).evaluation(seed=0):
                 self.task.forward(self.model.train(), one)
@@ -296,7 +313,12 @@ class Worker:
 
     def _example_inputs(self) -> Any:
         """What the model takes of a batch, for one example: no step need have been taken here."""
-        return _first_example(self.task.example_inputs(self._tried))
+        return _first_example(self.task.example_inputs(self.first_batch))
+
+    def _draw(self, folder: Path) -> Sequence[Path]:
+        """The task's own pictures."""
+        self.model.eval()
+        return self.task.draw(self.model, folder)
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -336,15 +358,30 @@ class Worker:
             progress.evaluation = self._evaluation.of(self.model)
         return report
 
+    def problem(self, step: int) -> Problem:
+        """The objective of a step, with all examples of the curvature's role."""
+        plan = self._plan(step)
+        self._loader.begin(step, plan)
+        return self._problem(plan, step)
+
     def _curvature_share(self, state: HFState) -> float:
         """Of the gradient's examples, where `batches.curvature` is auto."""
         is_fixed = self.config.batches.loaders > 0  # processes that load know the plans beforehand
-        if self.config.optim.solver != "krylov" or self.num_examples is None or is_fixed:
+        grows = self.config.optim.solver in ("auto", "krylov") and self._terms is None
+        if not grows or self.num_examples is None or is_fixed:
             return 1.0
         return state.curvature_share.at(self.config.batches.gradient or self.num_examples)
 
     def _plan(self, step: int, rank: int | None = None, share: float = 1.0) -> StepPlan:
         rank = self.comm.rank if rank is None else rank
+        if self._terms is not None:
+            return plan_points(
+                self.config.batches,
+                self._terms,
+                step=step,
+                rank=rank,
+                world_size=self.comm.world_size,
+            )
         if self._stream is not None:
             return plan_stream_step(
                 self.config.batches,
@@ -378,7 +415,12 @@ class Worker:
                         self.model,
                         batch,
                         mixed(seed, plan.number),
-                        example_seeds(seed, plan.indices) if len(plan.indices) else None,
+                        example_seeds(
+                            seed if plan.term is None else mixed(seed, "term", plan.term),
+                            plan.indices,
+                        )
+                        if len(plan.indices)
+                        else None,
                     )
                 )
                 for plan, batch in batches
@@ -408,9 +450,21 @@ class Worker:
             layout=self._layout,
             engine=self._engine,
             autocast=autocast_dtype(options),
+            residuals=self._terms is not None,
+            row_solver=self._solves_rows(),
             abandon=lambda: self._stop.requested,
             overrides=Overrides(preconditioner=make_preconditioner(context)),
         )
+
+    def _solves_rows(self) -> bool:
+        """Whether the solver works on rows of the Jacobian."""
+        if self._terms is None:
+            return False
+        options = self.config.optim
+        name: str = options.solver
+        if name == "auto" and not isinstance(self._layout, Sharded):
+            name = choice(self.num_examples, self.params.numel)
+        return name in ("dense", "sample_space") and options.curvature_opt == "ggn"
 
     def _stoppable(self, microbatch: Microbatch) -> Microbatch:
         """A microbatch that abandons the step where a stop was asked for: a pass over many may take longer
@@ -418,7 +472,7 @@ class Worker:
         if self.comm.world_size > 1:
             return microbatch
 
-        def evaluate(traits: LossTraits | None, recorder: Recorder | None = None) -> Evaluation:
+        def evaluate(traits: LossTraits | None, recorder: Watch | None = None) -> Evaluation:
             if self._stop.requested:
                 raise Interrupted
             return microbatch.evaluate(traits, recorder)
@@ -433,8 +487,9 @@ class Worker:
             examples: float = gradient_examples(batches, report.step)
             seen = {"examples": float(examples_until(batches, report.step + 1))}
         else:
-            passes = data_passes(batches, self.num_examples, report.step + 1)
-            before = data_passes(batches, self.num_examples, report.step)
+            whole = None if self._terms is not None else self.num_examples  # None: all, every step
+            passes = data_passes(batches, whole, report.step + 1)
+            before = data_passes(batches, whole, report.step)
             examples = (passes - before) * (self.num_examples or 1)
             seen = {"data_passes": passes}
         return {
@@ -561,6 +616,16 @@ def _tracker(job: Job) -> Tracker:
     if job.extra_tracker is None:
         return configured
     return CompositeTracker([configured, job.extra_tracker])
+
+
+def _terms(data: Any) -> list[TermSize] | None:
+    """Sizes of the terms that the data is in; None for examples."""
+    if not isinstance(data, PointSets):
+        return None
+    return [
+        TermSize(num_points=n, microbatch=term.microbatch, every_step=term.every_step)
+        for term, n in zip(data.terms, data.sizes)
+    ]
 
 
 def _costs(task: Task, num_examples: int | None) -> Tensor | None:

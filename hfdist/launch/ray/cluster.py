@@ -182,6 +182,20 @@ def node_resources() -> list[dict[str, float]]:
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
+def free_resources() -> list[dict[str, float]]:
+    """What each node that is alive has free; of all nodes together where Ray does not say."""
+    import ray
+
+    try:
+        from ray._private.state import available_resources_per_node
+
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        free = available_resources_per_node()
+        return [dict(resources) for node, resources in free.items() if node in alive]
+    except (ImportError, AttributeError):  # private to Ray
+        return [dict(ray.available_resources())]
+
+
 def scales_itself() -> bool:
     """Whether an autoscaler may add nodes."""
     try:

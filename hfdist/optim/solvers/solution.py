@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hfdist.optim.least_squares import LeastSquares
 from hfdist.optim.objective import Costs, Operator
 from hfdist.optim.report import Stop
 from hfdist.optim.space import WHOLE, Space
@@ -31,6 +32,10 @@ class System:
     """What the last solution left for this one [n] (see `Solution.next_start`); None is zero."""
     keep_path: bool = True
     """Candidates on the way are wanted, not only the last."""
+    damping_scale: Tensor | None = None
+    """Diagonal of D [n]; None is the identity."""
+    least_squares: LeastSquares | None = None
+    """Where the objective is a sum of squares: its residuals."""
     space: Space = WHOLE
     """How vectors lie over ranks."""
     costs: Callable[[], Costs] = Costs
@@ -76,6 +81,9 @@ class Solution:
     num_products: int
     num_bytes: int
     """Memory of the solver's vectors on this rank's device."""
+    takes_first: bool = False
+    """Candidates are tried in their order until one has a lower loss than no step; each is computed when it
+    is asked for."""
     starts_from_step: bool = False
     """The next solve is given the step that is taken, in place of `next_start`."""
     centre: int = 0
