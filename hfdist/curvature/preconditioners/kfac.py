@@ -18,9 +18,9 @@ from hfdist.curvature.preconditioners.context import Builder, Context
 from hfdist.optim.objective import Operator
 
 RELATIVE_DAMPING = 0.1
-"""What a metric adds to each factor, and to each block without factors, in units of its mean diagonal element,
-times the root of the step's lambda: two factors have lambda's own part of their product. The steps of a large
-lambda are short of what the metric says of flat directions, those of a small one need it."""
+"""What a metric adds to each factor, and to each block without factors, in units of its mean diagonal
+element, times the root of the step's lambda: two factors add a part of lambda's own to their product. Early
+steps, of a large lambda, have no use for what the metric says of flat directions; late ones need it."""
 STOCHASTIC_DECAY = 0.9
 """`kfac_decay` where a step does not see all examples."""
 
