@@ -40,6 +40,7 @@ from hfdist.curvature.preconditioners import (
     empirical_fisher_diagonal,
     make_preconditioner,
 )
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
 from hfdist.curvature.structural import StructuralDamping, hidden_modules
 from hfdist.curvature.verify import Verifier
 from hfdist.optim.objective import Operator
@@ -132,6 +133,7 @@ class HessianFree(torch.optim.Optimizer):
         self._communicator = communicator
         self._engine: ProductEngine | None = None
         self._leaves_gradient = False
+        self._memory = PreconditionerMemory()
         defaults = dataclasses.asdict(resolved) | {
             "damping_scale": 1.0,
             "frozen": False,
@@ -139,6 +141,7 @@ class HessianFree(torch.optim.Optimizer):
             "seed": torch.initial_seed() % 2**63 if seed is None else seed,
             "hf_state": HFState(damping=resolved.damping).scalars(),
             "has_x0": False,
+            "preconditioner_memory": {},
         }
         super().__init__(params, defaults)
         self._trainable()  # there must be something to train
@@ -282,7 +285,9 @@ class HessianFree(torch.optim.Optimizer):
             overrides=Overrides(
                 gradient=grad,
                 product=mvp,
-                preconditioner=make_preconditioner(Context(options=options))
+                preconditioner=make_preconditioner(
+                    Context(options=options, damping=self.damping, memory=self._memory)
+                )
                 if M_func is None
                 else lambda _, __: _of_parts(M_func, layout),
                 move=self._leave_gradient if self._leaves_gradient else None,
@@ -431,6 +436,7 @@ class HessianFree(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._communicator, self._engine, self._leaves_gradient = None, None, False
         super().__setstate__(state)
+        self._load_memory()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`: options, damping, warm start and counters are all in it."""
@@ -438,6 +444,10 @@ class HessianFree(torch.optim.Optimizer):
         for p in (p for group in self.param_groups for p in group["params"]):
             if "x0" not in self.state[p]:
                 self.state[p]["x0"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+
+    def _load_memory(self) -> None:
+        self._memory = PreconditionerMemory()
+        self._memory.load_state_dict(self.param_groups[0].get("preconditioner_memory", {}))
 
     def _trainable(self) -> ParameterVector:
         return ParameterVector(
@@ -488,6 +498,7 @@ class HessianFree(torch.optim.Optimizer):
             group["step"] = state.step
             group["hf_state"] = state.scalars()
             group["has_x0"] = state.x0 is not None
+            group["preconditioner_memory"] = self._memory.state_dict()
 
     # -- helpers ---------------------------------------------------------------------------------
 

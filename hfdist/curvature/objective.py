@@ -205,10 +205,7 @@ class Problem:
 
     def of_whole(self, operator: Operator) -> Operator:
         """An operator on whole vectors [P] as one on this rank's parts."""
-        layout = self._layout
-        if isinstance(layout, Replicated):
-            return operator
-        return lambda v: layout.part(operator(layout.whole(v)))
+        return lambda v: self._layout.part(operator(self._layout.whole(v)))
 
     def evaluate_split(
         self, microbatch: Microbatch, watch: AbstractContextManager[Any]
@@ -302,10 +299,13 @@ class Problem:
             return evaluation
 
         def evaluate_at(
-            microbatch: Microbatch, theta: Tensor, then: Callable[[Evaluation], T]
+            microbatch: Microbatch,
+            theta: Tensor,
+            then: Callable[[Evaluation], T],
+            recorder: Recorder | None = None,
         ) -> T:
             with self.params.at(theta):
-                return then(self._evaluate(microbatch, split=True))
+                return then(self._evaluate(microbatch, split=True, recorder=recorder))
 
         return ProductBuilder(
             self.engine,

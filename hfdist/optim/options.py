@@ -77,6 +77,9 @@ class PreconditionerOptions(OptionGroup):
     RANGES: ClassVar[dict[str, tuple[float, float]]] = {
         "preconditioner_exponent": (0.0, 1.0),
         "kfac_examples": (1e-6, 1.0),
+        "kfac_samples": (1, 1000),
+        "kfac_refresh": (1, 10**9),
+        "kfac_decay": (0.0, 0.9999),
     }
 
     preconditioner: Literal["none", "empirical_fisher", "kfac"] = "kfac"
@@ -86,6 +89,16 @@ class PreconditionerOptions(OptionGroup):
     """Exponent of the diagonal preconditioner of `cg` and `steihaug`."""
     kfac_examples: float = 0.25
     """Share of the gradient's examples that the statistics of `kfac` are taken from."""
+    kfac_samples: int = 1
+    """Random vectors an example for these statistics; each is a backward pass."""
+    kfac_refresh: int = 1
+    """New statistics are taken every so many steps."""
+    kfac_decay: float | None = None
+    """Weight of what earlier steps saw in the moving average of the statistics, a factor a refresh; null: 0
+    where a step sees all examples, 0.9 otherwise."""
+    kfac_shared: Literal["expand", "reduce"] = "expand"
+    """Uses of one weight within an example (positions of a convolution, of a sequence) count as examples of
+    their own, or as one use of the mean input (Eschenhagen et al. 2023)."""
 
 
 @dataclass(frozen=True, kw_only=True)

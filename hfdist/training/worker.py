@@ -26,6 +26,7 @@ from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, from
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
 from hfdist.curvature.structural import StructuralDamping, hidden_modules
 from hfdist.curvature.verify import Verifier
 from hfdist.data.loader import BatchLoader
@@ -334,7 +335,7 @@ class Worker:
         plan = self._plan(step, share=share)
         try:
             self._loader.begin(step, plan)
-            problem = self._problem(plan, step, progress.state.damping)
+            problem = self._problem(plan, progress.state, progress.memory)
         except WorkerError:
             if self._stop.requested:  # whoever asked this process to end asked its loaders, too
                 raise Interrupted from None
@@ -367,7 +368,8 @@ class Worker:
         """The objective of a step, with all examples of the curvature's role."""
         plan = self._plan(step)
         self._loader.begin(step, plan)
-        return self._problem(plan, step, self.config.optim.damping)
+        state = HFState(damping=self.config.optim.damping, step=step)
+        return self._problem(plan, state, PreconditionerMemory())
 
     def _curvature_share(self, state: HFState) -> float:
         """Of the gradient's examples, where `batches.curvature` is auto."""
@@ -409,8 +411,8 @@ class Worker:
     def _load(self, role: RolePlan) -> list[tuple[MicrobatchPlan, Batch]]:
         return [(plan, self._loader.load(plan)) for plan in role.microbatches]
 
-    def _problem(self, plan: StepPlan, step: int, damping: float) -> Problem:
-        seed = mixed(self.config.seed, "forward", step)
+    def _problem(self, plan: StepPlan, state: HFState, memory: PreconditionerMemory) -> Problem:
+        seed = mixed(self.config.seed, "forward", state.step)
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
             return [
@@ -438,11 +440,16 @@ class Worker:
         same_loss = plan.line_search is plan.gradient
         loss = gradient if same_loss else role(self._load(plan.line_search))
         options = self.config.optim
+        is_finite = self._terms is None and self._stream is None
+        sees_all_examples = is_finite and plan.gradient.num_examples == (self.num_examples or 1)
         context = Context(
             task=self.task,
             model=self.model,
             gradient=[(microbatch, batch) for microbatch, (_, batch) in zip(gradient, loaded)],
             options=options,
+            damping=state.damping,
+            sees_all_examples=sees_all_examples,
+            memory=memory,
         )
         return Problem(
             params=self.params,
@@ -463,7 +470,7 @@ class Worker:
                 damping_metric=make_damping_metric(context),
             ),
             structural=StructuralDamping(
-                modules=self._hidden_modules, coefficient=options.structural_damping * damping
+                modules=self._hidden_modules, coefficient=options.structural_damping * state.damping
             )
             if options.structural_damping
             else None,

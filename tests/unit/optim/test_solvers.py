@@ -17,8 +17,10 @@ from hfdist.optim.solvers import SOLVERS, Solution, SolverOptions, System
 n = 12
 EXACT: dict[str, Any] = {"cg_stop": "residual", "cg_tol": 1e-13, "cg_max_iter": 100}
 
-# "metric" uses no products: see test_metric_solver.py
-pytestmark = pytest.mark.parametrize("name", [name for name in SOLVERS if name != "metric"])
+# "metric" uses no products: see test_metric_solver.py; "auto" is one of the others.
+pytestmark = pytest.mark.parametrize(
+    "name", [name for name in SOLVERS if name not in ("metric", "auto")]
+)
 
 
 def spd(seed: int, shift: float = 0.3) -> Tensor:
