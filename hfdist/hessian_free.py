@@ -41,6 +41,7 @@ from hfdist.curvature.preconditioners import (
     make_preconditioner,
 )
 from hfdist.curvature.preconditioners.memory import PreconditionerMemory
+from hfdist.curvature.structural import StructuralDamping, hidden_modules
 from hfdist.curvature.verify import Verifier
 from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
@@ -270,6 +271,8 @@ class HessianFree(torch.optim.Optimizer):
     ) -> float:
         options = self.options
         params = self._trainable()
+        if options.damping_metric != "identity":
+            raise ValueError("damping_metric needs the model and data of a task: use hfdist.train")
         layout = make_layout(params, self._comm(), options)
         problem = Problem(
             params=params,
@@ -292,6 +295,7 @@ class HessianFree(torch.optim.Optimizer):
             frozen=FixedRandomness(params.device, _module(model)),
             engine=self._product_engine(options),
             autocast=autocast_dtype(options),
+            structural=self._structural(model) if options.structural_damping else None,
         )
         if test_deterministic:
             self._test_deterministic(problem)
@@ -313,6 +317,12 @@ class HessianFree(torch.optim.Optimizer):
             report.reduction_ratio,
         )
         return report.final_loss
+
+    def _structural(self, model: Any) -> StructuralDamping:
+        """The term of a model that names its hidden units; `step` does not know the model."""
+        named = getattr(model, "hidden_units", list)
+        coefficient = self.options.structural_damping * self.damping
+        return StructuralDamping(modules=hidden_modules(named()), coefficient=coefficient)
 
     @contextmanager
     def steps_as_gradients(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from hfdist import __version__
 from hfdist.checkpoint import CheckpointStore, check, mirror
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config.job import RunConfig
+from hfdist.curvature.damping_metric import make_damping_metric
 from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
 from hfdist.curvature.example_signs import example_seeds
@@ -26,6 +27,7 @@ from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
 from hfdist.curvature.preconditioners.memory import PreconditionerMemory
+from hfdist.curvature.structural import StructuralDamping, hidden_modules
 from hfdist.curvature.verify import Verifier
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import (
@@ -158,6 +160,9 @@ class Worker:
         self.first_batch = self._try_task()
         """Of a few examples."""
         self._check_batch_norm()
+        self._hidden_modules: list[nn.Module] = []
+        if optim.structural_damping:
+            self._hidden_modules = hidden_modules(self.task.hidden_units(self.model))
         tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
         self._coordinator = Coordinator(
             job.config,
@@ -460,7 +465,15 @@ class Worker:
             residuals=self._terms is not None,
             row_solver=self._solves_rows(),
             abandon=lambda: self._stop.requested,
-            overrides=Overrides(preconditioner=make_preconditioner(context)),
+            overrides=Overrides(
+                preconditioner=make_preconditioner(context),
+                damping_metric=make_damping_metric(context),
+            ),
+            structural=StructuralDamping(
+                modules=self._hidden_modules, coefficient=options.structural_damping * state.damping
+            )
+            if options.structural_damping
+            else None,
         )
 
     def _solves_rows(self) -> bool:
