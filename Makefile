@@ -51,7 +51,7 @@ wheel: $(READY) ## build the wheel and the source archive in dist/
 bench: $(READY) ## measure: products, step, optimizers, scaling
 	$(BIN)/hfdist bench products
 	$(BIN)/hfdist bench scaling
-	$(BIN)/hfdist bench optimizers deploy/jobs/digits.yaml
+	$(BIN)/hfdist bench optimizers digits-autoencoder
 
 soak: $(READY) ## the long proofs: many kills, nodes that come and go
 	$(PYTEST) -m slow

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hfdist.api import train
     from hfdist.config.job import RunConfig, load_config
-    from hfdist.hessian_free import HessianFree
+    from hfdist.hessian_free import HessianFree, newton_gradient
     from hfdist.optim.options import HFOptions
     from hfdist.optim.report import StepReport
     from hfdist.tasks.array_data import ArrayData
@@ -26,6 +26,7 @@ _MODULES = {
     "StepReport": "hfdist.optim.report",
     "Task": "hfdist.tasks.task",
     "load_config": "hfdist.config.job",
+    "newton_gradient": "hfdist.hessian_free",
     "train": "hfdist.api",
 }
 
@@ -38,6 +39,7 @@ __all__ = [
     "Task",
     "__version__",
     "load_config",
+    "newton_gradient",
     "train",
 ]
 

@@ -9,7 +9,8 @@ import dataclasses
 import logging
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,13 +19,28 @@ from torch.utils._pytree import tree_map
 
 from hfdist.comm import Communicator, current_communicator
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
+from hfdist.curvature.example_signs import example_seeds
 from hfdist.curvature.fixed_randomness import FixedRandomness
-from hfdist.curvature.layout import Layout, Replicated, make_layout
+from hfdist.curvature.layout import Layout, make_layout
 from hfdist.curvature.loss_weight import mean_weight
-from hfdist.curvature.microbatch import Microbatch, as_sum, from_closure, from_parts
+from hfdist.curvature.microbatch import (
+    Microbatch,
+    as_sum,
+    chosen,
+    from_closure,
+    from_parts,
+    has_batch_statistics,
+    rows_of,
+)
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
-from hfdist.curvature.preconditioners import DiagonalPreconditioner, empirical_fisher_diagonal
+from hfdist.curvature.preconditioners import (
+    Context,
+    DiagonalPreconditioner,
+    empirical_fisher_diagonal,
+    make_preconditioner,
+)
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
 from hfdist.curvature.verify import Verifier
 from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
@@ -115,12 +131,16 @@ class HessianFree(torch.optim.Optimizer):
         self.history: deque[StepReport] = deque(maxlen=1000)
         self._communicator = communicator
         self._engine: ProductEngine | None = None
+        self._leaves_gradient = False
+        self._memory = PreconditionerMemory()
         defaults = dataclasses.asdict(resolved) | {
             "damping_scale": 1.0,
             "frozen": False,
             "step": 0,
             "seed": torch.initial_seed() % 2**63 if seed is None else seed,
+            "hf_state": HFState(damping=resolved.damping).scalars(),
             "has_x0": False,
+            "preconditioner_memory": {},
         }
         super().__init__(params, defaults)
         self._trainable()  # there must be something to train
@@ -250,10 +270,6 @@ class HessianFree(torch.optim.Optimizer):
     ) -> float:
         options = self.options
         params = self._trainable()
-        if options.preconditioner != "none" and M_func is None:
-            raise ValueError(
-                "preconditioner needs the model and data: pass M_func=get_preconditioner(...)"
-            )
         layout = make_layout(params, self._comm(), options)
         problem = Problem(
             params=params,
@@ -266,7 +282,12 @@ class HessianFree(torch.optim.Optimizer):
             overrides=Overrides(
                 gradient=grad,
                 product=mvp,
-                preconditioner=None if M_func is None else lambda _, __: _of_parts(M_func, layout),
+                preconditioner=make_preconditioner(
+                    Context(options=options, damping=self.damping, memory=self._memory)
+                )
+                if M_func is None
+                else lambda _, __: _of_parts(M_func, layout),
+                move=self._leave_gradient if self._leaves_gradient else None,
             ),
             frozen=FixedRandomness(params.device, _module(model)),
             engine=self._product_engine(options),
@@ -292,6 +313,23 @@ class HessianFree(torch.optim.Optimizer):
             report.reduction_ratio,
         )
         return report.final_loss
+
+    @contextmanager
+    def steps_as_gradients(self) -> Iterator[None]:
+        """Steps inside the block do not move the parameters: they leave minus the step in `.grad`, zeros
+        where it was rejected. See `newton_gradient`."""
+        before, self._leaves_gradient = self._leaves_gradient, True
+        for p in self._trainable().tensors:
+            p.grad = torch.zeros_like(p)
+        try:
+            yield
+        finally:
+            self._leaves_gradient = before
+
+    def _leave_gradient(self, alpha: float, step: Tensor) -> None:
+        params = self._trainable()
+        for p, piece in zip(params.tensors, params.views(step)):
+            p.grad = piece.mul(-alpha).to(p.dtype)
 
     # -- what the seed also has ------------------------------------------------------------------
 
@@ -386,8 +424,9 @@ class HessianFree(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._communicator, self._engine = None, None
+        self._communicator, self._engine, self._leaves_gradient = None, None, False
         super().__setstate__(state)
+        self._load_memory()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`: options, damping, warm start and counters are all in it."""
@@ -395,6 +434,10 @@ class HessianFree(torch.optim.Optimizer):
         for p in (p for group in self.param_groups for p in group["params"]):
             if "x0" not in self.state[p]:
                 self.state[p]["x0"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+
+    def _load_memory(self) -> None:
+        self._memory = PreconditionerMemory()
+        self._memory.load_state_dict(self.param_groups[0].get("preconditioner_memory", {}))
 
     def _trainable(self) -> ParameterVector:
         return ParameterVector(
@@ -434,11 +477,7 @@ class HessianFree(torch.optim.Optimizer):
         x0 = None
         if first["has_x0"]:
             x0 = layout.part(params.flatten([self.state[p]["x0"] for p in params.tensors]))
-        return HFState(
-            damping=first["damping"],
-            x0=x0,
-            step=first["step"],
-        )
+        return HFState.restored({**first["hf_state"], "damping": first["damping"]}, x0)
 
     def _set_state(self, params: ParameterVector, state: HFState, layout: Layout) -> None:
         x0 = params.zeros() if state.x0 is None else layout.whole(state.x0)
@@ -447,7 +486,9 @@ class HessianFree(torch.optim.Optimizer):
         for group in self.param_groups:
             group["damping"] = state.damping
             group["step"] = state.step
+            group["hf_state"] = state.scalars()
             group["has_x0"] = state.x0 is not None
+            group["preconditioner_memory"] = self._memory.state_dict()
 
     # -- helpers ---------------------------------------------------------------------------------
 
@@ -487,11 +528,17 @@ class HessianFree(torch.optim.Optimizer):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}: it must be 'mean' or 'sum'")
         device = self._trainable().device
+        pairs = [
+            tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, tuple(pair))
+            for pair in data
+        ]
+        sizes = [num_examples(pair) for pair in pairs]
+        first = 0  # number of this rank's first example
+        if self.param_groups[0]["preconditioner"] != "none":
+            first = sum(comm.all_gather_object(sum(sizes))[: comm.rank])
 
-        def microbatch(number: int, pair: tuple[Any, Any]) -> Microbatch:
-            inputs, targets = tree_map(
-                lambda t: t.to(device) if isinstance(t, Tensor) else t, tuple(pair)
-            )
+        def microbatch(number: int, pair: Any, seeds: Tensor) -> Microbatch:
+            inputs, targets = pair
 
             def loss_of(outputs: Any) -> tuple[Tensor, float | Tensor]:
                 loss = loss_func(outputs, targets)
@@ -500,11 +547,26 @@ class HessianFree(torch.optim.Optimizer):
                     loss = (loss * weight, weight)
                 return as_sum(loss, num_examples((inputs, targets)), reduction, "loss_func")
 
-            return from_parts(
-                lambda: model(inputs), loss_of, mixed(seed, comm.rank, number), "loss_func"
-            )
+            def part(share: float) -> Microbatch:
+                n, kept = len(seeds), chosen(seeds, share)
+                if len(kept) == n or has_batch_statistics(model):
+                    return whole
+                return microbatch(number, rows_of(pair, n, kept), seeds[kept])
 
-        found = [microbatch(number, pair) for number, pair in enumerate(data)]
+            whole = dataclasses.replace(
+                from_parts(
+                    lambda: model(inputs), loss_of, mixed(seed, comm.rank, number), "loss_func"
+                ),
+                example_seeds=seeds,
+                part=part,
+            )
+            return whole
+
+        found = []
+        for number, (pair, n) in enumerate(zip(pairs, sizes)):
+            seeds = example_seeds(seed, torch.arange(first, first + n))
+            found.append(microbatch(number, pair, seeds))
+            first += n
         if not found and comm.world_size == 1:  # of several ranks, one may have nothing
             raise ValueError("a list of minibatches is empty: give at least one (inputs, targets)")
         return found
@@ -525,6 +587,35 @@ class HessianFree(torch.optim.Optimizer):
             )
 
 
+def newton_gradient(optimizer: HessianFree, *args: Any, **kwargs: Any) -> float:
+    """Leave the Newton direction in the parameters' `.grad`, for any torch optimizer to follow.
+
+    SGD with a learning rate of 1 then takes the Hessian-free step; with momentum, with a schedule, or with
+    Adam, it is their rule on a preconditioned gradient. With `solver="metric"` it costs no products: the
+    cheap mode for small batches.
+
+        newton = HessianFree(model.parameters(), solver="metric")
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for inputs, targets in batches:
+            newton_gradient(newton, model, loss_function, [(inputs, targets)])
+            sgd.step()
+
+    Args:
+        optimizer: Its rules find the direction; its damping follows as if its steps were taken.
+        args, kwargs: As for `HessianFree.acc_step`; or a function for `HessianFree.step`, with that method's
+            other arguments by keyword.
+
+    Returns:
+        The loss where the parameters are. `optimizer.report` is of the whole step; where that was rejected,
+        the gradient is zero.
+    """
+    take = optimizer.acc_step if len(args) > 1 or "loss_func" in kwargs else optimizer.step
+    with optimizer.steps_as_gradients():
+        take(*args, **kwargs)
+    assert optimizer.report is not None
+    return optimizer.report.loss
+
+
 def _module(model: Any) -> nn.Module | None:
     """None where the modules are to be found while they run."""
     return model if isinstance(model, nn.Module) else None
@@ -539,8 +630,6 @@ def _differing(key: str, first: Any, other: Any) -> ValueError:
 
 def _of_parts(M: Operator, layout: Layout) -> Operator:
     """A preconditioner of whole vectors as one of this rank's parts."""
-    if isinstance(layout, Replicated):
-        return M
     return lambda v: layout.part(M(layout.whole(v)))
 
 

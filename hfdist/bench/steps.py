@@ -20,10 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hfdist.bench.products import loss_of, medians, problem, synchronize
+from hfdist.bench.products import loss_of, medians, problem
 from hfdist.bench.workloads import Workload, chosen, workloads
 from hfdist.curvature.fixed_randomness import FixedRandomness
+from hfdist.curvature.layout import Replicated
 from hfdist.curvature.params import ParameterVector
+from hfdist.devices import (
+    allocated_memory,
+    is_accelerator,
+    peak_memory,
+    reset_peak_memory,
+    synchronize,
+)
 from hfdist.hessian_free import HessianFree
 from hfdist.optim.options import HFOptions
 from hfdist.optim.solvers.cg import CGResult, cg
@@ -216,11 +224,10 @@ def solver_share(workload: Workload, *, repetitions: int, device: torch.device) 
         batch = tree_map(lambda t: t.to(device), workload.batch())
     p = problem(workload, model, batch)
     _, g = p.loss_and_gradient()
-    (product,) = p._products or []
-    views = p.params.views(torch.ones_like(g))
-    known = product(views)
-    p._products = [lambda v, factor=1.0: known]
-    A, b = p.curvature(damping=1.0), g.neg()
+    B, ones, b = p.curvature(), torch.ones_like(g), g.neg()
+    known = _Known(p.params.views(B(ones).clone()))
+    free = Replicated(p.params, p.comm).summed([known], factor=1.0, abort_flag=lambda: 0.0)
+    A = free.damped(shift=1.0)
 
     def solve(iterations: int) -> CGResult:
         rules = HFOptions(
@@ -229,10 +236,22 @@ def solver_share(workload: Workload, *, repetitions: int, device: torch.device) 
         return cg(A, b, None, None, rules)
 
     per_product, short, long = medians(
-        [lambda: product(views), lambda: solve(30), lambda: solve(60)], max(repetitions, 5), device
+        [lambda: B(ones), lambda: solve(30), lambda: solve(60)], max(repetitions, 5), device
     )
     per_iteration = (long - short) / 30
     return per_iteration / (per_iteration + per_product)
+
+
+class _Known:
+    """A product that costs nothing."""
+
+    overlaps = False
+
+    def __init__(self, result: Sequence[Tensor]) -> None:
+        self._result = result
+
+    def __call__(self, v: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor]:
+        return self._result
 
 
 def _peak_in_process(name: str, how: str, cg_iterations: int, minibatches: int, device: Any) -> int:
@@ -258,11 +277,11 @@ def _peak(
     )
     with torch.no_grad():  # libraries set up what they keep for good
         runner._forward()
-    if runner.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(runner.device)
-        before = torch.cuda.memory_allocated(runner.device)
+    if is_accelerator(runner.device):
+        reset_peak_memory(runner.device)
+        before = allocated_memory(runner.device)
         runner()
-        return torch.cuda.max_memory_allocated(runner.device) - before
+        return int(peak_memory(runner.device)) - before
     Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
     before = _status("VmRSS")
     runner()

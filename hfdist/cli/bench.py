@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -184,49 +184,106 @@ def scaling(
 
 @app.command()
 def optimizers(
-    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Task and rules.")],
+    problems: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROBLEMS|JOB.yaml",
+            help="Names separated by commas (`list` prints them), or a job file with a task of your own.",
+        ),
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes of the job.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Changes of the job: Hessian-free's rules, sizes."
+        ),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Training time of every contender.")] = 20.0,
+    gradients: Annotated[
+        float, typer.Option(help="Work of every contender, in gradient-equivalents.", min=1.0)
+    ] = 600.0,
+    seconds: Annotated[
+        float, typer.Option(help="Training time of every contender.", min=0.1)
+    ] = 600.0,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds, separated by commas; grids are searched on the first.")
+    ] = "0,1,2",
     rivals: Annotated[
-        str | None, typer.Option(help="Names separated by commas; by default all there are.")
+        str | None, typer.Option(help="Names separated by commas; by default all that can run.")
+    ] = None,
+    losses: Annotated[
+        str | None,
+        typer.Option(
+            help="Losses to compare at; by default the problem's, or what the best rival reaches."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch; by default as many as cores.", min=1)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for PROBLEM.json and PROBLEM.png; grids that are there are not measured again.",
+            metavar="FOLDER",
+        ),
     ] = None,
     as_json: Json = False,
-    plot: Plot = None,
 ) -> None:
-    """Hessian-free beside torch's optimizers on a job's task: one model, batch and budget of seconds.
+    """Hessian-free beside SOAP, Muon, Adam, L-BFGS, K-FAC and SGD: one model, one whole batch, one budget.
 
-    Each rival gets the best of a small grid.
+    Work is counted in gradient-equivalents: a gradient is 1, a Gauss-Newton product 4/3 and a metric's
+    statistics 5/3 of their share of the examples, a loss 1/3. Each rival gets the best of a grid at every
+    loss, Hessian-free its defaults. Seconds are those of contenders that take turns. SOAP, Muon and K-FAC are
+    of packages in the extra `bench`.
     """
     import json
+    import sys
+
+    import torch
 
     from hfdist.bench import optimizers as bench
-    from hfdist.config.job import load_config
-    from hfdist.errors import ConfigError
-    from hfdist.tasks.loading import load_task
 
-    config = load_config(job, overrides or ())
-    arena = bench.Arena(
-        load_task(config.task, config.task_args),
-        seconds=seconds,
-        weight_decay=config.optim.weight_decay,
-        examples=config.batches.gradient,
-        seed=config.seed,
-    )
-    try:
-        found = bench.compare(arena, config.optim, rivals.split(",") if rivals else None)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    rows = bench.to_rows(found)
-    if plot is not None:
-        bench.plot(found, plot, f"{config.name}: one batch of {arena.num_examples} examples")
-    if as_json:
-        print(json.dumps(rows))
-    else:
+    if problems == "list":
         print_table(
-            rows, title=f"{config.name}, {seconds:g} s each, a batch of {arena.num_examples}"
+            [{"problem": n, "description": c.description} for n, c in bench.COMPARISONS.items()],
+            title="Problems",
         )
+        return
+    numbers = _numbers("seeds", seeds, int)
+    goals = _numbers("losses", losses, float) if losses else []
+    if threads is not None:
+        torch.set_num_threads(threads)
+    found = []
+    for problem in problems.split(","):
+        name, config, thresholds = bench.named(problem, overrides or ())
+        study = bench.compare(
+            name,
+            config,
+            budget=bench.Budget(gradients=gradients, seconds=seconds),
+            seeds=numbers,
+            names=rivals.split(",") if rivals else None,
+            thresholds=sorted(goals, reverse=True) or thresholds,
+            path=None if output is None else output / f"{name}.json",
+            progress=lambda text: print(text, file=sys.stderr),
+        )
+        if output is not None:
+            bench.plot(study, output / f"{name}.png")
+        rows = [{"problem": name, **row} for row in bench.rows(study.races, study.thresholds)]
+        found += rows
+        if not as_json:
+            print_table(
+                rows,
+                title=f"{name}: means over {len(numbers)} seeds until a loss, ratios to the best rival",
+            )
+    if as_json:
+        print(json.dumps(found))
+
+
+def _numbers(key: str, text: str, kind: type) -> list[Any]:
+    from hfdist.errors import ConfigError
+
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{key} is {text!r}: write numbers separated by commas") from error
 
 
 @app.command()

@@ -28,6 +28,8 @@ class GGNProduct:
         jacobian: v -> tangents of the outputs at `loss_hessian.curved`; None: by double backward.
     """
 
+    overlaps = True
+
     def __init__(
         self,
         outputs: Sequence[Tensor],
@@ -91,7 +93,6 @@ class SumOfProducts:
     """v -> sum of the products of several matrices."""
 
     overlaps = False
-    """Whether the parameters' gradient hooks fire only for the result."""
 
     def __init__(self, products: Sequence[Product]) -> None:
         self._products = list(products)

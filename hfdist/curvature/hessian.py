@@ -16,6 +16,8 @@ class HessianProduct:
         tensors: The parameters.
     """
 
+    overlaps = True
+
     def __init__(self, gradient: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
         # A parameter in which the loss is linear has a gradient without a graph, and no curvature.

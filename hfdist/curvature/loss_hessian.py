@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from hfdist.curvature.linearize import Program, Recorder, Unsupported
 from hfdist.curvature.outputs import Edge, edge, is_reached
+from hfdist.tasks.robust import residual_loss, weights
 
 Diagonal = Callable[[Tensor], Tensor]  # tangent of a loss function's input -> its Hessian times it
 
@@ -71,6 +73,8 @@ class LossCall:
     """The argument."""
     diagonal: Callable[[Tensor], Diagonal]
     """Derivative of the total loss in the call's result -> product with the Hessian in `input`."""
+    root: Callable[[Tensor], Diagonal]
+    """The same derivative -> product with a matrix S of the Hessian's size, SS' = |the Hessian|."""
     is_loss: bool = True
     """Whether it is one of torch's losses, and its Hessian exact: the second term, the result's derivative
     times the function's, is not cut off at zero."""
@@ -92,11 +96,14 @@ class LossWatch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
+        self.differentiates = False
+        """Whether `torch.autograd.grad` was called."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.differentiates |= func is torch.autograd.grad
         known = KNOWN_FUNCTIONS.get(func)
         if known is None:
             return func(*args, **kwargs)
@@ -121,13 +128,20 @@ class ClosedForm:
     Args:
         inputs: The tensors that the loss was computed from.
         terms: Of each call: (A as a program, the call's input, D).
+        roots: Of each call: makes S with SS' = D, see `LossCall`.
+        factors: Of each call: derivative of the loss in its result.
     """
 
     def __init__(
-        self, inputs: Sequence[Tensor], terms: Sequence[tuple[Program | None, Tensor, Diagonal]]
+        self,
+        inputs: Sequence[Tensor],
+        terms: Sequence[tuple[Program | None, Tensor, Diagonal]],
+        roots: Sequence[Callable[[], Diagonal]] = (),
+        factors: Sequence[Tensor] = (),
     ) -> None:
         self.curved = list(range(len(inputs)))
-        self._inputs, self._terms = list(inputs), list(terms)
+        self._inputs, self._terms, self._roots = list(inputs), list(terms), list(roots)
+        self._factors = list(factors)
         self.needs_graph = any(program is not None for program, _, _ in terms)
 
     def __call__(self, v: Sequence[Tensor | None]) -> list[Tensor]:
@@ -155,6 +169,30 @@ class ClosedForm:
                         add(k, t)
         return [torch.zeros_like(z) if t is None else t for z, t in zip(self._inputs, totals)]
 
+    @property
+    def size(self) -> float:
+        """sum of |dL/d(result)|: of what size the entries of D are where nothing cancels in them."""
+        return sum(float(factor.abs().sum()) for factor in self._factors)
+
+    def root(self, draw: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+        """sum over calls A' S u, so that its mean outer product is H_L; None stands for zero.
+
+        Args:
+            draw: A call's input -> u of its shape, E[uu'] = I, independent between calls.
+        """
+        totals: list[Tensor | None] = [None] * len(self._inputs)
+        with torch.no_grad():
+            for (program, x, _), root in zip(self._terms, self._roots, strict=True):
+                s = root()(draw(x))
+                if program is None:
+                    found: Sequence[Tensor | None] = [s if z is x else None for z in self._inputs]
+                else:
+                    found = grad(x, self._inputs, s, retain_graph=True, allow_unused=True)
+                totals = [
+                    b if a is None else a if b is None else a + b for a, b in zip(totals, found)
+                ]
+        return totals
+
 
 def closed_form(
     loss: Tensor, inputs: Sequence[Tensor], calls: Sequence[LossCall], recorder: Recorder | None
@@ -179,6 +217,8 @@ def closed_form(
         return None  # something else depends on the outputs too
     factors = derivatives_in(loss, results)
     terms: list[tuple[Program | None, Tensor, Diagonal]] = []
+    roots: list[Callable[[], Diagonal]] = []
+    used: list[Tensor] = []
     for call, factor in zip(calls, factors):
         if factor is None:
             continue
@@ -191,7 +231,9 @@ def closed_form(
             except Unsupported:
                 return None
         terms.append((program, call.input, call.diagonal(factor.detach())))
-    return ClosedForm(inputs, terms)
+        roots.append(partial(call.root, factor.detach()))
+        used.append(factor.detach())
+    return ClosedForm(inputs, terms, roots, used)
 
 
 def derivatives_in(loss: Tensor, results: Sequence[Edge]) -> Sequence[Tensor | None]:
@@ -227,7 +269,8 @@ def _cross_entropy(
     axis = 0 if input.ndim == 1 else 1
     classes = input.shape[axis]
 
-    def diagonal(factor: Tensor) -> Diagonal:
+    def parts(factor: Tensor) -> tuple[Tensor, Any]:
+        """(p, s / count)."""
         x = input.detach()
         p = torch.softmax(x, axis)
         ones = torch.ones(classes, dtype=x.dtype, device=x.device) if weight is None else weight
@@ -252,14 +295,21 @@ def _cross_entropy(
         s = s * factor / (count if reduction == "mean" else 1.0)
         s = s.unsqueeze(axis)
         uniform_weight = s.numel() > 0 and bool((s == s.reshape(-1)[0]).all())
-        scale: Any = float(s.reshape(-1)[0]) if uniform_weight else s
+        return p, float(s.reshape(-1)[0]) if uniform_weight else s
+
+    def diagonal(factor: Tensor) -> Diagonal:
+        p, scale = parts(factor)
 
         def D(t: Tensor) -> Tensor:
             return torch.ops.aten._softmax_backward_data(t, p, axis, p.dtype).mul_(scale)
 
         return D
 
-    return LossCall(input=input, diagonal=diagonal)
+    def root(factor: Tensor) -> Diagonal:
+        p, scale = parts(factor)
+        return _softmax_root(p, torch.as_tensor(scale, dtype=p.dtype, device=p.device), axis)
+
+    return LossCall(input=input, diagonal=diagonal, root=root)
 
 
 def _bce_with_logits(
@@ -278,14 +328,16 @@ def _bce_with_logits(
     if _needs_gradient(target, weight, pos_weight):
         return None
 
-    def diagonal(factor: Tensor) -> Diagonal:
+    def elements(factor: Tensor) -> Tensor:
         p = torch.sigmoid(input.detach())
         d = p * (1 - p)
         if pos_weight is not None:
             d = d * (1 + (pos_weight - 1) * target)
-        return _element_wise(d, weight, factor, reduction)
+        if weight is not None:
+            d = d * weight
+        return d * (factor / (d.numel() if reduction == "mean" else 1))
 
-    return LossCall(input=input, diagonal=diagonal)
+    return _element_wise(input, elements)
 
 
 def _mse(
@@ -306,20 +358,34 @@ def _mse(
     ):
         return None
 
-    def diagonal(factor: Tensor) -> Diagonal:
-        scale = 2.0 * factor / (input.numel() if reduction == "mean" else 1)
-        return lambda t: t * scale
+    def elements(factor: Tensor) -> Tensor:
+        return 2.0 * factor / (input.numel() if reduction == "mean" else 1)
 
     if target.requires_grad:  # then the loss is a function of the difference
-        return LossCall(input=input - target, diagonal=diagonal, is_loss=False)
-    return LossCall(input=input, diagonal=diagonal)
+        return _element_wise(input - target, elements, is_loss=False)
+    return _element_wise(input, elements)
 
 
-def _element_wise(d: Tensor, weight: Tensor | None, factor: Tensor, reduction: str) -> Diagonal:
-    if weight is not None:
-        d = d * weight
-    d = d * (factor / (d.numel() if reduction == "mean" else 1))
-    return lambda t: t * d
+def _element_wise(
+    input: Tensor, elements: Callable[[Tensor], Tensor], *, is_loss: bool = True
+) -> LossCall:
+    """A function whose Hessian is diagonal: `elements` gives the diagonal, or one number for all of it."""
+
+    def diagonal(factor: Tensor) -> Diagonal:
+        d = elements(factor)
+        return lambda t: t * d
+
+    def root(factor: Tensor) -> Diagonal:
+        d = elements(factor).abs().sqrt()
+        return lambda t: t * d
+
+    return LossCall(input=input, diagonal=diagonal, root=root, is_loss=is_loss)
+
+
+def _softmax_root(p: Tensor, scale: Tensor, axis: int) -> Diagonal:
+    """S = |scale|^1/2 (diag(q) - pq') with q = p^1/2: SS' = |scale| (diag(p) - pp'), as q'q = 1."""
+    q, size = p.sqrt(), scale.abs().sqrt()
+    return lambda u: size * (q * u - p * (q * u).sum(axis, keepdim=True))
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -333,11 +399,10 @@ def _by_second_derivative(second: Callable[[Tensor], Tensor]) -> Callable[..., L
     """A function element by element."""
 
     def known(out: Tensor, input: Tensor, *_: Any, **__: Any) -> LossCall:
-        def diagonal(factor: Tensor) -> Diagonal:
-            d = (second(input.detach()) * factor).clamp(min=0.0)
-            return lambda t: t * d
+        def elements(factor: Tensor) -> Tensor:
+            return (second(input.detach()) * factor).clamp(min=0.0)
 
-        return LossCall(input=input, diagonal=diagonal, is_loss=False)
+        return _element_wise(input, elements, is_loss=False)
 
     return known
 
@@ -375,7 +440,8 @@ def _norm(
     if order not in (2, 2.0, "fro") or dtype is not None or (dim is None and keepdim):
         return None
 
-    def diagonal(factor: Tensor) -> Diagonal:
+    def parts(factor: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, factor / |x|)."""
         x = input.detach()
         size = out.detach()
         scale = factor.clamp(min=0.0)
@@ -384,15 +450,22 @@ def _norm(
             for axis in sorted(a % x.ndim for a in axes):
                 size, scale = size.unsqueeze(axis), scale.unsqueeze(axis)
         n = torch.where(size > 0, x / size, 0.0)
-        scale = torch.where(size > 0, scale / size, 0.0)
+        return n, torch.where(size > 0, scale / size, 0.0)
 
-        def D(t: Tensor) -> Tensor:
-            along = (n * t).sum(dim, keepdim=True) if dim is not None else (n * t).sum()
-            return scale * (t - n * along)
+    def across(n: Tensor, t: Tensor) -> Tensor:
+        """(I - nn') t; a projection, which is its own root."""
+        along = (n * t).sum(dim, keepdim=True) if dim is not None else (n * t).sum()
+        return t - n * along
 
-        return D
+    def diagonal(factor: Tensor) -> Diagonal:
+        n, scale = parts(factor)
+        return lambda t: scale * across(n, t)
 
-    return LossCall(input=input, diagonal=diagonal, is_loss=False)
+    def root(factor: Tensor) -> Diagonal:
+        n, scale = parts(factor)
+        return lambda t: scale.sqrt() * across(n, t)
+
+    return LossCall(input=input, diagonal=diagonal, root=root, is_loss=False)
 
 
 def _linalg_norm(
@@ -415,7 +488,11 @@ def _log_softmax(
         weight = (-factor.sum(dim, keepdim=True)).clamp(min=0.0)
         return lambda t: weight * p * (t - (p * t).sum(dim, keepdim=True))
 
-    return LossCall(input=input, diagonal=diagonal, is_loss=False)
+    def root(factor: Tensor) -> Diagonal:
+        weight = (-factor.sum(dim, keepdim=True)).clamp(min=0.0)
+        return _softmax_root(torch.softmax(input.detach(), dim), weight, dim)
+
+    return LossCall(input=input, diagonal=diagonal, root=root, is_loss=False)
 
 
 def _logistic(x: Tensor) -> Tensor:
@@ -423,10 +500,20 @@ def _logistic(x: Tensor) -> Tensor:
     return p * (1.0 - p)
 
 
+def _residual_loss(
+    out: Tensor, residuals: Tensor, loss: str = "squares", scale: float = 1.0
+) -> LossCall:
+    """The weights of iteratively reweighted least squares, see `hfdist.tasks.robust`."""
+    return _element_wise(
+        residuals, lambda factor: weights(residuals.detach(), loss, scale) * factor
+    )
+
+
 KNOWN_FUNCTIONS: dict[Any, Callable[..., LossCall | None]] = {
     F.cross_entropy: _cross_entropy,
     F.binary_cross_entropy_with_logits: _bce_with_logits,
     F.mse_loss: _mse,
+    residual_loss: _residual_loss,
     **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _pow),
     **dict.fromkeys(
         (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__), _product

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
+from hfdist.curvature.dispatch import Watch
+from hfdist.curvature.example_signs import example_seeds as seeds_of_examples
 from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.loss_hessian import ClosedForm, LossCall, LossWatch, closed_form
 from hfdist.curvature.outputs import (
     differentiable_tensors,
     is_computed_from,
     is_reached,
+    meets_a_leaf,
     outermost,
     reached_first,
     replaced,
@@ -39,6 +44,14 @@ class LossTraits:
     """It was looked at."""
     is_an_output: bool = False
     """The model computes the loss, or a part of it, and returns it among its outputs."""
+    is_mixed: bool = False
+    """It needs the graph behind the outputs (it differentiates them in the model's inputs), or computes from
+    the outputs and the parameters together (it calls the model, too)."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it cannot be seen as a function of the outputs alone."""
+        return self.is_an_output or self.is_mixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,24 +87,75 @@ class Evaluation:
 class Microbatch:
     """A way to evaluate the same examples again and again."""
 
-    evaluate: Callable[[LossTraits | None, Recorder | None], Evaluation]
+    evaluate: Callable[[LossTraits | None, Watch | None], Evaluation]
     """Forward pass at the current parameters. With the traits of the loss, the loss is split from the
     outputs (see `Evaluation.is_split`), where that is possible; the recorder watches the pass.
 
     Raises `TryAgain`."""
     seed: int
     """Seed of its random numbers: the same in every evaluation of a step."""
+    num_examples: int = 1
+    name: str = "the loss"
+    """For messages."""
+    example_seeds: Tensor | None = None
+    """Seeds of what is drawn for each example, wherever it is evaluated, int64 [n]; None: not known."""
+    part: Callable[[float], Microbatch] | None = None
+    """The same of a share of its examples; None: it is only to be had as a whole."""
 
 
-def from_task(task: Task, model: nn.Module, batch: Batch, seed: int) -> Microbatch:
-    """Microbatch of a task's model and loss."""
+def from_task(
+    task: Task, model: nn.Module, batch: Batch, seed: int, example_seeds: Tensor | None = None
+) -> Microbatch:
+    """Microbatch of a task's model and loss; `example_seeds` by default from its seed."""
     name = f"{type(task).__name__}.loss"
     n = num_examples(batch)
+    if example_seeds is None:
+        example_seeds = seeds_of_examples(seed, torch.arange(n))
+    seeds = example_seeds
 
     def loss_of(outputs: Outputs) -> tuple[Tensor, float | Tensor]:
         return as_sum(task.loss(outputs, batch), n, task.loss_reduction, name)
 
-    return from_parts(lambda: task.forward(model, batch), loss_of, seed, name)
+    def part(share: float) -> Microbatch:
+        kept = chosen(seeds, share)
+        if len(kept) == n or has_batch_statistics(model):
+            return whole
+        return from_task(task, model, rows_of(batch, n, kept), seed, seeds[kept])
+
+    microbatch = from_parts(lambda: task.forward(model, batch), loss_of, seed, name)
+    whole = replace(
+        microbatch,
+        num_examples=n,
+        name=task.batch_name(batch),
+        example_seeds=seeds,
+        part=part,
+    )
+    return whole
+
+
+def chosen(seeds: Tensor, share: float) -> Tensor:
+    """About a share of the examples, at least one: by their seeds, so that it does not depend on how they are
+    cut into microbatches, but for the one. int64 [m], ascending."""
+    places = seeds.abs().double() / 2.0**63
+    kept = (places < share).nonzero().flatten()
+    return kept if len(kept) or not len(seeds) else places.argmin().reshape(1)
+
+
+def rows_of(batch: Batch, n: int, kept: Tensor) -> Batch:
+    """Some examples of a batch of n: of all tensors that have so many rows."""
+
+    def rows(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == n
+        return leaf[kept.to(leaf.device)] if has_rows else leaf
+
+    return tree_map(rows, batch)
+
+
+def has_batch_statistics(model: Any) -> bool:
+    """Whether an example's outputs may depend on the others'; of what is no module, nobody knows."""
+    if not isinstance(model, nn.Module):
+        return True
+    return any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
 
 
 def from_parts(
@@ -109,11 +173,13 @@ def from_parts(
                 "Compute it with torch operations from the outputs, without detach, item or no_grad"
             )
 
-    def whole(traits: LossTraits | None, recorder: Recorder | None) -> Evaluation:
+    def whole(traits: LossTraits | None, recorder: Watch | None) -> Evaluation:
         watch = LossWatch()
-        with watch if traits else nullcontext():
-            with recorder or nullcontext():
-                outputs = forward()
+        with watch if traits else nullcontext(), ExitStack() as recording:
+            recording.enter_context(recorder or nullcontext())
+            outputs = forward()
+            if traits and not traits.is_mixed:
+                recording.close()
             z = differentiable_tensors(outputs)
             loss_sum, weight = loss_of(outputs)
         check(loss_sum)
@@ -127,7 +193,7 @@ def from_parts(
             loss_calls=watch.calls,
         )
 
-    def split(traits: LossTraits, recorder: Recorder | None) -> Evaluation:
+    def split(traits: LossTraits, recorder: Watch | None) -> Evaluation:
         with recorder or nullcontext():
             outputs = forward()
         z = differentiable_tensors(outputs)
@@ -143,16 +209,24 @@ def from_parts(
         try:
             with watch, follow:
                 loss_sum, weight = loss_of(outputs)
-        except RuntimeError as error:
+        except Exception as error:
             if "in-place operation" in str(error) and not traits.writes_into_outputs:
                 traits.writes_into_outputs = True
+                raise TryAgain from None
+            if watch.differentiates:  # outputs, whose graph the copies do not have
+                traits.is_mixed = True
                 raise TryAgain from None
             raise
         check(loss_sum)
         if not traits.is_known:
             traits.is_known = True
-            if any(is_part_of_loss(loss_sum, k, z, leaves) for k in range(len(z))):
-                traits.is_an_output = True
+            traits.is_an_output = any(
+                is_part_of_loss(loss_sum, k, z, leaves) for k in range(len(z))
+            )
+            traits.is_mixed = (
+                watch.differentiates or mixed(loss_sum, leaves, watch.calls) is not None
+            )
+            if traits.is_whole:
                 raise TryAgain
         return Evaluation(
             loss_sum=loss_sum,
@@ -163,8 +237,8 @@ def from_parts(
             loss_recorder=follow,
         )
 
-    def evaluate(traits: LossTraits | None, recorder: Recorder | None = None) -> Evaluation:
-        if traits is None or traits.is_an_output:
+    def evaluate(traits: LossTraits | None, recorder: Watch | None = None) -> Evaluation:
+        if traits is None or traits.is_whole:
             return whole(traits, recorder)
         return split(traits, recorder)
 
@@ -186,6 +260,9 @@ def outputs_of_loss(
     Raises:
         ValueError: See `reached_first`.
     """
+    arguments = mixed(loss, outputs, calls)
+    if arguments is not None:
+        return arguments
     others = [z for k, z in enumerate(outputs) if not is_part_of_loss(loss, k, outputs, outputs)]
     try:
         z = reached_first(loss, others)
@@ -194,11 +271,27 @@ def outputs_of_loss(
             raise
         z = [t for t in others if is_reached(loss, [t], without=[o for o in others if o is not t])]
         z = [t for t in z if not any(is_computed_from(o, [t]) for o in z if o is not t)]
-    if not z:
-        calls = [call for call in calls if call.is_current()]
-        found = outermost(loss, [call.result for call in calls], [None] * len(calls))
-        z = [calls[k].input for k in found]
-    return z
+    return z or _arguments(loss, calls)
+
+
+def mixed(
+    loss: Tensor, outputs: Sequence[Tensor], calls: Sequence[LossCall]
+) -> list[Tensor] | None:
+    """Arguments of known functions that a loss is a function of, where one of them is computed from outputs
+    and, beside them, from what the outputs are computed from: a residual u_xx + u, say.
+
+    None where there is no such argument, or the loss depends on more than the arguments: then the curvature
+    is that of the outputs (see `hfdist.curvature.direct`)."""
+    arguments = _arguments(loss, calls)
+    is_mixed = any(is_reached(x, outputs) and meets_a_leaf(x, without=outputs) for x in arguments)
+    return arguments if is_mixed and not meets_a_leaf(loss, without=arguments) else None
+
+
+def _arguments(loss: Tensor, calls: Sequence[LossCall]) -> list[Tensor]:
+    """Of the known functions that a walk from the loss meets first."""
+    calls = [call for call in calls if call.is_current()]
+    found = outermost(loss, [call.result for call in calls], [None] * len(calls))
+    return list({id(calls[k].input): calls[k].input for k in found}.values())
 
 
 def is_part_of_loss(
@@ -229,7 +322,7 @@ def from_closure(forward: Callable[[], Sequence[Any]], seed: int) -> Microbatch:
     """Microbatch of a closure that returns (loss, outputs), or (loss, outputs, weight) with the loss
     a mean of the given weight (the number of this rank's examples, say)."""
 
-    def evaluate(traits: LossTraits | None, recorder: Recorder | None = None) -> Evaluation:
+    def evaluate(traits: LossTraits | None, recorder: Watch | None = None) -> Evaluation:
         watch = LossWatch()
         with watch if traits else nullcontext(), recorder or nullcontext():
             result = forward()

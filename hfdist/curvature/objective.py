@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
 
 from hfdist.comm import Communicator, SerialCommunicator
+from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.engines import ProductBuilder, ProductEngine, check_dense
 from hfdist.curvature.fixed_randomness import FixedRandomness
-from hfdist.curvature.layout import Product, Replicated, Sharded
+from hfdist.curvature.jacobian_rows import UseWatch
+from hfdist.curvature.layout import Layout, Product, Replicated, SummedProduct, add_scaled
+from hfdist.curvature.least_squares import ResidualSystem
 from hfdist.curvature.linearize import Recorder
-from hfdist.curvature.microbatch import Evaluation, Microbatch
+from hfdist.curvature.microbatch import Evaluation, Microbatch, TryAgain
 from hfdist.curvature.params import ParameterVector
 from hfdist.errors import DataError
-from hfdist.optim.objective import Operator
+from hfdist.optim.least_squares import LeastSquares
+from hfdist.optim.objective import Costs, Operator
 
 T = TypeVar("T")
 
@@ -42,17 +46,11 @@ class Overrides:
     """Gradient [P] in place of the derivative of the loss."""
     product: Operator | None = None
     """Undamped curvature product in place of autograd's, of whole vectors [P]."""
-    preconditioner: Callable[[Problem, float], Operator | None] | None = None
-    """(this objective, damping) -> product with an approximate inverse, of this rank's parts."""
-
-
-@dataclass(kw_only=True)
-class _Work:
-    """What was done, in microbatch passes on this rank."""
-
-    forward_with_graph: int = 0
-    forward: int = 0
-    products: int = 0
+    preconditioner: Callable[[Problem, float | None], Operator | None] | None = None
+    """(this objective, damping) -> product with an approximate inverse, of this rank's parts; without
+    damping: of the metric of a Krylov space."""
+    move: Callable[[float, Tensor], None] | None = None
+    """(alpha, step [P]) -> what is done with an accepted step instead of moving the parameters by it."""
 
 
 @dataclass(kw_only=True)
@@ -110,30 +108,34 @@ class Problem:
     regularisation: Regularisation = field(default_factory=Regularisation)
     overrides: Overrides = field(default_factory=Overrides)
     frozen: FixedRandomness | None = None
-    layout: Replicated | Sharded | None = None
+    layout: Layout | None = None
     """How solver vectors lie over ranks; None: whole on each."""
     engine: ProductEngine = field(default_factory=ProductEngine)
     """How products are computed; shared by the steps of a run."""
     autocast: torch.dtype | None = None
     """Forward passes of products run under `torch.autocast` to this dtype."""
+    residuals: bool = False
+    """The objective is a sum of squares of the outputs (a `ResidualTask`'s), whose rows a solver may ask
+    for."""
+    row_solver: bool = False
+    """The solver asks for rows, not for products: they come from the gradient's forward pass."""
     abandon: Callable[[], bool] | None = None
     """Whether this rank asks to abandon the step; summed over ranks with every product."""
 
     def __post_init__(self) -> None:
-        self.work = _Work()
-        self._layout = self.layout or Replicated(self.params, self.comm)
+        self._layout: Layout = self.layout or Replicated(self.params, self.comm)
         self._part_of_decay = self.regularisation.part(self._layout.part)
-        self.signal: Tensor | None = None
         self._fixed = self.frozen or FixedRandomness(self.params.device)
         self._trial: Tensor | None = None
         self._reference_weight: float | None = None
+        self._loss_weight = 0.0
         self._gradient_loss: float | None = None
         self._start_loss: float | None = None
         self._products: list[Product] | None = None
         self._product_weight = 0.0
-        self._product_buffer: Tensor | None = (
-            None  # [P + 1]: where products are computed; the signal
-        )
+        self._system: ResidualSystem | None = None
+        self._metric_work = 0.0
+        self._summed: SummedProduct | None = None
 
     @property
     def gradient_scale(self) -> float:
@@ -142,9 +144,56 @@ class Problem:
             raise RuntimeError("the weight of the gradient role is not known yet")
         return self._scale(self._reference_weight)
 
+    def scale(self, weight: float) -> float:
+        """Factor on sums over examples of the given weight, in place of all of the gradient's.
+
+        Raises:
+            DataError: The weight is zero.
+        """
+        _check_weight(weight, "gradient")
+        return self._scale(weight)
+
     def sum_to_part(self, local: Tensor) -> Tensor:
         """This rank's part of the sum over ranks of vectors [P]."""
         return self._layout.sum_to_part(local)
+
+    def count_statistics(self, weight: float, gradients: float = 5 / 3) -> None:
+        """Note for `costs` that statistics of a preconditioner were taken.
+
+        Args:
+            weight: Of their examples.
+            gradients: Work of all examples of the gradient: forward pass, a backward pass without the
+                weights' part, and the factors' outer products are about 5 matrix products a layer.
+        """
+        self._metric_work += gradients * weight / (self._reference_weight or 1.0)
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """This rank's part of a whole vector [P]; a view where possible."""
+        return self._layout.part(whole)
+
+    def shift_part(self, damping: float = 0.0) -> float | Tensor:
+        """weight_decay + damping * damping_scale, of this rank's parts."""
+        return self._part_of_decay.shift(damping)
+
+    def of_whole(self, operator: Operator) -> Operator:
+        """An operator on whole vectors [P] as one on this rank's parts."""
+        return lambda v: self._layout.part(operator(self._layout.whole(v)))
+
+    def evaluate_split(
+        self, microbatch: Microbatch, watch: AbstractContextManager[Any]
+    ) -> Evaluation:
+        """A forward pass with graph, whose loss is apart from the outputs where that is possible.
+
+        Args:
+            microbatch: Of any role, or a part of one.
+            watch: A context around the forward pass.
+        """
+        while True:
+            with torch.enable_grad(), self._fixed.evaluation(microbatch.seed), watch:
+                try:
+                    return microbatch.evaluate(self.engine.traits, None)
+                except TryAgain:
+                    continue
 
     def evaluation(self, microbatch: Microbatch) -> AbstractContextManager[None]:
         """A forward pass of the microbatch inside sees the step's random numbers, and leaves no trace."""
@@ -161,6 +210,9 @@ class Problem:
             and self.autocast is None
             and self.roles.curvature is self.roles.gradient
         )
+        system = None
+        if share and self.row_solver:
+            share, system = False, self._new_system()
         g = self.params.zeros()
         sums = torch.zeros(2, dtype=torch.float64, device=self.params.device)  # loss, weight
         builder = self._builder(self.roles.gradient, record=True) if share else None
@@ -168,11 +220,13 @@ class Problem:
             gradient: Sequence[Tensor | None] = []
             if builder is not None:
                 evaluation, gradient = builder.add(microbatch)
+            elif system is not None:
+                evaluation, gradient = system.add(microbatch)
             elif own_gradient is None:
-                evaluation = self._evaluate(microbatch, graph=True, record=True)
+                evaluation = self._evaluate(microbatch, record=True)
                 gradient = grad(evaluation.loss_sum, self.params.tensors, allow_unused=True)
             else:
-                evaluation = self._evaluate(microbatch, graph=False, record=True)
+                evaluation = self._evaluate(microbatch, record=True)
             if own_gradient is None:
                 check_dense(gradient)
                 self.params.add(g, gradient)
@@ -186,11 +240,15 @@ class Problem:
             g = self._layout.sum_to_part(g).mul_(scale)
             if self.regularisation:
                 theta = self._layout.part(self.params.read())
-                _add_scaled(g, self._part_of_decay.weight_decay, theta)
+                add_scaled(g, self._part_of_decay.weight_decay, theta)
         else:
             g = self._layout.part(own_gradient.detach().to(self.params.dtype)).clone()
         if builder is not None:
             self._products, self._product_weight = builder.products, weight
+            self._summed = None
+        if system is not None:
+            system.close(1.0 / scale)
+            self._system, self._product_weight = system, weight
         self._gradient_loss = loss_sum * scale + self._start_penalty()
         if self.roles.loss is self.roles.gradient:
             self._start_loss = self._gradient_loss
@@ -204,7 +262,6 @@ class Problem:
             first = id(microbatch) not in recorded
             evaluation = self._evaluate(
                 microbatch,
-                graph=True,
                 split=True,
                 record=first,
                 recorder=recorder,
@@ -214,10 +271,13 @@ class Problem:
             return evaluation
 
         def evaluate_at(
-            microbatch: Microbatch, theta: Tensor, then: Callable[[Evaluation], T]
+            microbatch: Microbatch,
+            theta: Tensor,
+            then: Callable[[Evaluation], T],
+            recorder: Recorder | None = None,
         ) -> T:
             with self.params.at(theta):
-                return then(self._evaluate(microbatch, graph=True, split=True))
+                return then(self._evaluate(microbatch, split=True, recorder=recorder))
 
         return ProductBuilder(
             self.engine,
@@ -239,68 +299,18 @@ class Problem:
             return self._own_product(self.overrides.product, damping)
         if self._products is None:
             self._build_products()
-        layout = self._layout
+        if self._summed is None:
+            factor = self._scale(self._product_weight)
+            self._summed = self._layout.summed(self._products or [], factor, self._abort_flag)
         # L2 and damping add the same kind of term: one diagonal, one pass over the vectors.
-        shift = self._part_of_decay.shift(damping)
-        if isinstance(layout, Sharded):
-            return self._sharded_product(layout, shift, exact)
-        return self._replicated_product(layout, shift, exact)
+        return self._summed.damped(self._part_of_decay.shift(damping), exact)
 
-    def _replicated_product(
-        self, layout: Replicated, shift: float | Tensor, exact: bool
-    ) -> Operator:
-        products, factor = self._products or [], self._scale(self._product_weight)
-        # The last one's results are reduced while it goes on, if they can be told from others.
-        overlaps = bool(products) and getattr(products[-1], "overlaps", True)
-        first, last = (products[:-1], products[-1]) if overlaps else (products, None)
-        if self._product_buffer is None:
-            self._product_buffer = torch.zeros(
-                self.params.numel + 1, dtype=self.params.dtype, device=self.params.device
-            )
-        buffer = self._product_buffer
-        out, self.signal = buffer[:-1], buffer[-1]
+    def _abort_flag(self) -> float:
+        return float(self.abandon is not None and self.abandon())
 
-        def alone(v: Tensor) -> Tensor:
-            # One product on one rank: a single pass puts it into place, shifted.
-            results = products[0](self.params.views(v), factor)
-            self._write_abort_flag()
-            self.work.products += 1
-            return self.params.flatten_shifted(results, v, shift, out)
-
-        if len(products) == 1 and self.comm.world_size == 1:
-            return alone
-
-        def B(v: Tensor) -> Tensor:
-            views = self.params.views(v)
-            buffer.zero_()
-            for product in first:
-                self.params.add(out, product(views, factor))
-            self._write_abort_flag()
-            layout.add_and_sum(last, views, factor, buffer, exact)
-            self.work.products += len(products)
-            return _add_scaled(out, shift, v)
-
-        return B
-
-    def _sharded_product(self, layout: Sharded, shift: float | Tensor, exact: bool) -> Operator:
-        products, factor = self._products or [], self._scale(self._product_weight)
-        local = self.params.zeros()
-        self.signal = torch.zeros((), dtype=torch.float64, device=self.params.device)
-
-        def B(v: Tensor) -> Tensor:
-            views = self.params.views(layout.whole(v))
-            local.zero_()
-            for product in products:
-                self.params.add(local, product(views, factor))
-            self.work.products += len(products)
-            self._write_abort_flag()  # summed with the solver's scalars
-            return _add_scaled(layout.sum_product_to_part(local, exact), shift, v)
-
-        return B
-
-    def _write_abort_flag(self) -> None:
-        if self.signal is not None:
-            self.signal.fill_(float(self.abandon is not None and self.abandon()))
+    @property
+    def signal(self) -> Tensor | None:
+        return None if self._summed is None else self._summed.signal
 
     @property
     def numel(self) -> int:
@@ -316,7 +326,7 @@ class Problem:
 
     @property
     def is_sharded(self) -> bool:
-        return isinstance(self._layout, Sharded)
+        return self._layout.is_sharded
 
     def total(self, scalars: Tensor) -> Tensor:
         return self._layout.total(scalars)
@@ -327,7 +337,7 @@ class Problem:
 
         def B(v: Tensor) -> Tensor:
             out.copy_(self._layout.part(product(self._layout.whole(v))))
-            return _add_scaled(out, shift, v)
+            return add_scaled(out, shift, v)
 
         return B
 
@@ -340,10 +350,60 @@ class Problem:
         self._products, self._product_weight = builder.products, float(weight)
         _check_weight(self._product_weight, "curvature")
 
-    def release(self) -> None:
-        self._products = self._product_buffer = self.signal = None
+    @property
+    def least_squares(self) -> LeastSquares | None:
+        if not self.residuals or self.overrides.product is not None:
+            return None
+        if self._system is None:
+            self._system = self._new_system()
+            weight = torch.zeros(1, dtype=torch.float64, device=self.params.device)
+            for microbatch in self.roles.curvature:
+                weight += self._system.add(microbatch)[0].weight
+            self.comm.all_reduce(weight)
+            self._product_weight = float(weight)
+            _check_weight(self._product_weight, "curvature")
+            self._system.close(1.0 / self._scale(self._product_weight))
+        return self._system
 
-    def preconditioner(self, damping: float) -> Operator | None:
+    def _new_system(self) -> ResidualSystem:
+        recorded = (
+            {id(m) for m in self.roles.gradient} if self._gradient_loss is not None else set()
+        )
+
+        def evaluate(microbatch: Microbatch, watch: UseWatch | None) -> Evaluation:
+            record = watch is not None and id(microbatch) not in recorded
+            recorded.add(id(microbatch))
+            return self._evaluate(microbatch, split=True, record=record, recorder=watch)
+
+        return ResidualSystem(
+            evaluate,
+            self.params,
+            self.comm,
+            self.engine.rows,
+            memory_budget=self.engine.memory_budget,
+            weight_decay=self.regularisation.weight_decay,
+            at=self.params.at,
+            warn=self.engine.warn,
+        )
+
+    @property
+    def costs(self) -> Costs:
+        reference = self._reference_weight or 1.0
+        curvature = self._product_weight / reference
+        loss = 1.0 if self.roles.loss is self.roles.gradient else self._loss_weight / reference
+        shares_pass = self.roles.curvature is self.roles.gradient and self.autocast is None
+        return Costs(
+            gradient=1.0 + (0.0 if shares_pass else curvature / 3),
+            product=curvature * (2.0 if self.curvature_opt == "hessian" else 4 / 3),
+            loss=loss / 3,
+            curvature_share=curvature,
+            metric=self._metric_work,
+        )
+
+    def release(self) -> None:
+        self._products = self._summed = self._system = None
+
+    def preconditioner(self, damping: float | None) -> Operator | None:
         make = self.overrides.preconditioner
         return None if make is None else make(self, damping)
 
@@ -378,13 +438,14 @@ class Problem:
         """[2] float64: this rank's sum of losses and weights, where the parameters are now."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.params.device)
         for microbatch in self.roles.loss:
-            sums += _as_sums(self._evaluate(microbatch, graph=False), sums)
+            sums += _as_sums(self._evaluate(microbatch), sums)
         return sums
 
     def _values(self, sums: Sequence[Tensor], penalties: Sequence[float]) -> list[float]:
         rows = self.comm.all_reduce(torch.stack(list(sums))).tolist()
         for _, weight in rows:
             _check_weight(weight, "line_search")
+        self._loss_weight = rows[0][1]
         return [
             loss_sum * self._scale(weight) + penalty
             for (loss_sum, weight), penalty in zip(rows, penalties)
@@ -397,10 +458,13 @@ class Problem:
 
     def move(self, alpha: float, delta: Tensor) -> None:
         """Move the parameters, and the batch-norm statistics to where this step's gradient saw them."""
-        if self._trial is None:
-            self._trial = self.params.zeros()
-        theta = self.params.moved(alpha, self._layout.whole(delta), self._trial)
-        self.params.write(theta)
+        delta = self._layout.whole(delta)
+        if self.overrides.move is not None:
+            self.overrides.move(alpha, delta)
+        else:
+            if self._trial is None:
+                self._trial = self.params.zeros()
+            self.params.write(self.params.moved(alpha, delta, self._trial))
         moved = self._fixed.moved_buffers()
         if moved is not None:
             self._fixed.apply(self.comm.all_reduce(moved))
@@ -421,16 +485,13 @@ class Problem:
         self,
         microbatch: Microbatch,
         *,
-        graph: bool,
         split: bool = False,
         record: bool = False,
-        recorder: Recorder | None = None,
+        recorder: Watch | None = None,
         autocast: torch.dtype | None = None,
     ) -> Evaluation:
         # Only the Gauss-Newton product looks at loss and outputs apart.
         split = split and self.curvature_opt == "ggn"
-        self.work.forward_with_graph += graph
-        self.work.forward += not graph
         with (
             # Also where only the value counts: some modules compute by other kernels without.
             torch.enable_grad(),
@@ -445,16 +506,9 @@ class Problem:
             return evaluation
 
 
-def _add_scaled(out: Tensor, factor: float | Tensor, v: Tensor) -> Tensor:
-    """out += factor * v; factor is a scalar or a diagonal."""
-    if isinstance(factor, Tensor):
-        return out.addcmul_(factor, v)
-    return out if factor == 0.0 else out.add_(v, alpha=factor)
-
-
 def _as_sums(e: Evaluation, like: Tensor) -> Tensor:
     """[2] float64: sum of the losses, weight."""
-    weight = e.weight if isinstance(e.weight, Tensor) else torch.tensor(e.weight)
+    weight = torch.as_tensor(e.weight, dtype=torch.float64)
     return torch.stack((e.loss_sum.detach().to(like), weight.reshape(()).to(like)))
 
 

@@ -124,6 +124,26 @@ def edge(tensor: Tensor) -> Edge:
     return tensor.grad_fn, tensor.output_nr
 
 
+def meets_a_leaf(tensor: Tensor, without: Sequence[Tensor]) -> bool:
+    """Whether a tensor depends on any leaf of its graph other than through `without`."""
+    seen = {edge(t) for t in without}
+    waiting = [edge(tensor)]
+    while waiting:
+        e = waiting.pop()
+        if e[0] is None or e in seen:
+            continue
+        seen.add(e)
+        if not e[0].next_functions:
+            return True
+        waiting += e[0].next_functions
+    return False
+
+
+def is_met(start: Edge, goals: set[Edge]) -> bool:
+    """Whether a walk from an edge towards the leaves meets one of the goals."""
+    return bool(_meet([start], goals))
+
+
 def _meet(start: Sequence[Edge], goals: set[Edge]) -> set[Edge]:
     """The goals that a walk from `start` towards the leaves meets; it does not go beyond a goal."""
     met: set[Edge] = set()

@@ -83,6 +83,10 @@ class ParameterVector:
                 torch.add(t, v_piece, alpha=shift, out=piece)
         return out
 
+    def pieces(self, vector: Tensor) -> list[Tensor]:
+        """Pieces of a vector [P], shaped like the parameters; always views."""
+        return [piece.view(t.shape) for piece, t in zip(vector.split(self._sizes), self.tensors)]
+
     def views(self, vector: Tensor) -> list[Tensor]:
         """Pieces of a vector [P], shaped and typed like the parameters; views where the dtype allows."""
         return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 MAX_LOADERS = 1024
 
@@ -24,9 +24,10 @@ class BatchesConfig:
 
     gradient: int | None = None
     """Examples of the gradient; null: all training data."""
-    curvature: int | float | None = None
+    curvature: int | float | Literal["auto"] | None = "auto"
     """Examples of the curvature products: a number, or a fraction (0.25) of the gradient's. Those are the
-    first of the gradient's examples. null: the gradient's."""
+    first of the gradient's examples. auto: a fraction that grows as far as the steps need it, for the
+    solver krylov. null: the gradient's."""
     line_search: int | None = None
     """Examples of backtracking and line search, none of them the gradient's where the data allows; null:
     the gradient's."""
@@ -47,6 +48,8 @@ class BatchesConfig:
         if not 0 <= self.loaders <= MAX_LOADERS:
             raise ValueError(f"loaders is {self.loaders}: it must be from 0 to {MAX_LOADERS}")
         c = self.curvature
+        if isinstance(c, str) and c != "auto":
+            raise ValueError(f"curvature is {c!r}: it must be a number, auto, or null")
         if isinstance(c, float) and not 0.0 < c <= 1.0:
             raise ValueError(f"curvature is {c}: a fraction must be above 0 and at most 1")
         if isinstance(c, int) and c < 1:

@@ -7,10 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from hfdist.data.batches import collated, on_device
+from hfdist.data.batches import Sent, collated, on_device, send
 from hfdist.data.plan import MicrobatchPlan, StepPlan
 from hfdist.data.processes import loaded, seed_of
 from hfdist.errors import DataError
@@ -24,7 +23,7 @@ class BatchLoader:
     Args:
         task: Its `collate` makes batches of examples.
         dataset: Map-style; None for a deterministic function, whose batches are None.
-        device: Where batches go; from pinned memory and without waiting, where it is a GPU.
+        device: Where batches go; beside what it computes, where it is an accelerator.
         dtype: Type of floating-point leaves.
         source: The task's method that gave the data set, for messages.
         processes: That read and collate; 0: a thread of this process.
@@ -44,15 +43,15 @@ class BatchLoader:
         self._source, self._processes, self._seed = source, processes, seed
         self._task, self._dataset, self._device, self._dtype = task, dataset, device, dtype
         self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[tuple[int, bytes], Future[Batch]] = {}
-        self._made: Iterator[tuple[tuple[int, bytes], Batch]] | None = None
+        self._coming: dict[Any, Future[Sent]] = {}
+        self._made: Iterator[tuple[Any, Batch]] | None = None
         # Hugging Face's data sets have a `batch`, too, which is another thing.
         is_array_like = hasattr(dataset, "batch") and not hasattr(dataset, "__getitems__")
         self._whole_batches = type(task).collate is Task.collate and is_array_like
 
-    def first(self, n: int) -> Batch:
-        """The first examples of the data set."""
-        return self._make(MicrobatchPlan(number=0, indices=torch.arange(n)))
+    def first(self, n: int, term: int | None = None) -> Batch:
+        """The first examples of the data set, or of a term."""
+        return self._make(MicrobatchPlan(number=0, indices=torch.arange(n), term=term)).arrived()
 
     def expect(self, plans: Iterable[tuple[int, MicrobatchPlan]]) -> None:
         """What will be loaded, in its order: processes, if there are any, begin with it."""
@@ -75,7 +74,7 @@ class BatchLoader:
             assert key == _key(plan), "batches are loaded in another order than was said"
             return on_device(batch, self._device, self._dtype)
         coming = self._coming.pop(_key(plan), None)
-        return self._make(plan) if coming is None else coming.result()
+        return (self._make(plan) if coming is None else coming.result()).arrived()
 
     def prepare(self, step: int, plan: StepPlan) -> None:
         """Begin to make the next step's batches."""
@@ -98,17 +97,20 @@ class BatchLoader:
             self._pool = None
         self._coming, self._made = {}, None
 
-    def _make(self, plan: MicrobatchPlan) -> Batch:
-        if self._dataset is None:
-            return None
-        return on_device(self._on_host(plan.indices), self._device, self._dtype)
+    def _make(self, plan: MicrobatchPlan) -> Sent:
+        batch = None if self._dataset is None else self._on_host(plan)
+        return send(batch, self._device, self._dtype)
 
-    def _made_by_process(self, plan: MicrobatchPlan) -> tuple[tuple[int, bytes], Batch]:
-        return _key(plan), self._on_host(plan.indices)
+    def _made_by_process(self, plan: MicrobatchPlan) -> tuple[Any, Batch]:
+        return _key(plan), self._on_host(plan)
 
-    def _on_host(self, indices: Tensor) -> Batch:
+    def _on_host(self, plan: MicrobatchPlan) -> Batch:
         data: Any = self._dataset
+        indices = plan.indices
         name, kind = f"{type(self._task).__name__}.{self._source}()", type(data).__name__
+        if plan.term is not None:
+            with user_code(f"drawing points of {name}", type(self._task), DataError):
+                return data.points(plan.term, plan.draw, indices)
         if self._whole_batches:
             with user_code(f"{kind}.batch() of {name}", type(data).batch, DataError):
                 return data.batch(indices)
@@ -122,5 +124,5 @@ class BatchLoader:
         return collated(self._task, examples)
 
 
-def _key(plan: MicrobatchPlan) -> tuple[int, bytes]:
-    return plan.number, plan.indices.numpy().tobytes()
+def _key(plan: MicrobatchPlan) -> Any:
+    return plan.number, plan.term, plan.draw, plan.indices.numpy().tobytes()

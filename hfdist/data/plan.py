@@ -27,7 +27,11 @@ class MicrobatchPlan:
     number: int
     """Place on the step's grid; seeds its random numbers."""
     indices: Tensor
-    """Places in the data set, int64 [n]."""
+    """Places in the data set, or in the term's points, int64 [n]."""
+    term: int | None = None
+    """Of data in terms (see `hfdist.data.points`): which one."""
+    draw: int = 0
+    """Number of the draw of its points."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,6 +75,7 @@ def plan_step(
     rank: int,
     world_size: int,
     costs: Costs = None,
+    curvature_share: float = 1.0,
 ) -> StepPlan:
     """Draw a step's examples and take this rank's share.
 
@@ -82,6 +87,7 @@ def plan_step(
         num_examples: Length of the data; None for a deterministic function, which rank 0 evaluates.
         seed, step, rank, world_size: What the plan is a function of.
         costs: Relative work of every example; ranks are then balanced by work instead of number.
+        curvature_share: Of the gradient's examples, where `batches.curvature` is auto.
 
     Raises:
         DataError: A role is larger than the data.
@@ -100,8 +106,13 @@ def plan_step(
 
     gradient = share(examples[: sizes.gradient])
     curvature = gradient
-    if sizes.curvature != sizes.gradient:
-        curvature = share(examples[: sizes.curvature])
+    num_curvature = sizes.curvature
+    if config.curvature == "auto":
+        num_curvature = min(
+            sizes.gradient, max(world_size, round(curvature_share * sizes.gradient))
+        )
+    if num_curvature != sizes.gradient:
+        curvature = share(examples[:num_curvature])
     line_search = gradient
     if sizes.line_search is not None:
         line_search = share(examples[len(examples) - sizes.line_search :])
@@ -206,7 +217,7 @@ class _Sizes:
             )
 
         gradient = size("gradient", config.gradient)
-        if config.curvature is None:
+        if config.curvature is None or isinstance(config.curvature, str):
             curvature = gradient
         elif isinstance(config.curvature, float):
             curvature = max(1, round(config.curvature * gradient))

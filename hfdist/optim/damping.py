@@ -26,10 +26,12 @@ class DampingOptions(OptionGroup):
     """Initial Tikhonov damping lambda >= 0 [1, sec. 4.1]; 0 switches damping off for good."""
     adapt_damping: bool = True
     """Adapt lambda by `damping_rule`; false is the rule "fixed"."""
-    damping_rule: Literal["auto", "lm", "fixed", "schedule", "chosen"] = "auto"
+    damping_rule: Literal["auto", "lm", "fixed", "schedule", "chosen", "trials"] = "auto"
     """How lambda changes from step to step: by the reduction ratio (lm: Levenberg-Marquardt [1, sec. 4.1]);
     not at all (fixed); by the factor `damping_decay` a step (schedule); to the lambda of the candidate with
-    the lowest loss (chosen). auto: chosen for the solver krylov, lm for the others."""
+    the lowest loss (chosen); to that of the trial that was taken, and a third of it where the ratio is above
+    a half (trials) [Transtrum & Sethna 2012]. auto: chosen for the solver krylov, trials for dense and
+    sample_space, lm for the others."""
     damping_min: float = 1e-12
     """Lower bound of the adapted lambda."""
     damping_max: float = 1e12
@@ -132,16 +134,33 @@ def _chosen(outcome: Outcome, options: DampingOptions) -> float:
     return min(max(damping, options.damping_min), options.damping_max)
 
 
+def _trials(outcome: Outcome, options: DampingOptions) -> float:
+    """Raised by doubling within the step ("delayed gratification": raised little, lowered much)."""
+    damping = outcome.damping if outcome.candidate_damping is None else outcome.candidate_damping
+    if not outcome.accepted:  # of none of its trials: the last one's lambda is far off
+        damping = 4.0 * outcome.damping
+    elif outcome.rho > 0.5:
+        damping /= 3.0
+    return min(max(damping, options.damping_min), options.damping_max)
+
+
 DAMPING_RULES: dict[str, Callable[[Outcome, DampingOptions], float]] = {
     "lm": _lm,
     "fixed": _fixed,
     "schedule": _schedule,
     "chosen": _chosen,
+    "trials": _trials,
 }
 """The rules by their names in `damping_rule`: what the step came to -> the next lambda."""
 
 
 def next_damping(outcome: Outcome, options: DampingOptions, default: str) -> float:
     """The next lambda by the options' rule; `default` is what "auto" means."""
-    rule = default if options.damping_rule == "auto" else options.damping_rule
-    return DAMPING_RULES[rule if options.adapt_damping else "fixed"](outcome, options)
+    return DAMPING_RULES[rule_of(options, default)](outcome, options)
+
+
+def rule_of(options: DampingOptions, default: str) -> str:
+    """The name of the options' rule; `default` is what "auto" means."""
+    if not options.adapt_damping:
+        return "fixed"
+    return default if options.damping_rule == "auto" else options.damping_rule

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from torch import Tensor
+
+from hfdist.optim.least_squares import LeastSquares
 
 T = TypeVar("T")
 
 Operator = Callable[[Tensor], Tensor]
 """A symmetric matrix, seen through its product: v -> Av, of parts [n]. The result may be reused by the
 operator's next call: copy it to keep it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Work of a step's parts in gradients of its gradient batch: matrix products of a layer are 3 in a
+    gradient, 4 in a Gauss-Newton product on kept activations, 6 in a Hessian product, 1 in a loss; times the
+    part's share of the examples. Counted, not measured, so that what follows from it is the same in every
+    run and on every rank."""
+
+    gradient: float = 1.0
+    """The gradient, and forward passes of the curvature's own examples."""
+    product: float = 4 / 3
+    loss: float = 1 / 3
+    curvature_share: float = 1.0
+    """Of the gradient's examples, that the products are of."""
+    metric: float = 0.0
+    """Statistics of the preconditioner that this step took."""
+
+    def step(self, products: int, losses: int) -> float:
+        """A step of so many products and losses."""
+        return self.gradient + self.metric + products * self.product + losses * self.loss
 
 
 class Problem(Protocol):
@@ -60,17 +84,32 @@ class Problem(Protocol):
         """How products are computed, once `curvature` was called."""
         ...
 
+    @property
+    def costs(self) -> Costs:
+        """Work of the step's parts, once `curvature` was called."""
+        ...
+
     def release(self) -> None:
         """Free what `curvature` keeps: no product will be asked for any more."""
         ...
 
-    def preconditioner(self, damping: float) -> Operator | None:
-        """Product with an approximation of (B + damping * I)^-1, if there is one."""
+    def preconditioner(self, damping: float | None) -> Operator | None:
+        """Product with an approximation of (B + damping * I)^-1, if there is one.
+
+        With None, with the inverse of the metric C of a Krylov space: an approximation of B that is made
+        positive definite relative to itself, so that a factor on the loss is one on C, and other units of
+        a layer's weights are other units of C.
+        """
         ...
 
     @property
     def damping_scale(self) -> Tensor | None:
         """Diagonal [P] of the damping metric (parameter groups); None is the identity."""
+        ...
+
+    @property
+    def least_squares(self) -> LeastSquares | None:
+        """Its residuals, where it is a sum of squares."""
         ...
 
     def start_loss(self) -> float:

@@ -22,6 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # PyTorchHessianFree's rules, for migration and comparison.
     "pytorch_hessianfree": {
+        "solver": "cg",
+        "preconditioner": "none",
         "cg_stop": "relative_progress",
         "nonpositive_curvature": "ignore",
         "reduction_ratio": "damped",
@@ -72,12 +74,31 @@ class ProductOptions(OptionGroup):
 class PreconditionerOptions(OptionGroup):
     """Preconditioner of CG, metric of the Krylov space."""
 
-    RANGES: ClassVar[dict[str, tuple[float, float]]] = {"preconditioner_exponent": (0.0, 1.0)}
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "preconditioner_exponent": (0.0, 1.0),
+        "kfac_examples": (1e-6, 1.0),
+        "kfac_samples": (1, 1000),
+        "kfac_refresh": (1, 10**9),
+        "kfac_decay": (0.0, 0.9999),
+    }
 
-    preconditioner: Literal["none", "empirical_fisher"] = "none"
-    """none, or the empirical Fisher diagonal [1, sec. 4.7]."""
+    preconditioner: Literal["none", "empirical_fisher", "kfac"] = "kfac"
+    """none, the empirical Fisher diagonal [1, sec. 4.7], or Kronecker factors of the layers' Gauss-Newton
+    blocks (Martens & Grosse 2015)."""
     preconditioner_exponent: float = 0.75
-    """Exponent of the diagonal preconditioner."""
+    """Exponent of the diagonal preconditioner of `cg` and `steihaug`."""
+    kfac_examples: float = 0.25
+    """Share of the gradient's examples that the statistics of `kfac` are taken from."""
+    kfac_samples: int = 1
+    """Random vectors an example for these statistics; each is a backward pass."""
+    kfac_refresh: int = 1
+    """New statistics are taken every so many steps."""
+    kfac_decay: float | None = None
+    """Weight of what earlier steps saw in the moving average of the statistics, a factor a refresh; null: 0
+    where a step sees all examples, 0.9 otherwise."""
+    kfac_shared: Literal["expand", "reduce"] = "expand"
+    """Uses of one weight within an example (positions of a convolution, of a sequence) count as examples of
+    their own, or as one use of the mean input (Eschenhagen et al. 2023)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +114,13 @@ class HFOptions(
     preset: Literal["default", "pytorch_hessianfree", "seed"] = "default"
     """Base set of rules that the other keys change: the literature's, or PyTorchHessianFree's ("seed" is
     its first name)."""
+
+    def check(self) -> None:
+        if self.shard_solver_state and self.solver in ("dense", "sample_space"):
+            raise ValueError(
+                f"shard_solver_state is true: solver={self.solver} holds whole matrices and vectors; set it "
+                "to false, or choose another solver"
+            )
 
     @classmethod
     def with_preset(cls, preset: str = "default", **changes: Any) -> HFOptions:

@@ -64,6 +64,12 @@ class StepReport:
     """Candidate evaluations (backtracking and line search together)."""
     product_engine: str = ""
     """How curvature products were computed (see `HFOptions.product_engine`)."""
+    curvature_ratio: float = math.nan
+    """Curvature along the last step on this step's curvature examples, over that on the last one's."""
+    curvature_share: float = 1.0
+    """Examples of the products, as a share of the gradient's."""
+    work: float = 0.0
+    """Work of the step, in gradients of its gradient batch (see `hfdist.optim.objective.Costs`)."""
     solver_bytes: int = 0
     """Memory of the solver's vectors on this rank: right-hand side, CG's own, kept iterates, start."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -94,6 +100,9 @@ class StepReport:
             "update_norm": self.update_norm,
             "solver_bytes": float(self.solver_bytes),
             "products": float(self.num_products),
+            "work": self.work,
+            "curvature_ratio": self.curvature_ratio,
+            "curvature_share": self.curvature_share,
             "loss_evaluations": float(self.num_loss_evaluations),
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
             **{f"communication/{key}": value for key, value in self.communication.items()},

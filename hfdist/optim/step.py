@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
-from hfdist.optim.backtracking import Choice, backtrack
-from hfdist.optim.damping import Outcome, next_damping, reduction_ratio
+from hfdist.optim.backtracking import Choice, backtrack, climb, first_descent
+from hfdist.optim.curvature_share import CurvatureShare
+from hfdist.optim.damping import Outcome, next_damping, reduction_ratio, rule_of
 from hfdist.optim.line_search import LineSearchResult, line_search
-from hfdist.optim.objective import Problem
+from hfdist.optim.objective import Operator, Problem
 from hfdist.optim.options import HFOptions
 from hfdist.optim.report import StepReport, Stop
 from hfdist.optim.solvers import SOLVERS, Solution, System
@@ -28,8 +30,28 @@ class HFState:
     """lambda of the next step."""
     x0: Tensor | None = None
     """Last CG iterate of the last step, this rank's part [n] (not the backtracked one, [1] sec. 4.6)."""
+    """... or, for the solver krylov, the last step itself."""
     step: int = 0
     """Number of the next step."""
+    explore: bool = True
+    """Nothing is known of the right lambda: candidates of all sizes are looked at."""
+    curvature_seen: float | None = None
+    """d'Bd of the last step d, on the examples that it was computed from."""
+    curvature_share: CurvatureShare = field(default_factory=CurvatureShare)
+    """Of the examples, where `batches.curvature` is auto."""
+
+    def scalars(self) -> dict[str, Any]:
+        """All but the vector, as plain numbers: what a checkpoint keeps."""
+        scalars = asdict(replace(self, x0=None))
+        del scalars["x0"]
+        return scalars
+
+    @classmethod
+    def restored(cls, scalars: Mapping[str, Any], x0: Tensor | None) -> HFState:
+        """From `scalars()`, of this version or an earlier one."""
+        known = {key: value for key, value in scalars.items() if key in cls.__dataclass_fields__}
+        share = CurvatureShare(**known.pop("curvature_share", {}))
+        return cls(**{"explore": False, **known, "x0": x0, "curvature_share": share})
 
 
 class Clock:
@@ -111,15 +133,19 @@ def hf_step(
                 exact_curvature=lambda damping: problem.curvature(damping, exact=True),
                 b=g.neg(),
                 damping=state.damping,
-                preconditioner=problem.preconditioner,
+                preconditioner=lambda damping: _preconditioner(problem, damping),
                 start=x0,
+                costs=lambda: problem.costs,
                 keep_path=options.use_cg_backtracking or options.reduction_ratio_at == "last",
+                damping_scale=problem.damping_scale,
+                least_squares=problem.least_squares,
                 space=space,
                 on_iteration=on_cg_iteration,
             ),
             options,
         )
-    problem.release()
+    if not solution.takes_first:
+        problem.release()
     if solution.iterations == 0 and solution.stop is not Stop.EXACT_START:
         return _no_step(state, options, clock, loss, grad_norm, solution.stop, solution)
 
@@ -127,8 +153,13 @@ def hf_step(
     last = len(solution.candidates) - 1
     with clock.phase("backtracking"):
         loss_0 = problem.start_loss()
-        if not solution.is_path:
-            choice = backtrack(last + 1, candidates, "full")
+        if solution.takes_first:
+            choice = first_descent(last + 1, candidates, loss_0)
+        elif not solution.is_path:
+            if rule_of(options, "chosen") == "chosen":
+                choice = climb(last + 1, solution.centre, candidates, loss_0, state.explore)
+            else:  # the rule's own lambda, and no other
+                choice = Choice(solution.centre, candidates([solution.centre])[0])
         elif options.use_cg_backtracking:
             choice = backtrack(
                 last + 1, candidates, options.cg_backtracking, options.candidates_per_pass
@@ -168,13 +199,14 @@ def hf_step(
         accepted=accepted,
         candidate_damping=None if solution.is_path else chosen.damping,
     )
-    following = next_damping(outcome, options, _AUTO_DAMPING_RULE[solution.is_path])
+    following = next_damping(outcome, options, _auto_damping_rule(solution))
     accepted, alpha, following = problem.agree((accepted, found.alpha, following))
     if accepted:
         problem.move(alpha, delta)
     else:
         alpha = 0.0
 
+    ratio, share = _curvature_ratio(state, solution), problem.costs.curvature_share
     report = StepReport(
         step=state.step,
         loss=loss,
@@ -197,27 +229,63 @@ def hf_step(
         product_engine=problem.product_engine,
         solver_bytes=solution.num_bytes + (0 if x0 is None else x0.nbytes),
         num_loss_evaluations=candidates.num_evaluations + num_evaluations,
+        curvature_ratio=ratio,
+        curvature_share=share,
+        work=problem.costs.step(
+            solution.num_products, candidates.num_evaluations + num_evaluations
+        ),
         seconds=clock.total(),
         quadratic=tuple(solution.quadratic),
         candidates=candidates.by_iteration(),
     )
     keep_start = accepted or not options.reset_warm_start
+    # d'Bd, from m(d) = g'd + d'Bd/2.
+    curvature = 2.0 * ((chosen.undamped_model or math.nan) - slope)
+    start = solution.next_start
+    if solution.starts_from_step:
+        start = delta.mul_(alpha) if accepted else x0
     next_state = HFState(
         damping=following,
-        x0=solution.next_start if keep_start else None,
+        x0=start if keep_start else None,
         step=state.step + 1,
+        explore=not accepted,
+        curvature_seen=curvature * alpha**2 if accepted else None,
+        curvature_share=state.curvature_share.after(ratio, undamped_ratio, accepted, share),
     )
     return report, next_state
 
 
-_AUTO_DAMPING_RULE = {True: "lm", False: "chosen"}
-"""damping_rule=auto: candidates of several lambda choose among them by their losses."""
+def _auto_damping_rule(solution: Solution | None) -> str:
+    """damping_rule=auto: candidates of several lambda choose among them by their losses."""
+    if solution is None or solution.is_path:
+        return "lm"
+    return "trials" if solution.takes_first else "chosen"
+
+
+def _curvature_ratio(state: HFState, solution: Solution) -> float:
+    """d'Bd of the last step d on this step's curvature examples, over that on those which it was computed
+    from; NaN where it is not known.
+
+    A step that fits its own examples too closely finds more curvature on others: with the ratio r the step
+    of a quadratic earns 2 - r of what its model says.
+    """
+    seen, now = state.curvature_seen, solution.start_curvature
+    return now / seen if seen and now is not None else math.nan
+
+
+def _preconditioner(problem: Problem, damping: float | None) -> Operator | None:
+    """The problem's; parameter groups with a damping of their own scale the metric."""
+    M, scale = problem.preconditioner(damping), problem.damping_scale
+    if damping is not None or scale is None:
+        return M
+    root = scale.rsqrt()  # C -> D^1/2 C D^1/2
+    return (lambda v: root * root * v) if M is None else (lambda v: root * M(root * v))
 
 
 def _warm_start(state: HFState, options: HFOptions) -> Tensor | None:
     """Decayed last solution [2, sec. 10]; the decay may rise over the run [9, A.6]."""
-    if state.x0 is None:
-        return None
+    if state.x0 is None or options.solver != "cg":
+        return state.x0
     decay = options.cg_decay_x0
     if options.cg_decay_x0_max is not None:
         part = min(state.step / options.cg_decay_x0_steps, 1.0)
@@ -281,7 +349,7 @@ def _no_step(
     """A step that ends before there is a candidate: nothing moves, damping rises unless at rest."""
     following = state.damping
     if stop is not Stop.ZERO_GRADIENT:
-        rule = _AUTO_DAMPING_RULE[solution is None or solution.is_path]
+        rule = _auto_damping_rule(solution)
         following = next_damping(Outcome(damping=state.damping), options, rule)
     report = StepReport(
         step=state.step,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hfdist.errors import TaskError
 from hfdist.tasks.array_data import ArrayData
 from hfdist.tasks.autoencoders import PixelAutoencoder, autoencoder, initialise_sparsely
+from hfdist.tasks.images import small_resnet18
 from hfdist.tasks.task import Batch, Outputs, Task
 
 _EVERY = 5
@@ -106,6 +107,35 @@ class DigitsAutoencoder(_Digits, PixelAutoencoder):
         if self._sparse:
             initialise_sparsely(model, self._sparse)
         return model
+
+
+class DigitsResNet18(_Digits):
+    """ResNet-18 [He et al. 2016] on the digits, enlarged; loss is the mean cross-entropy.
+
+    Args:
+        side: Height and width of the images, at least 8.
+    """
+
+    def __init__(self, side: int = 28) -> None:
+        super().__init__()
+        if side < 8:
+            raise TaskError(f"task_args.side is {side}: it must be at least 8")
+        self._side = side
+
+    def model(self) -> nn.Module:
+        return small_resnet18(10)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        images = batch[0].unflatten(1, (1, 8, 8))
+        if self._side != 8:
+            images = nn.functional.interpolate(images, (self._side, self._side), mode="bilinear")
+        return model(images)
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+    def metrics(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {"accuracy": (outputs.argmax(-1) == batch[1]).float().mean()}
 
 
 def _checked(key: str, widths: Sequence[int]) -> list[int]:

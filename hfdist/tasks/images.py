@@ -127,9 +127,14 @@ class ResNet18(_Images):
         super().__init__(examples, evaluation, classes)
 
     def model(self) -> nn.Module:
-        from torchvision.models import resnet18
+        return small_resnet18(self._classes)
 
-        model = resnet18(num_classes=self._classes)
-        model.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
-        model.maxpool = nn.Identity()
-        return model
+
+def small_resnet18(classes: int) -> nn.Module:
+    """The network for images of one channel: a first convolution of stride 1, no pooling after it."""
+    from torchvision.models import resnet18
+
+    model = resnet18(num_classes=classes)
+    model.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model

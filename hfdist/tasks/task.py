@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -67,6 +68,18 @@ class Task(abc.ABC):
     def metrics(self, outputs: Outputs, batch: Batch) -> Mapping[str, Tensor | Weighted]:
         """Evaluation metrics of one batch: means over its examples, or (sum, weight) pairs."""
         return {}
+
+    def summary(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """What is reported of the loss and the metrics: made of their means over all evaluation data."""
+        return means
+
+    def draw(self, model: nn.Module, folder: Path) -> Sequence[Path]:
+        """Pictures of the trained model, written into a folder at the end of a run."""
+        return []
+
+    def batch_name(self, batch: Batch) -> str:
+        """What messages call a batch's loss."""
+        return f"{type(self).__name__}.loss"
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         """Make a batch of examples. Override to pad sequences."""

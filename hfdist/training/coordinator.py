@@ -20,6 +20,8 @@ from hfdist.comm import Communicator
 from hfdist.config.job import RunConfig
 from hfdist.curvature.layout import Layout
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
+from hfdist.devices import rng_states, set_rng_states
 from hfdist.errors import CheckpointError, ConfigError, StorageError, first_line
 from hfdist.optim.report import StepReport, Stop
 from hfdist.optim.step import HFState
@@ -55,6 +57,7 @@ class Progress:
     tracked_as: str | None = None
     data: dict[str, Any] | None = None
     """Where this rank's stream of training data stands; None where the data has a length."""
+    memory: PreconditionerMemory = field(default_factory=PreconditionerMemory)
 
 
 class Coordinator:
@@ -155,14 +158,15 @@ class Coordinator:
         try:
             run, hf, data = saved["run"], saved["optimizer"], saved.get("data")
             x0 = hf.get("x0")
-            set_rng_state(saved["rng"])
+            set_rng_states(self._comm.device, saved["rng"])
+            memory = PreconditionerMemory()
+            memory.load_state_dict(saved.get("preconditioner", {}))
             asked = self._config.optim.damping
             is_changed = asked != saved["config"]["optim"]["damping"]
             return Progress(
-                state=HFState(
-                    damping=asked if is_changed else hf["damping"],
-                    x0=None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
-                    step=hf["step"],
+                state=HFState.restored(
+                    {**hf, "damping": asked if is_changed else hf["damping"]},
+                    None if x0 is None else self._layout.part(x0.to(self._comm.device)).clone(),
                 ),
                 cg_iterations=run["cg_iterations"],
                 wall_seconds=run["wall_seconds"],
@@ -171,6 +175,7 @@ class Coordinator:
                 tracked_as=run["tracked_as"],
                 # Of fewer or more ranks than now: those that read the whole stream stand at one place.
                 data=data[self._comm.rank % len(data)] if data else None,
+                memory=memory,
             )
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
@@ -248,7 +253,7 @@ class Coordinator:
             {
                 "model": model_tensors(self._model),
                 "optimizer": {
-                    "damping": progress.state.damping,
+                    **progress.state.scalars(),
                     "step": step,
                     "x0": None if x0 is None else self._layout.whole(x0),
                 },
@@ -259,7 +264,8 @@ class Coordinator:
                     "evaluation": dict(progress.evaluation),
                     "tracked_as": progress.tracked_as,
                 },
-                "rng": get_rng_state(),
+                "preconditioner": progress.memory.state_dict(),
+                "rng": rng_states(self._comm.device),
                 **streams,
                 "config": self._config.to_dict(),
             },
@@ -283,6 +289,7 @@ class Coordinator:
         example_inputs: Callable[[], Any] = lambda: None,
         error: str | None = None,
         save: bool | None = None,
+        draw: Callable[[Path], Sequence[Path]] = lambda folder: (),
     ) -> dict[str, Any]:
         """Close the run: last checkpoint (by default, unless it has failed), plots, model, result.json.
 
@@ -314,6 +321,7 @@ class Coordinator:
         plots: list[Path] = []
         with _never_failing("the plots are not drawn"):
             plots = draw_plots(self._records, self._run_dir / files.PLOTS)
+            plots += draw(self._run_dir / files.PLOTS)
             for path in plots:
                 self._tracker.log_plot(path, progress.state.step)
         if self._log.path.exists():
@@ -404,18 +412,3 @@ def _never_failing(what: str) -> Iterator[None]:
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by name, each tensor once: what a checkpoint keeps of a model."""
     return dict([*model.named_parameters(), *model.named_buffers()])
-
-
-def get_rng_state() -> dict[str, Any]:
-    """torch's global generators, as tensors."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Set what `get_rng_state` gave."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

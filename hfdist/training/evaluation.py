@@ -104,23 +104,24 @@ def evaluate_batches(
     Args:
         batches: This rank's.
     """
-    loss_name = f"{type(task).__name__}.loss"
+    differentiates = False
     sums: dict[str, Tensor] = {}  # name -> [2] float64: sum, weight
     zero = torch.zeros(2, dtype=torch.float64, device=comm.device)
-    with _eval_mode(model), torch.no_grad():
+    with _eval_mode(model):
         for batch in batches:
-            outputs = task.forward(model, batch)
-            n = num_examples(batch)
-            values = {"loss": as_sum(task.loss(outputs, batch), n, "mean", loss_name)}
-            for name, value in _metrics(task, outputs, batch).items():
-                values[name] = as_sum(
-                    value, n, "mean", f"{type(task).__name__}.metrics()[{name!r}]"
-                )
-            if task.loss_reduction == "sum" and values["loss"][1] == n:
-                # A plain sum of losses: its mean over the examples.
-                values["loss"] = (values["loss"][0] / n, n)
+            try:
+                with torch.set_grad_enabled(differentiates):
+                    values = _values(task, model, batch)
+            except Exception:
+                if differentiates:
+                    raise
+                differentiates = True  # derivatives of the model in its inputs need gradients
+                with torch.enable_grad():
+                    values = _values(task, model, batch)
             for name, (total, weight) in values.items():
-                pair = torch.stack((total.to(zero), torch.as_tensor(weight).to(zero)))
+                pair = torch.stack(
+                    (total.detach().to(zero), torch.as_tensor(weight, dtype=torch.float64).to(zero))
+                )
                 sums[name] = sums.get(name, zero) + pair
     # Ranks without a batch do not know the names.
     names = sorted(set().union(*comm.all_gather_object(sorted(sums))))
@@ -128,11 +129,25 @@ def evaluate_batches(
         return {}
     table = torch.stack([sums.get(name, zero) for name in names])
     comm.all_reduce(table)
-    return {
+    means = {
         name: float(total / weight)
         for name, (total, weight) in zip(names, table.tolist())
         if weight
     }
+    return dict(task.summary(means))
+
+
+def _values(task: Task, model: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, float | Tensor]]:
+    """(sum, weight) of the loss and of every metric on a batch."""
+    outputs = task.forward(model, batch)
+    n, name = num_examples(batch), type(task).__name__
+    values = {"loss": as_sum(task.loss(outputs, batch), n, "mean", f"{name}.loss")}
+    if task.loss_reduction == "sum" and values["loss"][1] == n:
+        # A plain sum of losses: its mean over the examples.
+        values["loss"] = (values["loss"][0] / n, n)
+    for metric, value in _metrics(task, outputs, batch).items():
+        values[metric] = as_sum(value, n, "mean", f"{name}.metrics()[{metric!r}]")
+    return values
 
 
 def evaluation_plans(

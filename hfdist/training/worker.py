@@ -16,14 +16,16 @@ from hfdist import __version__
 from hfdist.checkpoint import CheckpointStore, check, mirror
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config.job import RunConfig
+from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
+from hfdist.curvature.example_signs import example_seeds
 from hfdist.curvature.fixed_randomness import FixedRandomness
-from hfdist.curvature.layout import make_layout
-from hfdist.curvature.linearize import Recorder
+from hfdist.curvature.layout import Sharded, make_layout
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
 from hfdist.curvature.verify import Verifier
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import (
@@ -36,6 +38,7 @@ from hfdist.data.plan import (
     plan_step,
     plan_stream_step,
 )
+from hfdist.data.points import TermSize, plan_points
 from hfdist.data.stream import Stream, is_stream
 from hfdist.data.stream_loader import StreamLoader
 from hfdist.devices import device_name, peak_memory, resolve
@@ -50,12 +53,14 @@ from hfdist.errors import (
     WorkerError,
 )
 from hfdist.optim.report import StepReport
-from hfdist.optim.step import hf_step
+from hfdist.optim.solvers.auto import choice
+from hfdist.optim.step import HFState, hf_step
 from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address, normal, split
 from hfdist.rundir.stop import StopRequest, stop_on_signals
 from hfdist.seeds import mixed
 from hfdist.tasks.loading import load_task
+from hfdist.tasks.residuals import PointSets
 from hfdist.tasks.task import Batch, Task
 from hfdist.tasks.user_code import length, told, user_code, where
 from hfdist.tracking import CompositeTracker, NullTracker, Status, Tracker, make_tracker
@@ -110,7 +115,13 @@ class Worker:
         self._resume, self._retried = job.resume, job.retried
         self.task, self.model = build(job.config, comm.device)
         self.params = ParameterVector(p for p in self.model.parameters() if p.requires_grad)
-        self._layout = make_layout(self.params, comm, job.config.optim)
+        optim = job.config.optim
+        self._layout = make_layout(self.params, comm, optim)
+        self._engine = ProductEngine(
+            requested=optim.product_engine,
+            memory_budget=optim.memory_budget,
+            verifier=Verifier(mode=optim.verify),
+        )
         name = type(self.task).__name__
         dtype = getattr(torch, job.config.dtype)
         self.data = self.task.train_data()
@@ -130,11 +141,13 @@ class Worker:
             self.num_examples = length(self.data, f"{name}.train_data()", "train on")
             self._loader = BatchLoader(
                 *(self.task, self.data, comm.device, dtype),
-                processes=loaders,
+                # Terms hold functions, which do not go from process to process.
+                processes=0 if isinstance(self.data, PointSets) else loaders,
                 seed=job.config.seed,
             )
         self._evaluation = Evaluator(self.task, job.config, comm, loaders)
         self._costs = _costs(self.task, self.num_examples)
+        self._terms = _terms(self.data)
         # What is wrong with the job shows here, before anything is written.
         if self.num_examples is not None and self.num_examples < comm.world_size:
             raise DataError(
@@ -142,7 +155,8 @@ class Worker:
                 f"launch.workers to at most {self.num_examples}"
             )
         self._plan(0)
-        self._tried = self._try_task()
+        self.first_batch = self._try_task()
+        """Of a few examples."""
         self._check_batch_norm()
         tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
         self._coordinator = Coordinator(
@@ -162,18 +176,14 @@ class Worker:
         self._warn_about_batch_norm()
         progress = self._coordinator.start(self._resume, self._info())
         self._go_to(progress)
-        optim = self.config.optim
-        self._engine = ProductEngine(
-            requested=optim.product_engine,
-            memory_budget=optim.memory_budget,
-            verifier=Verifier(mode=optim.verify),
-        )
         self.model.train()
         try:
             status = self._loop(progress)
             problem = self._coordinator.what_came_of_it(status, progress)
             if problem is None:
-                return self._coordinator.finish(status, progress, self._example_inputs)
+                return self._coordinator.finish(
+                    status, progress, self._example_inputs, draw=self._draw
+                )
             return self._coordinator.finish(Status.FAILED, progress, error=problem, save=True)
         except BaseException as error:
             failure = self._told(error)
@@ -214,7 +224,7 @@ class Worker:
         """Step until the last step, or until somebody asks to stop."""
         try:
             while progress.state.step < self.config.steps:
-                report = self._step(progress)
+                report = self.step(progress)
                 if self._coordinator.commit(report, progress, self.params, self._extra(report)):
                     return Status.KILLED
         except Interrupted:
@@ -242,7 +252,7 @@ class Worker:
         """
         name = type(self.task).__name__
         n = 4 if self._stream else min(4, self.num_examples or 0)
-        batch = self._loader.first(n) if n else None
+        batches = self._first_batches(n) if n else [None]
         seen = (
             f"its first {n} examples" if n else "the batch None, as its train_data() returns None"
         )
@@ -252,7 +262,8 @@ class Worker:
             torch.enable_grad(),
         ):
             try:
-                from_task(self.task, self.model, batch, seed=0).evaluate(None, None)
+                for batch in batches:
+                    from_task(self.task, self.model, batch, seed=0).evaluate(None, None)
             except TaskError as error:
                 if n:
                     raise
@@ -260,7 +271,15 @@ class Worker:
                     f"{error}. Its batch is None, because {name}.train_data() returns None: return a data "
                     "set there, unless the loss is a function of the parameters alone"
                 ) from error
-        return batch
+        return batches[0]
+
+    def _first_batches(self, n: int) -> list[Batch]:
+        """The first n examples, of every term where the data is in terms."""
+        if self._terms is None or isinstance(self._loader, StreamLoader):
+            return [self._loader.first(n)]
+        return [
+            self._loader.first(min(n, term.num_points), k) for k, term in enumerate(self._terms)
+        ]
 
     def _check_batch_norm(self) -> None:
         """No microbatch of any rank is a single example that batch norm has no statistics of.
@@ -278,7 +297,7 @@ class Worker:
         }
         if 1 not in sizes:
             return
-        one = self._loader.first(1)
+        one = self._first_batches(1)[0]
         try:
             with FixedRandomness(self.comm.device, self.model).evaluation(seed=0):
                 self.task.forward(self.model.train(), one)
@@ -295,22 +314,30 @@ class Worker:
 
     def _example_inputs(self) -> Any:
         """What the model takes of a batch, for one example: no step need have been taken here."""
-        return _first_example(self.task.example_inputs(self._tried))
+        return _first_example(self.task.example_inputs(self.first_batch))
+
+    def _draw(self, folder: Path) -> Sequence[Path]:
+        """The task's own pictures."""
+        self.model.eval()
+        return self.task.draw(self.model, folder)
 
     # -- a step ----------------------------------------------------------------------------------
 
-    def _step(self, progress: Progress) -> StepReport:
+    def step(self, progress: Progress) -> StepReport:
+        """Take the next step; `progress` moves on with it."""
         step = progress.state.step
-        plan = self._plan(step)
+        share = self._curvature_share(progress.state)
+        plan = self._plan(step, share=share)
         try:
             self._loader.begin(step, plan)
-            problem = self._problem(plan, step)
+            problem = self._problem(plan, progress.state, progress.memory)
         except WorkerError:
             if self._stop.requested:  # whoever asked this process to end asked its loaders, too
                 raise Interrupted from None
             raise
         if step + 1 < self.config.steps:
-            self._loader.prepare(step + 1, self._plan(step + 1))
+            # With this step's share, which is most likely the next one's, too.
+            self._loader.prepare(step + 1, self._plan(step + 1, share=share))
         options = self.config.optim
 
         def on_cg_iteration(i: int, ranks_asking_to_stop: float) -> None:
@@ -332,8 +359,31 @@ class Worker:
             progress.evaluation = self._evaluation.of(self.model)
         return report
 
-    def _plan(self, step: int, rank: int | None = None) -> StepPlan:
+    def problem(self, step: int) -> Problem:
+        """The objective of a step, with all examples of the curvature's role."""
+        plan = self._plan(step)
+        self._loader.begin(step, plan)
+        state = HFState(damping=self.config.optim.damping, step=step)
+        return self._problem(plan, state, PreconditionerMemory())
+
+    def _curvature_share(self, state: HFState) -> float:
+        """Of the gradient's examples, where `batches.curvature` is auto."""
+        is_fixed = self.config.batches.loaders > 0  # processes that load know the plans beforehand
+        grows = self.config.optim.solver in ("auto", "krylov") and self._terms is None
+        if not grows or self.num_examples is None or is_fixed:
+            return 1.0
+        return state.curvature_share.at(self.config.batches.gradient or self.num_examples)
+
+    def _plan(self, step: int, rank: int | None = None, share: float = 1.0) -> StepPlan:
         rank = self.comm.rank if rank is None else rank
+        if self._terms is not None:
+            return plan_points(
+                self.config.batches,
+                self._terms,
+                step=step,
+                rank=rank,
+                world_size=self.comm.world_size,
+            )
         if self._stream is not None:
             return plan_stream_step(
                 self.config.batches,
@@ -350,17 +400,31 @@ class Worker:
             rank=rank,
             world_size=self.comm.world_size,
             costs=self._costs,
+            curvature_share=share,
         )
 
     def _load(self, role: RolePlan) -> list[tuple[MicrobatchPlan, Batch]]:
         return [(plan, self._loader.load(plan)) for plan in role.microbatches]
 
-    def _problem(self, plan: StepPlan, step: int) -> Problem:
-        seed = mixed(self.config.seed, "forward", step)
+    def _problem(self, plan: StepPlan, state: HFState, memory: PreconditionerMemory) -> Problem:
+        seed = mixed(self.config.seed, "forward", state.step)
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
             return [
-                self._stoppable(from_task(self.task, self.model, batch, mixed(seed, plan.number)))
+                self._stoppable(
+                    from_task(
+                        self.task,
+                        self.model,
+                        batch,
+                        mixed(seed, plan.number),
+                        example_seeds(
+                            seed if plan.term is None else mixed(seed, "term", plan.term),
+                            plan.indices,
+                        )
+                        if len(plan.indices)
+                        else None,
+                    )
+                )
                 for plan, batch in batches
             ]
 
@@ -371,11 +435,16 @@ class Worker:
         same_loss = plan.line_search is plan.gradient
         loss = gradient if same_loss else role(self._load(plan.line_search))
         options = self.config.optim
+        is_finite = self._terms is None and self._stream is None
+        sees_all_examples = is_finite and plan.gradient.num_examples == (self.num_examples or 1)
         context = Context(
             task=self.task,
             model=self.model,
             gradient=[(microbatch, batch) for microbatch, (_, batch) in zip(gradient, loaded)],
             options=options,
+            damping=state.damping,
+            sees_all_examples=sees_all_examples,
+            memory=memory,
         )
         return Problem(
             params=self.params,
@@ -388,9 +457,21 @@ class Worker:
             layout=self._layout,
             engine=self._engine,
             autocast=autocast_dtype(options),
+            residuals=self._terms is not None,
+            row_solver=self._solves_rows(),
             abandon=lambda: self._stop.requested,
             overrides=Overrides(preconditioner=make_preconditioner(context)),
         )
+
+    def _solves_rows(self) -> bool:
+        """Whether the solver works on rows of the Jacobian."""
+        if self._terms is None:
+            return False
+        options = self.config.optim
+        name: str = options.solver
+        if name == "auto" and not isinstance(self._layout, Sharded):
+            name = choice(self.num_examples, self.params.numel)
+        return name in ("dense", "sample_space") and options.curvature_opt == "ggn"
 
     def _stoppable(self, microbatch: Microbatch) -> Microbatch:
         """A microbatch that abandons the step where a stop was asked for: a pass over many may take longer
@@ -398,7 +479,7 @@ class Worker:
         if self.comm.world_size > 1:
             return microbatch
 
-        def evaluate(traits: LossTraits | None, recorder: Recorder | None = None) -> Evaluation:
+        def evaluate(traits: LossTraits | None, recorder: Watch | None = None) -> Evaluation:
             if self._stop.requested:
                 raise Interrupted
             return microbatch.evaluate(traits, recorder)
@@ -413,8 +494,9 @@ class Worker:
             examples: float = gradient_examples(batches, report.step)
             seen = {"examples": float(examples_until(batches, report.step + 1))}
         else:
-            passes = data_passes(batches, self.num_examples, report.step + 1)
-            before = data_passes(batches, self.num_examples, report.step)
+            whole = None if self._terms is not None else self.num_examples  # None: all, every step
+            passes = data_passes(batches, whole, report.step + 1)
+            before = data_passes(batches, whole, report.step)
             examples = (passes - before) * (self.num_examples or 1)
             seen = {"data_passes": passes}
         return {
@@ -541,6 +623,16 @@ def _tracker(job: Job) -> Tracker:
     if job.extra_tracker is None:
         return configured
     return CompositeTracker([configured, job.extra_tracker])
+
+
+def _terms(data: Any) -> list[TermSize] | None:
+    """Sizes of the terms that the data is in; None for examples."""
+    if not isinstance(data, PointSets):
+        return None
+    return [
+        TermSize(num_points=n, microbatch=term.microbatch, every_step=term.every_step)
+        for term, n in zip(data.terms, data.sizes)
+    ]
 
 
 def _costs(task: Task, num_examples: int | None) -> Tensor | None:

@@ -18,6 +18,7 @@ from hfdist.curvature.linearize.generic import generic
 from hfdist.curvature.linearize.program import REARRANGEMENTS, Program, Step
 from hfdist.curvature.linearize.rules import READS_NO_CONSTANT, READS_RESULT_ONLY, RULES
 from hfdist.curvature.linearize.rules.table import Rule
+from hfdist.curvature.outputs import Edge, edge, is_met
 
 _STOPS = {"aten::detach"}  # what is computed from it does not depend on the parameters
 _CONSTANT = {
@@ -60,6 +61,12 @@ class Recorder(Watch):
         self._steps: list[Step] = []
         self._kept: list[tuple[Tensor, int, str]] = []  # with their versions, and who needs them
         self._unversioned: list[tuple[Tensor, str]] = []
+        # Autograd hands what it saved of an operation's result to the backward pass as a new tensor: the edge
+        # of its graph says which value that is, if the pass differentiates in its inputs.
+        self._edges: dict[Edge, int] = {}
+        self._without_edge: list[tuple[Tensor, int]] = []
+        self._constant: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._sources = {edge(t) for t in tensors if t.requires_grad}
         self._sharing: dict[int, list[ref[Tensor]]] = {}  # memory -> tensors with a tangent in it
         self._parts: WeakTensorKeyDictionary = (
             WeakTensorKeyDictionary()
@@ -84,7 +91,7 @@ class Recorder(Watch):
             )
         if self.failure is not None:
             return func(*args, **kwargs)
-        self._note_versions()
+        self._note_what_is_new()
         try:
             call = self._call(func, args, kwargs)
         except Unsupported as e:
@@ -164,9 +171,20 @@ class Recorder(Watch):
         if x in self._slots:
             return True
         if x.requires_grad and torch.is_grad_enabled() and not self._rearrangements_only:
+            if x.grad_fn is None or x in self._constant:
+                return False  # a leaf that is no parameter, or computed from such: points, say
+            slot = self._edges.get((x.grad_fn, x.output_nr))
+            if slot is not None:
+                self._slots[x] = slot
+                self._note_storage(x)
+                return True
+            if not is_met((x.grad_fn, x.output_nr), self._sources):
+                self._constant[x] = True
+                return False
             raise Unsupported(
                 f"a tensor of shape {list(x.shape)} depends on the parameters by an operation that "
-                "cannot be watched (a custom autograd.Function, compiled code, or a write into a view)"
+                "cannot be watched (a custom autograd.Function, a dual number of torch.autograd.forward_ad, "
+                "compiled code, or a write into a view)"
             )
         return False
 
@@ -212,6 +230,7 @@ class Recorder(Watch):
             step.outputs.append(slot)
             if isinstance(y, Tensor) and y.is_floating_point() and k not in call.constant:
                 self._slots[y] = slot
+                self._without_edge.append((y, slot))
                 if call.func._schema.name.startswith("aten::unsafe_"):
                     self._parts[y] = -slot  # parts that are known not to overlap
                 elif call.aliases and call.inputs[0] in self._parts:
@@ -220,15 +239,21 @@ class Recorder(Watch):
                     self._note_storage(y)
         self._steps.append(step)
 
-    def _note_versions(self) -> None:
-        # Not when they are kept: an operation in place counts its version up after it was seen here.
+    def _note_what_is_new(self) -> None:
+        # Not at once: an operation in place counts its version up, and autograd gives a result its edge,
+        # after the operation was seen here.
         if self._unversioned:
             self._kept += [(x, x._version, name) for x, name in self._unversioned]
             self._unversioned = []
+        for y, slot in self._without_edge:
+            if y.grad_fn is not None:
+                self._edges[(y.grad_fn, y.output_nr)] = slot
+        self._without_edge = []
 
     def _fail(self, reason: Unsupported) -> None:
         self.failure = str(reason)
         self._steps, self._kept, self._unversioned = [], [], []
+        self._edges, self._without_edge = {}, []
 
     # -- results ---------------------------------------------------------------------------------
 
@@ -238,7 +263,7 @@ class Recorder(Watch):
         Raises:
             Unsupported: The pass could not be recorded.
         """
-        self._note_versions()
+        self._note_what_is_new()
         if self.failure is None:
             late = next((name for x, version, name in self._kept if x._version != version), None)
             if late is not None:

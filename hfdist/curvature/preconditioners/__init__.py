@@ -16,6 +16,7 @@ from hfdist.curvature.preconditioners.empirical_fisher import (
     empirical_fisher_diagonal,
     sum_of_squared_gradients,
 )
+from hfdist.curvature.preconditioners.kfac import kfac
 
 __all__ = [
     "PRECONDITIONERS",
@@ -30,6 +31,7 @@ __all__ = [
 PRECONDITIONERS: dict[str, Callable[[Context], Builder | None]] = {
     "none": lambda context: None,
     "empirical_fisher": of_task.empirical_fisher,
+    "kfac": kfac,
 }
 """The preconditioners by their names in `preconditioner`."""
 

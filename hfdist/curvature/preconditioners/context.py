@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from hfdist.curvature.microbatch import Microbatch
 from hfdist.curvature.objective import Problem
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
 from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
 from hfdist.tasks.task import Batch, Task
 
-Builder = Callable[[Problem, float], Operator]
+Builder = Callable[[Problem, float | None], Operator | None]
 """(objective, damping) -> M, of this rank's parts of vectors; called once a solve, after the objective's
-gradient, whose weight normalises sums over examples. Collective."""
+gradient, whose weight normalises sums over examples. Collective.
+
+With a damping, M approximates (B + (damping + l2) I)^-1. With None it is the inverse of a metric C, B's
+approximation alone (+ l2): in units of B and positive definite relative to itself, so that a factor on the
+loss is one on C."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """One step's model and data."""
 
-    task: Task
-    model: nn.Module
-    gradient: Sequence[tuple[Microbatch, Batch]]
-    """This rank's microbatches of the gradient role, and their examples."""
     options: HFOptions
+    task: Task | None = None
+    model: nn.Module | None = None
+    gradient: Sequence[tuple[Microbatch, Batch]] = ()
+    """This rank's microbatches of the gradient role, and their examples; with task and model, None where
+    only functions of the microbatches are known."""
+    sees_all_examples: bool = True
+    """Whether the gradient's are all that there are; otherwise statistics may be averaged over steps."""
+    damping: float = 1.0
+    """lambda of the step."""
+    memory: PreconditionerMemory = field(default_factory=PreconditionerMemory)
+    """What earlier steps left; the run's."""

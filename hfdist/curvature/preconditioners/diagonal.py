@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfdist.curvature.objective import Problem
+
+RELATIVE_FLOOR = 1e-3
+"""Least element of a metric's diagonal, in units of the mean over its parameter tensor."""
+
 
 class DiagonalPreconditioner:
     """M^-1: v -> v / (diagonal + damping)^exponent.
@@ -33,3 +38,26 @@ class DiagonalPreconditioner:
     def __call__(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """M^-1 v, [P]; written into `out` (which may be v itself) if given."""
         return torch.mul(v, self.inverse, out=out)
+
+
+def fisher_metric(problem: Problem, squares: Tensor) -> DiagonalPreconditioner:
+    """Inverse of cF: F is the diagonal with a floor, and c the mean diagonal element of F^-1/2 B F^-1/2, by
+    one product with random signs. So it has the units of B, which grows with the loss; F with its square.
+
+    Args:
+        problem: The objective.
+        squares: F, [P], up to a factor.
+    """
+    params = problem.params
+    F = squares  # [P]
+    means = [float(piece.double().mean()) for piece in params.pieces(F)]
+    typical = sum(means) / len(means)
+    for piece, mean in zip(params.pieces(F), means):
+        piece.add_(RELATIVE_FLOOR * (mean or typical or 1.0))
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (params.numel,), generator=generator).mul_(2).sub_(1)
+    v = problem.part_of(F.rsqrt().mul_(signs.to(F)))
+    Bv = problem.curvature()(v) - problem.shift_part() * v
+    c = float(problem.total(torch.dot(v.double(), Bv.double()))) / params.numel
+    diagonal = problem.part_of(F) * (c if c > 0.0 else 1.0) + problem.shift_part()
+    return DiagonalPreconditioner(diagonal, 0.0, 1.0)

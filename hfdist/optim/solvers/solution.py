@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hfdist.optim.objective import Operator
+from hfdist.optim.least_squares import LeastSquares
+from hfdist.optim.objective import Costs, Operator
 from hfdist.optim.report import Stop
 from hfdist.optim.space import WHOLE, Space
 
@@ -24,14 +25,21 @@ class System:
     """Minus the gradient [n]; finite."""
     damping: float
     """lambda."""
-    preconditioner: Callable[[float], Operator | None] = lambda damping: None
-    """lambda -> M, an approximation of the inverse of B + lambda D; None: the identity."""
+    preconditioner: Callable[[float | None], Operator | None] = lambda damping: None
+    """lambda -> M, an approximation of the inverse of B + lambda D; None -> the inverse of a metric, an
+    approximation of B alone. The identity where it gives None."""
     start: Tensor | None = None
-    """Where to start [n]; None is zero."""
+    """What the last solution left for this one [n] (see `Solution.next_start`); None is zero."""
     keep_path: bool = True
     """Candidates on the way are wanted, not only the last."""
+    damping_scale: Tensor | None = None
+    """Diagonal of D [n]; None is the identity."""
+    least_squares: LeastSquares | None = None
+    """Where the objective is a sum of squares: its residuals."""
     space: Space = WHOLE
     """How vectors lie over ranks."""
+    costs: Callable[[], Costs] = Costs
+    """What the parts of a step cost, once `curvature` was called."""
     on_iteration: Callable[[int, float], None] | None = None
     """Called with the number of each finished iteration and the space's signal; what it raises
     propagates."""
@@ -60,8 +68,8 @@ class Solution:
     step: Callable[[int], Tensor]
     """Index of a candidate -> its x [n]."""
     is_path: bool
-    """Whether the candidates lie on the way of one iteration: their losses then tend to fall and to rise
-    again, and backtracking need not look at all of them."""
+    """Whether the candidates lie on the way of one iteration, for backtracking; otherwise they are those of
+    falling lambda, and the search climbs from `centre`."""
     next_start: Tensor | None
     """What the next step may start from [n]; None where the solver starts from zero."""
     quadratic: Sequence[float]
@@ -73,3 +81,12 @@ class Solution:
     num_products: int
     num_bytes: int
     """Memory of the solver's vectors on this rank's device."""
+    takes_first: bool = False
+    """Candidates are tried in their order until one has a lower loss than no step; each is computed when it
+    is asked for."""
+    starts_from_step: bool = False
+    """The next solve is given the step that is taken, in place of `next_start`."""
+    centre: int = 0
+    """Where there is no path: the candidate of the step's own lambda."""
+    start_curvature: float | None = None
+    """d'Bd of the last step d, where it was computed."""

@@ -9,6 +9,7 @@ import torch
 from cases import named, rows
 from torch import Tensor
 
+from hfdist.curvature.example_signs import example_seeds
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.microbatch import from_task
 from hfdist.curvature.objective import Overrides, Problem, Roles
@@ -41,10 +42,11 @@ def problem_of(case_name: str, name: str, sizes: tuple[int, ...], scale: float =
         task.loss = scaled
     for size in sizes:
         part = rows(batch, low, low + size)
-        parts.append((from_task(task, model, part, seed=0), part))
+        seeds = example_seeds(0, torch.arange(low, low + size))
+        parts.append((from_task(task, model, part, 0, seeds), part))
         low += size
     role = [microbatch for microbatch, _ in parts]
-    options = HFOptions(preconditioner=name)
+    options = HFOptions(preconditioner=name, kfac_examples=1.0)
     context = Context(task=task, model=model, gradient=parts, options=options)
     return Problem(
         params=ParameterVector(p for p in model.parameters() if p.requires_grad),
@@ -55,12 +57,17 @@ def problem_of(case_name: str, name: str, sizes: tuple[int, ...], scale: float =
     )
 
 
-def dense(problem: Problem, damping: float) -> Tensor:
+def dense(problem: Problem, damping: float | None) -> Tensor:
     problem.loss_and_gradient()
     M = problem.preconditioner(damping)
     assert M is not None
     eye = torch.eye(problem.numel, dtype=problem.params.dtype)
     return torch.stack([M(row).clone() for row in eye])
+
+
+def metric(problem: Problem) -> Tensor:
+    """C, whose inverse `preconditioner(None)` gives."""
+    return torch.linalg.inv(dense(problem, None).double())
 
 
 def test_the_option_names_exactly_the_table() -> None:
@@ -73,16 +80,25 @@ def test_the_option_names_exactly_the_table() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", MODELS)
 def test_it_is_symmetric_and_positive_definite(case: str, name: str) -> None:
-    M = dense(problem_of(case, name, (6,)), 0.3)
-    torch.testing.assert_close(M, M.T, rtol=1e-5, atol=1e-6)
-    assert float(torch.linalg.eigvalsh((M + M.T).double() / 2).min()) > 0.0
+    for damping in (0.3, None):
+        M = dense(problem_of(case, name, (6,)), damping)
+        torch.testing.assert_close(M, M.T, rtol=1e-5, atol=1e-6)
+        assert float(torch.linalg.eigvalsh((M + M.T).double() / 2).min()) > 0.0
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", ["linear-ce", "embedding-tied", "conv", "lstm"])
 def test_microbatches_change_nothing(case: str, name: str) -> None:
-    whole, cut = (dense(problem_of(case, name, sizes), 0.3) for sizes in ((6,), (4, 2)))
-    torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-8)
+    for damping in (0.3, None):
+        whole, cut = (dense(problem_of(case, name, sizes), damping) for sizes in ((6,), (4, 2)))
+        torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", ["linear-ce", "embedding-tied", "conv", "lstm"])
+def test_a_factor_on_the_loss_is_one_on_the_metric(case: str, name: str) -> None:
+    C, times_1000 = (metric(problem_of(case, name, (4, 2), scale)) for scale in (1.0, 1000.0))
+    torch.testing.assert_close(times_1000, 1000.0 * C, rtol=1e-6, atol=1e-6 * float(C.abs().max()))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -230,4 +230,4 @@ def test_the_option_names_exactly_the_damping_rules() -> None:
         rule: next_damping(outcome, HFOptions(damping_rule=rule, damping_decay=0.5), "lm")  # type: ignore[arg-type]
         for rule in DAMPING_RULES
     }
-    assert following == {"lm": 2.0, "fixed": 2.0, "schedule": 1.0, "chosen": 8.0}
+    assert following == {"lm": 2.0, "fixed": 2.0, "schedule": 1.0, "chosen": 8.0, "trials": 8.0}

@@ -1,0 +1,142 @@
+"""The protocol: grids of the rivals on the first seed, then the best of each in turns with Hessian-free.
+
+Curves of the grids are kept in the study's file and not measured again: only Hessian-free changes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfdist.bench.optimizers.arena import Arena, Budget, race
+from hfdist.bench.optimizers.curve import Curve
+from hfdist.bench.optimizers.hessian_free import NAME, hessian_free
+from hfdist.bench.optimizers.rivals import Setting, enter, rivals
+from hfdist.bench.optimizers.tables import first_places, thresholds_of
+from hfdist.config.job import RunConfig
+from hfdist.rundir.files import write_atomically
+
+
+@dataclass(kw_only=True)
+class Study:
+    """Curves on one problem."""
+
+    problem: str
+    job: dict[str, Any]
+    """What the curves belong to: task, arguments, sizes, L2 coefficient, type."""
+    budget: Budget
+    thresholds: list[float]
+    """Losses that contenders are compared at, falling."""
+    grids: list[Curve] = field(default_factory=list)
+    """Rivals' settings, each alone, on the first seed."""
+    races: list[Curve] = field(default_factory=list)
+    """Hessian-free and each rival's best settings, in turns, on all seeds."""
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        values = {
+            "problem": self.problem,
+            "job": self.job,
+            "budget": asdict(self.budget),
+            "thresholds": self.thresholds,
+            "grids": [curve.to_dict() for curve in self.grids],
+            "races": [curve.to_dict() for curve in self.races],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(values))
+
+    @classmethod
+    def load(cls, path: Path) -> Study:
+        """Read what `save` wrote."""
+        values = json.loads(path.read_text())
+        values["budget"] = Budget(**values["budget"])
+        for key in ("grids", "races"):
+            values[key] = [Curve(**curve) for curve in values[key]]
+        return cls(**values)
+
+
+def compare(
+    problem: str,
+    config: RunConfig,
+    *,
+    budget: Budget,
+    seeds: Sequence[int],
+    names: Sequence[str] | None = None,
+    thresholds: Sequence[float] = (),
+    path: Path | None = None,
+    with_hessian_free: bool = True,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Study:
+    """Run them all.
+
+    Args:
+        problem: What the table calls it.
+        config: Task, sizes and rules of the Hessian-free step.
+        budget: Of every contender.
+        seeds: Of the initialisations; the grids are searched on the first.
+        names: Rivals; None: all that can run.
+        thresholds: Losses to compare at; by default what the best rival has reached after a quarter, half
+            and all of the budget.
+        path: File of the study; curves of grids that it has, of the same job and budget, are kept.
+        with_hessian_free: Whether Hessian-free takes part in the races.
+        progress: Told of every contender.
+    """
+    first, *others = (config.model_copy(update={"seed": seed}) for seed in seeds)
+    arena = Arena(first)
+    grids = rivals(arena, names)
+    study = Study(problem=problem, job=_identity(config), budget=budget, thresholds=[])
+    known: dict[tuple[str, str, int], Curve] = {}
+    if path is not None and path.is_file():
+        former = Study.load(path)
+        if former.job == study.job and former.budget == budget:
+            known = {(c.optimizer, c.setting, c.seed): c for c in former.grids}
+    for name, settings in grids.items():
+        for setting in settings:
+            curve = known.get((name, setting.text, first.seed))
+            if curve is None:
+                (curve,) = race(arena, [enter(arena, name, setting, budget.spent)], budget)
+                progress(f"seed {first.seed}, {name} ({setting.text}): {curve.lowest:.5g}")
+            study.grids.append(curve)
+            if path is not None:
+                study.save(path)
+    study.thresholds = list(thresholds) or thresholds_of(study.grids, budget.gradients)
+    best = _best_settings(study, grids)
+    for job in (first, *others):
+        arena = Arena(job)
+        runs = [enter(arena, name, setting, budget.spent) for name, setting in best]
+        if with_hessian_free:
+            runs.insert(0, hessian_free(job))
+        study.races += race(arena, runs, budget)
+        for run in runs:
+            curve = run.curve
+            progress(
+                f"seed {job.seed}, {curve.optimizer} ({curve.setting}): {curve.lowest:.5g}, in turns"
+            )
+        if path is not None:
+            study.save(path)
+    return study
+
+
+def _best_settings(study: Study, grids: dict[str, list[Setting]]) -> list[tuple[str, Setting]]:
+    """Of every rival the settings that come first at some threshold."""
+    best = []
+    for name, settings in grids.items():
+        of_rival = [curve for curve in study.grids if curve.optimizer == name]
+        firsts = first_places(of_rival, study.thresholds)
+        best += [(name, setting) for setting in settings if setting.text in firsts]
+    return best
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    return {
+        "task": config.task,
+        "task_args": config.task_args,
+        "weight_decay": config.optim.weight_decay,
+        "dtype": config.dtype,
+    }
+
+
+__all__ = ["NAME", "Study", "compare"]

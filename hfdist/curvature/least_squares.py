@@ -1,0 +1,265 @@
+"""The residuals of an objective and their Jacobian, summed over microbatches and ranks.
+
+Of a microbatch with outputs z, loss sum L(z) and diagonal loss Hessian d: rows sqrt(d / weight) dz/dtheta and
+residuals dL/dz / sqrt(d weight), weight that of the objective. So J'J is the Gauss-Newton matrix that
+products are of, and J'r the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from hfdist.comm import Communicator
+from hfdist.curvature.jacobian_rows import RowMethod, UseWatch, jacobian_rows
+from hfdist.curvature.loss_hessian import LossHessian
+from hfdist.curvature.memory import memory_left
+from hfdist.curvature.microbatch import Evaluation, Microbatch
+from hfdist.curvature.params import ParameterVector
+from hfdist.errors import ConfigError, TaskError
+
+Evaluate = Callable[[Microbatch, UseWatch | None], Evaluation]
+_AGREES = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""Relative difference of J'r and the gradient that is rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A microbatch's part of the system."""
+
+    microbatch: Microbatch
+    z: Tensor
+    """Outputs [rows]."""
+    root: Tensor
+    """sqrt(d) [rows], of the loss sum."""
+    r: Tensor
+    """dL/dz / sqrt(d) [rows]."""
+    J: Tensor | None
+    """sqrt(d) dz/dtheta [rows, P]; None where it is computed anew for every use."""
+
+
+class ResidualSystem:
+    """A `hfdist.optim.least_squares.LeastSquares` of this rank's microbatches and those of its peers.
+
+    Args:
+        evaluate: A forward pass with graph, split from its loss.
+        params, comm: The parameters and the ranks.
+        method: How rows are computed; kept over the steps of a run.
+        memory_budget: Bytes for this rank's rows and for matrices; None: what the device has left.
+        weight_decay: Of the L2 term.
+        at: Inside, the parameters have other values.
+
+    Raises:
+        ConfigError: (from its methods) A matrix does not fit into the memory.
+        TaskError: A residual is not finite, or rows and gradient disagree.
+    """
+
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        params: ParameterVector,
+        comm: Communicator,
+        method: RowMethod,
+        *,
+        memory_budget: int | None,
+        weight_decay: float | Tensor,
+        at: Callable[[Tensor], AbstractContextManager[None]],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._evaluate, self._params, self._comm, self._method = evaluate, params, comm, method
+        self._budget = memory_left(params.device, comm.world_size)
+        if memory_budget is not None:
+            self._budget = memory_budget
+        self.weight_decay, self._at, self._warn = weight_decay, at, warn
+        self._parts: list[Rows] = []
+        self._kept = 0  # bytes
+        self._weight: float | None = None
+        self._counts: list[int] = []
+
+    # -- building --------------------------------------------------------------------------------
+
+    def add(self, microbatch: Microbatch) -> tuple[Evaluation, list[Tensor]]:
+        """Evaluate a microbatch and note its rows.
+
+        Returns:
+            The evaluation and the gradient of its loss sum.
+        """
+        e, part, gradient = self._rows(microbatch)
+        if part.J is not None and self._kept + part.J.nbytes <= self._budget:
+            self._kept += part.J.nbytes
+        else:
+            part = Rows(microbatch=microbatch, z=part.z, root=part.root, r=part.r, J=None)
+        self._parts.append(part)
+        return e, gradient
+
+    def close(self, weight: float) -> None:
+        """All microbatches are added, and the objective divides by `weight`. Collective."""
+        self._weight = weight
+        counts = torch.zeros(self._comm.world_size, dtype=torch.float64, device=self._params.device)
+        counts[self._comm.rank] = sum(len(part.z) for part in self._parts)
+        self._counts = [int(count) for count in self._comm.all_reduce(counts).tolist()]
+
+    def _rows(self, microbatch: Microbatch) -> tuple[Evaluation, Rows, list[Tensor]]:
+        tensors = self._params.tensors
+        watch = UseWatch(tensors, microbatch.num_examples)
+        e = self._evaluate(microbatch, watch)
+        if len(e.outputs) != 1:
+            raise TaskError(f"{microbatch.name}: residuals must be one tensor with a graph")
+        z, leaf = e.outputs[0], e.loss_inputs[0]
+        bad = int((~torch.isfinite(z.detach())).sum())
+        if bad:
+            raise TaskError(
+                f"{microbatch.name}: {bad} of {z.numel()} residuals are NaN or infinite: look for a division "
+                "by zero, a root or a logarithm at the edge of its domain, or points outside of the domain"
+            )
+        H: LossHessian | None = e.closed_form()
+        (dz,) = grad(e.loss_sum, [leaf], retain_graph=True)
+        d = torch.zeros_like(z) if H is None else H([torch.ones_like(z)])[0]
+        root = d.detach().reshape(-1).clamp(min=0.0).sqrt()
+        size = z.numel() * self._params.numel * z.element_size()
+        if size > self._budget:
+            raise ConfigError(
+                f"{microbatch.name}: {z.numel()} residuals of {self._params.numel} parameters take "
+                f"{_gib(size)} GiB, and {_gib(self._budget)} are free: give the term a smaller microbatch, "
+                "or take optim.solver=krylov, which needs no rows"
+            )
+        dz = dz.detach().reshape(-1)
+        r = torch.where(root > 0, dz / root.clamp_min(1e-300), 0.0)
+        J = jacobian_rows(z, watch.finish(), tensors, self._method, root)
+        gradient = J.T @ r
+        if self._method.is_to_be_checked(microbatch.name):
+            J, gradient = self._checked(microbatch, z, root, r, J, gradient)
+        part = Rows(microbatch=microbatch, z=z.detach().reshape(-1), root=root, r=r, J=J)
+        return e, part, list(self._params.views(gradient))
+
+    def _checked(
+        self, microbatch: Microbatch, z: Tensor, root: Tensor, r: Tensor, J: Tensor, own: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and gradient, J'r, that agree with a backward pass for the gradient.
+
+        Raises:
+            TaskError: None do.
+        """
+        method, tensors = self._method, self._params.tensors
+        back = grad(z, tensors, (root * r).view_as(z), retain_graph=True, allow_unused=True)
+        gradient = self._params.flatten(back)
+
+        def disagrees() -> bool:
+            sizes = J.abs().T @ r.abs()  # what rounding is measured by
+            allowed = _AGREES.get(z.dtype, 1e-2) * float(sizes.norm())
+            return not float((J.T @ r - gradient).norm()) <= allowed
+
+        if method.per_example and disagrees():
+            method.per_example = False
+            method.reason = "their gradients do not add up to the gradient"
+            J = jacobian_rows(z, None, tensors, method, root)
+        if method.reason is not None:
+            self._warn(
+                "rows of the Jacobian are computed one after the other, because examples interact or their "
+                f"rows cannot be told apart: {method.reason}"
+            )
+        if disagrees():
+            raise TaskError(
+                f"{microbatch.name}: the rows of the Jacobian do not add up to the gradient: take "
+                "optim.solver=krylov, and look for a custom autograd.Function with a wrong backward()"
+            )
+        return J, gradient
+
+    # -- what solvers ask ------------------------------------------------------------------------
+
+    @property
+    def num_residuals(self) -> int:
+        return sum(self._counts)
+
+    @property
+    def _scale(self) -> float:
+        assert self._weight is not None
+        return float(self._weight**-0.5)
+
+    def _chunks(self) -> Iterator[tuple[Rows, Tensor]]:
+        """This rank's rows, part by part."""
+        for part in self._parts:
+            J = part.J
+            if J is None:
+                J = self._rows(part.microbatch)[1].J
+            assert J is not None
+            yield part, J
+
+    def _gathered(self, pieces: Sequence[Tensor]) -> Tensor:
+        """[N] of all ranks, of this rank's pieces."""
+        whole = torch.zeros(
+            self.num_residuals, dtype=self._params.dtype, device=self._params.device
+        )
+        start = sum(self._counts[: self._comm.rank])
+        for piece in pieces:
+            whole[start : start + len(piece)] = piece
+            start += len(piece)
+        return self._comm.all_reduce(whole).mul_(self._scale)
+
+    def _own(self, w: Tensor) -> Iterator[Tensor]:
+        """This rank's pieces of a vector [N]."""
+        start = sum(self._counts[: self._comm.rank])
+        for part in self._parts:
+            yield w[start : start + len(part.z)]
+            start += len(part.z)
+
+    def residuals(self) -> Tensor:
+        return self._gathered([part.r for part in self._parts])
+
+    def gram(self) -> Tensor:
+        P = self._params.numel
+        self._check_matrix(P, "parameters", "sample_space or krylov")
+        G = torch.zeros(P, P, dtype=self._params.dtype, device=self._params.device)
+        for _, J in self._chunks():
+            G.addmm_(J.T, J)
+        return self._comm.all_reduce(G).mul_(self._scale**2)
+
+    def kernel(self) -> Tensor:
+        """By columns: each rank gets all rows for its part of the parameters, and one sum makes the
+        matrix."""
+        N, W = self.num_residuals, self._comm.world_size
+        self._check_matrix(N, "residuals", "dense or krylov")
+        n = self._comm.shard_size(self._params.numel)
+        rows = torch.zeros(W, N, n, dtype=self._params.dtype, device=self._params.device)
+        start = sum(self._counts[: self._comm.rank])
+        for _, J in self._chunks():
+            padded = torch.nn.functional.pad(J, (0, W * n - J.shape[1]))
+            rows[:, start : start + len(J)] = padded.view(len(J), W, n).transpose(0, 1)
+            start += len(J)
+        own = self._comm.reduce_scatter(rows.view(-1)).view(N, n)
+        return self._comm.all_reduce(own @ own.T).mul_(self._scale**2)
+
+    def times(self, v: Tensor) -> Tensor:
+        return self._gathered([J @ v for _, J in self._chunks()])
+
+    def transposed_times(self, w: Tensor) -> Tensor:
+        out = self._params.zeros()
+        for (_, J), piece in zip(self._chunks(), self._own(w)):
+            out.addmv_(J.T, piece)
+        return self._comm.all_reduce(out).mul_(self._scale)
+
+    def second_derivative(self, v: Tensor, h: float) -> Tensor:
+        with self._at(self._params.read().add_(v, alpha=h)):
+            moved = [self._evaluate(part.microbatch, None).outputs for part in self._parts]
+        pieces = []
+        for (part, J), outputs in zip(self._chunks(), moved):
+            change = part.root * (outputs[0].detach().reshape(-1) - part.z) / h
+            pieces.append((2.0 / h) * (change - J @ v))
+        return self._gathered(pieces)
+
+    def _check_matrix(self, n: int, what: str, others: str) -> None:
+        size = 3 * n * n * self._params.dtype.itemsize  # with a factor and a copy
+        if size > self._budget:
+            raise ConfigError(
+                f"a matrix of {n} x {n} {what} takes {_gib(size)} GiB with its factor, and "
+                f"{_gib(self._budget)} are free: take optim.solver={others}"
+            )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g}"

@@ -1,0 +1,47 @@
+"""Kronecker-factored approximation of the generalized Gauss-Newton matrix, Martens & Grosse 2015.
+
+Of a layer y = Wx + b the block of (W, b) is A x G: A the mean over the examples of xx', with a 1 appended
+to x for the bias, and G the sum of gg', g = (dz/dy)'s with random s whose mean outer product is the loss's
+Hessian in the outputs z (`loss_root`), so that the block is in units of the curvature. Convolutions are such
+layers of patches (Grosse & Martens 2016), embeddings of one-hot inputs, recurrent layers of each time step
+(Martens, Ba & Johnson 2018, independent steps). Gains and biases have blocks of their own from each example's
+derivatives; a parameter of no known layer has a multiple of the identity.
+"""
+
+from __future__ import annotations
+
+from hfdist.curvature.kronecker.blocks import BlockDiagonal
+from hfdist.curvature.kronecker.keys import BlockPlan
+from hfdist.curvature.kronecker.statistics import Sampling, Statistics
+from hfdist.curvature.objective import Problem
+from hfdist.curvature.preconditioners.context import Builder, Context
+from hfdist.optim.objective import Operator
+
+RELATIVE_DAMPING = 0.1
+"""What a metric adds to each factor, and to each block without factors, in units of its mean diagonal
+element, times the root of the step's lambda: two factors add a part of lambda's own to their product. Early
+steps, of a large lambda, have no use for what the metric says of flat directions; late ones need it."""
+STOCHASTIC_DECAY = 0.9
+"""`kfac_decay` where a step does not see all examples."""
+
+
+def kfac(context: Context) -> Builder:
+    """Blocks of layers; multiples of the identity elsewhere."""
+    options = context.options
+    sampling = Sampling(
+        share=options.kfac_examples, samples=options.kfac_samples, shared=options.kfac_shared
+    )
+    decay = options.kfac_decay
+    if decay is None:
+        decay = 0.0 if context.sees_all_examples else STOCHASTIC_DECAY
+    taken: list[tuple[BlockPlan, Statistics]] = []  # once a step, whatever its dampings
+
+    def build(problem: Problem, damping: float | None) -> Operator:
+        if not taken:
+            memory = context.memory.statistics
+            taken.append(memory.take(problem, sampling, decay, options.kfac_refresh))
+        plan, statistics = taken[0]
+        relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5 if damping is None else 0.0
+        return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping, relative))
+
+    return build

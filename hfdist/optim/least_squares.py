@@ -1,0 +1,71 @@
+"""What solvers of least-squares problems need to know of the residuals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from hfdist.optim.option_group import OptionGroup
+
+
+class LeastSquares(Protocol):
+    """f(theta) = |r(theta)|^2 / 2 and its L2 term, linearized: r(theta + v) ~ r + Jv.
+
+    Residuals carry the square roots of their weights (and of the weights of robust losses), so that J'J is
+    the Gauss-Newton matrix and J'r the gradient, both without the L2 term. Vectors are whole and the same on
+    every rank, [P] or [N], N the residuals of all ranks; every method is collective.
+    """
+
+    @property
+    def num_residuals(self) -> int:
+        """N."""
+        ...
+
+    @property
+    def weight_decay(self) -> float | Tensor:
+        """Of the L2 term; a scalar, or a diagonal [P]."""
+        ...
+
+    def residuals(self) -> Tensor:
+        """r [N]."""
+        ...
+
+    def gram(self) -> Tensor:
+        """J'J [P, P]."""
+        ...
+
+    def kernel(self) -> Tensor:
+        """JJ' [N, N]."""
+        ...
+
+    def times(self, v: Tensor) -> Tensor:
+        """Jv [N]."""
+        ...
+
+    def transposed_times(self, w: Tensor) -> Tensor:
+        """J'w [P]."""
+        ...
+
+    def second_derivative(self, v: Tensor, h: float) -> Tensor:
+        """d2/dt2 r(theta + t v) at t = 0, [N], from the residuals at theta + h v:
+        2/h ((r(theta + h v) - r) / h - Jv) [Transtrum & Sethna 2012, arXiv:1201.5885, sec. 3.2]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeastSquaresOptions(OptionGroup):
+    """Solvers that assemble a matrix (`dense`, `sample_space`)."""
+
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {"geodesic_limit": (0.0, math.inf)}
+
+    geodesic_acceleration: bool = True
+    """Correct a step v by half of the second derivative a of the path that follows the residuals, at the
+    price of one more evaluation of the residuals [Transtrum & Sethna 2012, arXiv:1201.5885]."""
+    geodesic_limit: float = 0.75
+    """The correction is taken where 2 |a| is at most this times |v|; otherwise the step is v."""
+    momentum: bool = False
+    """sample_space: minimise |J x + r|^2 + lambda |x - cg_decay_x0 x_before|^2, x_before the last step
+    (SPRING, Goldshlager et al. 2024, arXiv:2401.10190)."""

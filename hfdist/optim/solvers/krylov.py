@@ -1,0 +1,407 @@
+"""A short Krylov space in the metric of a preconditioner; damping is chosen after the solve.
+
+The Krylov space of C^-1 B and C^-1 g is that of B + lambda C for every lambda. So it is built once, by
+Lanczos' process in the inner product of the metric C, and the subproblem in it is solved afterwards for many
+lambda on its projection (see `subproblems`). The step's candidates are these solutions; their true losses
+decide, and lambda follows. The last step joins as one more basis vector, as in Krylov subspace descent
+(Vinyals & Povey 2012).
+
+lambda is dimensionless: it counts in units of the curvature along the preconditioned gradient, u'Bu / u'Cu
+for u = C^-1 g. Scaling the loss or (in a metric that follows it) a layer's weights changes no step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfdist.optim.objective import Costs, Operator
+from hfdist.optim.option_group import OptionGroup
+from hfdist.optim.report import Stop
+from hfdist.optim.solvers.solution import Candidate, Solution, System
+from hfdist.optim.solvers.subproblems import SUBPROBLEMS, Matrix, Projected, Small, Vector
+from hfdist.optim.space import Space
+
+
+@dataclass(frozen=True, kw_only=True)
+class KrylovOptions(OptionGroup):
+    """A Krylov space, and what is solved in it."""
+
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "krylov_max_dim": (1, 1000),
+        "krylov_min_dim": (1, 1000),
+        "krylov_tol": (0.0, 1.0),
+    }
+
+    krylov_subproblem: Literal["damping", "trust_region", "cubic", "minres"] = "damping"
+    """What is solved in the space for each candidate: a shift, a trust region, cubic regularisation, or the
+    least residual."""
+    krylov_max_dim: int = 50
+    """Most products a space is built from."""
+    krylov_min_dim: int = 2
+    """Fewest, unless the space is exhausted."""
+    krylov_length: Literal["progress", "full"] = "progress"
+    """Stop when a product buys less of the model's decrease than the step's work so far did on average, in
+    counted work, so that a resumed run takes the same steps; or build the whole space."""
+    krylov_tol: float = 1e-8
+    """The space is exhausted when a new direction is this small beside the product it comes from."""
+    krylov_momentum: bool = True
+    """The last step joins the space, at the price of a product."""
+    krylov_basis: Literal["full", "bfloat16", "host"] = "full"
+    """How the basis (2 vectors a dimension) is kept: as it is, rounded to bfloat16, or in the host's
+    memory."""
+
+    def check(self) -> None:
+        if self.krylov_min_dim > self.krylov_max_dim:
+            raise ValueError(
+                f"krylov_min_dim is {self.krylov_min_dim}: it must not be above krylov_max_dim "
+                f"({self.krylov_max_dim})"
+            )
+
+
+FACTOR = 4.0
+"""Between the lambdas of neighbouring candidates."""
+RUNGS = 16
+"""Candidates on each side of the step's lambda, at most."""
+WORTH = 2.0
+"""A product must buy this much more of the decrease than the step so far did on average: the next step, with
+a new gradient and the last step beside it, buys more than the average."""
+NOTHING = 1e-6
+"""Part of the last step's curvature outside the space under which it has nothing outside."""
+SAME = 1e-2
+"""Candidates whose steps differ by less, in the metric and relative to their length, are one."""
+
+
+def solve(system: System, options: KrylovOptions) -> Solution:
+    """Candidates of several lambda from one Krylov space.
+
+    Args:
+        system: Its start is the last step; `preconditioner(None)` gives C^-1, and None stands for C = I.
+        options: The `krylov_*` keys.
+    """
+    space = build(system, options)
+    projected, basis = space.projected()
+    unit = space.unit
+    ladder = _ladder(projected, system.damping * unit, options)
+    candidates = []
+    for small in ladder:
+        undamped = projected.model(small.y)
+        damping_term = 0.5 * small.shift * float(small.y @ small.y)
+        candidates.append(
+            Candidate(
+                iteration=space.dim,
+                model=undamped + damping_term,
+                damping=small.shift / unit,
+                undamped_model=undamped,
+            )
+        )
+    return Solution(
+        candidates=candidates,
+        step=lambda index: space.step(ladder[index].y, basis),
+        is_path=False,
+        centre=_nearest([candidate.damping for candidate in candidates], system.damping),
+        next_start=None,
+        starts_from_step=options.krylov_momentum,
+        quadratic=space.quadratic,
+        iterations=space.dim,
+        stop=space.stop,
+        residual=space.residual,
+        num_products=space.num_products,
+        num_bytes=space.U.num_bytes + space.V.num_bytes,
+        start_curvature=None if space.last is None else space.last.curvature,
+    )
+
+
+def _ladder(projected: Projected, shift: float, options: KrylovOptions) -> list[Small]:
+    """Steps by falling lambda, FACTOR apart, without those that hardly differ from their neighbour: so
+    lambda ends where it ceases to matter. The step of lambda itself is always among them, or a twin of it."""
+    rule = SUBPROBLEMS[options.krylov_subproblem]
+    if not projected.b.size:
+        return [Small(projected.b, 0.0)]
+    found: list[Small] = []
+    rungs = range(RUNGS, -RUNGS - 1, -1) if shift > 0.0 else (0,)
+    for rung in rungs:
+        small = rule(projected, shift, FACTOR**rung)
+        if not np.isfinite(small.y).all():
+            continue
+        if found and _far(small.y, found[-1].y) <= SAME:
+            break
+        found.append(small)
+    return found or [Small(np.zeros_like(projected.b), shift)]
+
+
+def _far(y: Vector, other: Vector) -> float:
+    return float(np.linalg.norm(y - other) / max(float(np.linalg.norm(y)), 1e-300))
+
+
+def _nearest(dampings: Sequence[float], damping: float) -> int:
+    """Place of the lambda that is nearest, by its logarithm."""
+
+    def distance(k: int) -> float:
+        return abs(math.log(max(dampings[k], 1e-300)) - math.log(max(damping, 1e-300)))
+
+    return min(range(len(dampings)), key=distance)
+
+
+# -- the space ---------------------------------------------------------------------------------------
+
+
+class Basis:
+    """Vectors [n], one a row, and what is done with all of them at once.
+
+    Args:
+        rows: Most vectors.
+        like: One of them [n].
+        kept: "full", "bfloat16" or "host".
+        space: How vectors lie over ranks.
+    """
+
+    def __init__(self, rows: int, like: Tensor, kept: str, space: Space) -> None:
+        self._like, self._space = like, space
+        self._is_matrix = kept == "full"
+        dtype = torch.bfloat16 if kept == "bfloat16" else like.dtype
+        device = torch.device("cpu") if kept == "host" else like.device
+        self._rows = torch.empty((rows, like.numel()), dtype=dtype, device=device)
+        self.size = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """On the vectors' device."""
+        return self._rows.nbytes if self._rows.device == self._like.device else 0
+
+    def append(self, v: Tensor) -> Tensor:
+        """Keep a vector; returns it as it is kept."""
+        self._rows[self.size].copy_(v)
+        self.size += 1
+        return self._row(self.size - 1)
+
+    def dots(self, v: Tensor, *scalars: Tensor) -> Tensor:
+        """Each vector's product with v, float64 [size], followed by more scalars: one reduction."""
+        if self._is_matrix:
+            local = (self._rows[: self.size] @ v).double()
+        else:
+            local = torch.stack([torch.dot(self._row(i), v).double() for i in range(self.size)])
+        return self._space.total(torch.cat((local, *(s.double().reshape(1) for s in scalars))))
+
+    def dot(self, i: int, v: Tensor) -> Tensor:
+        """This rank's part of vector i's product with v."""
+        return torch.dot(self._row(i % self.size), v)
+
+    def subtract(self, v: Tensor, factors: Tensor) -> None:
+        """v -= sum_i factors_i row_i, in place."""
+        factors = factors.to(v.dtype)
+        if self._is_matrix:
+            torch.addmv(v, self._rows[: self.size].T, factors, alpha=-1.0, out=v)
+        else:
+            for i in range(self.size):
+                v.addcmul_(self._row(i), factors[i], value=-1.0)
+
+    def combine(self, y: Vector) -> Tensor:
+        """sum_i y_i row_i [n]."""
+        out = torch.zeros_like(self._like)
+        self.subtract(out, torch.from_numpy(-y).to(out.device))
+        return out
+
+    def _row(self, i: int) -> Tensor:
+        return self._rows[i].to(self._like)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastStep:
+    """The last step d, which joins the space."""
+
+    d: Tensor
+    Bd: Tensor
+    curvature: float
+    """d'Bd."""
+    slope: float
+    """-g'd."""
+
+
+@dataclass(kw_only=True)
+class KrylovSpace:
+    """U [m, n] and the step's model in it; U is orthonormal in the metric, V = C U."""
+
+    U: Basis
+    V: Basis
+    last: LastStep | None = None
+    T: list[list[float]] = field(default_factory=list)
+    """Column j: u_i'B u_j for i <= j."""
+    to_last: list[tuple[float, float]] = field(default_factory=list)
+    """u_j'Bd and u_j'Cd."""
+    b: list[float] = field(default_factory=list)
+    """U'(-g)."""
+    quadratic: list[float] = field(default_factory=list)
+    """The damped model after 0, 1, .. vectors."""
+    stop: Stop = Stop.MAX_ITERATIONS
+    beta: float = 0.0
+    """What the last product has outside the space."""
+    residual: float = 1.0
+    """|b - (B + lambda C) x| / |b| in the metric's inverse, at the step's lambda."""
+    num_products: int = 0
+
+    @property
+    def dim(self) -> int:
+        """Without the last step."""
+        return len(self.T)
+
+    @property
+    def unit(self) -> float:
+        """Curvature along the preconditioned gradient: lambda counts in it."""
+        size = abs(self.T[0][0]) if self.T else 1.0
+        return size if size > 0.0 else 1.0
+
+    def projected(self) -> tuple[Projected, Matrix]:
+        """The model in an orthonormal basis, and that basis: coordinates of each of its vectors [m, k + 1] in
+        u_1 .. u_k and d.
+
+        d less what U has of it completes U. Its size in the metric is not known (that would be a product
+        with C); it is given the one that makes its curvature the unit of lambda.
+        """
+        k = self.dim
+        T = np.zeros((k + 1, k + 1))
+        for j, column in enumerate(self.T):
+            T[: j + 1, j] = T[j, : j + 1] = column
+        b = np.append(np.array(self.b), 0.0)
+        last = self.last
+        if last is not None:
+            a, c = np.array(self.to_last).reshape(k, 2).T
+            mixed, own = a - T[:k, :k] @ c, last.curvature - 2.0 * c @ a + c @ T[:k, :k] @ c
+            size = math.sqrt(abs(own) / self.unit)
+            # Where U has all of d, what is left is rounding.
+            if size > 0.0 and abs(own) > NOTHING * abs(last.curvature):
+                T[:k, k] = T[k, :k] = mixed / size
+                T[k, k], b[k] = own / size**2, (last.slope - c @ b[:k]) / size
+                basis = np.eye(k + 1)
+                basis[k] = np.append(-c, 1.0) / size
+                return Projected(T=T, b=b, beta=self.beta, last=k - 1), basis
+        return Projected(T=T[:k, :k], b=b[:k], beta=self.beta, last=k - 1), np.eye(k, k + 1)
+
+    def step(self, y: Vector, basis: Matrix) -> Tensor:
+        """The vector [n] of coordinates y in the basis that `projected` gives."""
+        coordinates = y @ basis
+        x = self.U.combine(coordinates[:-1])
+        if self.last is not None and coordinates[-1] != 0.0:
+            x.add_(self.last.d, alpha=float(coordinates[-1]))
+        return x
+
+
+def build(system: System, options: KrylovOptions) -> KrylovSpace:
+    """Lanczos' process for C^-1 B from C^-1 b in the inner product of C, with full reorthogonalisation:
+    one product with B and one with C^-1 a dimension.
+
+    The host reads one small tensor an iteration, on devices that run beside it after the next product was
+    started.
+    """
+    vectors, M = system.space, system.preconditioner(None)
+    B = system.curvature(0.0)
+    max_dim = min(options.krylov_max_dim, vectors.numel(system.b))
+    space = KrylovSpace(
+        U=Basis(max_dim, system.b, options.krylov_basis, vectors),
+        V=Basis(max_dim, system.b, options.krylov_basis, vectors),
+    )
+    lagged = system.b.device.type != "cpu"
+    y = system.b.clone()  # [n]; this rank's part, as all vectors here
+    u = y if M is None else M(y)
+    (squared,) = vectors.dots((u, y))
+    if not math.isfinite(squared) or squared <= 0.0:
+        # Nowhere to go, or a metric that is none.
+        space.stop = Stop.ZERO_GRADIENT if squared == 0.0 else Stop.NON_FINITE
+        return space
+    norm = torch.full((), squared, dtype=torch.float64, device=y.device).sqrt()
+    space.V.append(y / norm.to(y.dtype))
+    kept = space.U.append(u / norm.to(u.dtype))
+    if system.start is not None and options.krylov_momentum:
+        _add_last_step(space, B, system)
+    _follow(space, system.damping)
+    space.b.append(math.sqrt(squared))
+    exhausted = max(options.krylov_tol, 10.0 * torch.finfo(y.dtype).eps)
+    last, zero = space.last, torch.zeros((), dtype=torch.float64, device=y.device)
+    w = B(kept)
+    space.num_products += 1
+    while True:
+        # h = U'Bu: a column of T, and the coefficients of Gram and Schmidt; twice is enough.
+        to_last = (zero, zero)
+        if last is not None:
+            to_last = torch.dot(kept, last.Bd), space.V.dot(-1, last.d)
+        scalars = space.U.dots(w, *to_last, vectors.read_signal(w))
+        h = scalars[: space.U.size]
+        y = w.clone()
+        space.V.subtract(y, h)
+        space.V.subtract(y, space.U.dots(y))
+        u = y if M is None else M(y)
+        rest = vectors.total(torch.dot(u, y).double().reshape(1))
+        norm = rest[0].clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        more = space.dim + 1 < max_dim
+        if more:
+            space.V.append(y / norm.to(y.dtype))
+            kept = space.U.append(u / norm.to(u.dtype))
+            if lagged:
+                w = B(kept)
+                space.num_products += 1
+        *column, with_Bd, with_Cd, signal, squared = torch.cat((scalars, rest)).tolist()
+        if not all(map(math.isfinite, column)):
+            space.stop = Stop.NON_FINITE
+            break
+        if space.T:
+            space.b.append(0.0)
+        space.T.append(column)
+        space.to_last.append((with_Bd, with_Cd))
+        space.beta = math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else 0.0
+        _follow(space, system.damping)
+        if system.on_iteration is not None:
+            system.on_iteration(space.dim, signal)
+        may_stop = space.dim >= options.krylov_min_dim and options.krylov_length == "progress"
+        if not math.isfinite(squared) or space.beta <= exhausted * math.hypot(*column, space.beta):
+            space.stop = Stop.RESIDUAL
+        elif not more:
+            space.stop = Stop.MAX_ITERATIONS
+        elif may_stop and not _is_worth_it(space, system.costs()):
+            space.stop = Stop.PROGRESS
+        else:
+            if not lagged:
+                w = B(kept)
+                space.num_products += 1
+            continue
+        break
+    space.b = space.b[: space.dim]
+    space.U.size = space.V.size = space.dim
+    return space
+
+
+def _add_last_step(space: KrylovSpace, B: Operator, system: System) -> None:
+    """The last step's own product."""
+    d = system.start
+    assert d is not None
+    Bd = B(d).clone()
+    space.num_products += 1
+    curvature, slope = system.space.dots((d, Bd), (d, system.b))
+    if math.isfinite(curvature) and curvature != 0.0 and math.isfinite(slope):
+        space.last = LastStep(d=d, Bd=Bd, curvature=curvature, slope=slope)
+
+
+def _follow(space: KrylovSpace, damping: float) -> None:
+    """The damped model's least value in the space so far, and the residual there."""
+    projected, _ = space.projected()
+    if not projected.b.size:
+        space.quadratic.append(0.0)
+        return
+    small = SUBPROBLEMS["damping"](projected, damping * space.unit, 1.0)
+    space.quadratic.append(projected.model(small.y) + 0.5 * small.shift * float(small.y @ small.y))
+    if space.dim:
+        space.residual = space.beta * abs(float(small.y[space.dim - 1])) / space.b[0]
+
+
+def _is_worth_it(space: KrylovSpace, costs: Costs) -> bool:
+    """Whether the last two products bought at least the step's average decrease for its work: where they did
+    not, the work is better spent on the next step (marginal value theorem, Charnov 1976)."""
+    quadratic, k = space.quadratic, space.dim
+    average = -quadratic[-1] / costs.step(k + (space.last is not None), losses=3)
+    recent = min(2, k)
+    return (quadratic[-1 - recent] - quadratic[-1]) / (recent * costs.product) >= WORTH * average

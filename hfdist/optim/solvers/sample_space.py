@@ -1,0 +1,118 @@
+"""The normal equations in the space of the residuals: for fewer residuals N than parameters P.
+
+(J'J + lambda I)^-1 J' = J' (JJ' + lambda I)^-1 (ENGD-W, Guzman-Cordero et al. 2025, arXiv:2505.21404; the
+same is minSR), with the momentum of SPRING (Goldshlager et al. 2024, arXiv:2401.10190) as an option.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hfdist.optim.least_squares import LeastSquares, LeastSquaresOptions
+from hfdist.optim.report import Stop
+from hfdist.optim.solvers.cg import CGOptions
+from hfdist.optim.solvers.dense import nothing
+from hfdist.optim.solvers.shifted import Shifted
+from hfdist.optim.solvers.solution import Solution, System
+from hfdist.optim.solvers.trials import Trials
+
+
+class Options(LeastSquaresOptions, CGOptions):
+    """What is read of the options."""
+
+
+_SAME = 1e-9
+"""Relative size of b + J'r that counts as rounding."""
+
+
+def solve(system: System, options: Options) -> Solution:
+    """(J'J + mu I) x = b with mu = weight_decay + lambda, for one lambda after the other.
+
+    Raises:
+        ValueError: There are no residuals, vectors lie in parts on the ranks, or the damping or the L2 term
+            is not one for all parameters.
+    """
+    ls, b = system.least_squares, system.b
+    if ls is None:
+        raise ValueError(
+            "solver=sample_space needs residuals: a task that returns them, or another solver"
+        )
+    if system.space.is_sharded:
+        raise ValueError(
+            "solver=sample_space holds whole vectors: it needs shard_solver_state=false"
+        )
+    decay = ls.weight_decay
+    if system.damping_scale is not None or isinstance(decay, Tensor):
+        raise ValueError(
+            "solver=sample_space takes one damping_scale and one weight_decay for all parameter groups"
+        )
+    if not bool(b.any()):
+        return nothing(system, Stop.ZERO_GRADIENT)
+    K, r = ls.kernel(), ls.residuals()
+    if not bool(torch.isfinite(K).all()):
+        return nothing(system, Stop.NON_FINITE)
+    start = system.start if options.momentum else None
+    if start is not None:
+        start = options.cg_decay_x0 * start
+    space = _SampleSpace(ls, K, r, b, start)
+
+    def models(v: Tensor) -> tuple[float, float]:
+        Jv, vv = ls.times(v), float(torch.dot(v, v))
+        return float(0.5 * torch.dot(Jv, Jv) - torch.dot(b, v)) + 0.5 * decay * vv, vv
+
+    trials = Trials(
+        damping=system.damping,
+        iteration=1,
+        solve=lambda damping: space.step(decay, damping),
+        models=models,
+        options=options,
+        least_squares=ls,
+        bent=lambda damping, w: ls.transposed_times(space.solve(decay + damping, w)),
+    )
+    if system.on_iteration is not None:
+        system.on_iteration(1, float(system.space.read_signal(b)))
+    first = trials[0]
+    return Solution(
+        candidates=trials,
+        step=trials.step,
+        is_path=False,
+        takes_first=True,
+        next_start=trials.last_plain if options.momentum else None,
+        quadratic=[0.0, first.model],
+        iterations=1,
+        stop=Stop.RESIDUAL,
+        residual=0.0,
+        num_products=1,
+        num_bytes=2 * K.nbytes + 4 * b.nbytes,
+    )
+
+
+class _SampleSpace:
+    """Solves with JJ' + mu I, and what follows from them in the space of the parameters."""
+
+    def __init__(
+        self, ls: LeastSquares, K: Tensor, r: Tensor, b: Tensor, start: Tensor | None
+    ) -> None:
+        self._ls, self._shifted, self._r, self._start = ls, Shifted(K), r, start
+        # What is no combination of the rows of J: the L2 term, or the gradient of other examples.
+        rest = b + ls.transposed_times(r)
+        self._rest = rest if float(rest.norm()) > _SAME * float(b.norm()) else None
+
+    def solve(self, mu: float, w: Tensor) -> Tensor:
+        """(JJ' + mu I)^-1 w [N]."""
+        return self._shifted.solve(mu, w)
+
+    def step(self, decay: float, damping: float) -> Tensor:
+        """x [P] with (J'J + mu I) x = b + lambda start. With b + lambda start = -J'r + e:
+
+        x = J' (JJ' + mu I)^-1 (-r - Je / mu) + e / mu.
+        """
+        mu, e = decay + damping, self._rest
+        if self._start is not None:
+            pull = damping * self._start
+            e = pull if e is None else e + pull
+        if e is None or mu == 0.0:
+            return self._ls.transposed_times(self.solve(mu, -self._r))
+        w = -self._r - self._ls.times(e) / mu
+        return self._ls.transposed_times(self.solve(mu, w)).add_(e, alpha=1.0 / mu)

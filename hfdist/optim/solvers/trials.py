@@ -1,0 +1,95 @@
+"""Steps for one lambda after the other, each tried when the one before has failed: Levenberg-Marquardt within
+a step, with geodesic acceleration [Transtrum & Sethna 2012, arXiv:1201.5885]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfdist.optim.least_squares import LeastSquares, LeastSquaresOptions
+from hfdist.optim.solvers.solution import Candidate
+
+FACTORS = tuple(2.0**k for k in (0, 1, 2, 3, 5, 7, 10, 14, 19, 25, 32))
+"""lambda of the trials, in the step's: doubled, and faster where that does not help."""
+_H = 0.1
+"""Length of the difference for the second derivative, in steps [sec. 3.2]."""
+
+
+class Trials(Sequence[Candidate]):
+    """The candidates of rising lambda, and their steps: computed when they are asked for.
+
+    Args:
+        damping: The first lambda; the only one if it is 0.
+        iteration: Of all candidates.
+        solve: lambda -> v [P], the minimiser of the damped model.
+        models: v -> m(v), v'Dv.
+        bent: lambda, w [N] -> (B + lambda D)^-1 J'w [P]; None: no acceleration.
+        least_squares: For the acceleration.
+        options: `geodesic_*`.
+    """
+
+    def __init__(
+        self,
+        *,
+        damping: float,
+        iteration: int,
+        solve: Callable[[float], Tensor],
+        models: Callable[[Tensor], tuple[float, float]],
+        options: LeastSquaresOptions,
+        least_squares: LeastSquares | None = None,
+        bent: Callable[[float, Tensor], Tensor] | None = None,
+    ) -> None:
+        self._dampings = [factor * damping for factor in FACTORS] if damping > 0.0 else [0.0]
+        self._iteration, self._solve, self._models = iteration, solve, models
+        self._options, self._least_squares, self._bent = options, least_squares, bent
+        self._plain: dict[int, Tensor] = {}
+        self._candidates: dict[int, Candidate] = {}
+        self._last: tuple[int, Tensor] | None = None
+        self.last_plain: Tensor | None = None
+        """The last v that was computed [P]; the same memory for all."""
+
+    def __len__(self) -> int:
+        return len(self._dampings)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        if index not in self._candidates:
+            damping, (m, vDv) = self._dampings[index], self._models(self._v(index))
+            self._candidates[index] = Candidate(
+                iteration=self._iteration,
+                model=m + 0.5 * damping * vDv,
+                undamped_model=m,
+                damping=damping,
+            )
+        return self._candidates[index]
+
+    def step(self, index: int) -> Tensor:
+        """v + a/2 [P], or v where the correction is large."""
+        if self._last is None or self._last[0] != index:
+            self._last = index, self._accelerated(index)
+        return self._last[1]
+
+    def _v(self, index: int) -> Tensor:
+        if index not in self._plain:
+            v = self._solve(self._dampings[index])
+            self._plain = {index: v}
+            if self.last_plain is None:
+                self.last_plain = torch.empty_like(v)
+            self.last_plain.copy_(v)
+        return self._plain[index]
+
+    def _accelerated(self, index: int) -> Tensor:
+        v, ls = self._v(index), self._least_squares
+        if ls is None or self._bent is None or not self._options.geodesic_acceleration:
+            return v
+        bend = ls.second_derivative(v, _H)
+        if not bool(torch.isfinite(bend).all()):
+            return v
+        a = -self._bent(self._dampings[index], bend)
+        if 2.0 * float(a.norm()) > self._options.geodesic_limit * float(v.norm()):
+            return v
+        return torch.add(v, a, alpha=0.5)

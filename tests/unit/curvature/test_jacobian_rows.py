@@ -1,0 +1,120 @@
+"""Rows of Jacobians from one backward pass, against rows one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import dense
+import pytest
+import torch
+from test_input_derivatives import FORMS, network, points, residual
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from hfdist.curvature.jacobian_rows import RowMethod, UseWatch, jacobian_rows
+
+
+def rows(model: nn.Module, f: Callable[[], Tensor], n: int) -> tuple[Tensor, Tensor, RowMethod]:
+    """What is computed, the truth, and how."""
+    tensors, method = list(model.parameters()), RowMethod()
+    watch = UseWatch(tensors, n)
+    with watch:
+        z = f()
+    J = jacobian_rows(z, watch.finish(), tensors, method)
+    return J, dense.jacobian(z, tensors), method
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_differential_equation(form: str) -> None:
+    model, x = network(), points()
+    J, truth, method = rows(model, lambda: residual(form, model, x), len(x))
+    assert method.per_example
+    torch.testing.assert_close(J, truth, rtol=1e-12, atol=1e-14)
+
+
+class Scales(nn.Module):
+    """Parameters that are no matrices: a coefficient, one a feature, one that is expanded; a shared layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.coefficient = nn.Parameter(torch.tensor(0.7))
+        self.features = nn.Parameter(torch.linspace(0.5, 1.5, 3))
+        self.offset = nn.Parameter(torch.tensor([0.1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sin(self.coefficient * self.layer(x)) * self.features - self.offset
+        return self.layer(h / (1.0 + self.features.square())) + self.offset.expand(len(x), 3)
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv1d(1, 2, 2), nn.LayerNorm(2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.conv(x.unsqueeze(1)))
+        return self.head(self.norm(h.transpose(1, 2)).flatten(1))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "scales": Scales,
+    "deep": lambda: nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 2)
+    ),
+    "batches of matrices": lambda: nn.Sequential(
+        nn.Unflatten(1, (3, 1)), nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten()
+    ),
+    "weight norm": lambda: nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1)),
+    "convolution": Convolution,
+    "batch norm": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)),
+}
+INTERACT = {"batch norm"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("n", [1, 3, 5, 8])
+def test_models(name: str, n: int) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    x = torch.randn(max(n, 2) if name in INTERACT else n, 3, dtype=torch.float64)
+    J, truth, method = rows(model, lambda: model(x), len(x))
+    torch.testing.assert_close(J, truth, rtol=1e-10, atol=1e-12)
+    if n >= 5:
+        assert method.per_example == (name not in INTERACT)
+        assert (method.reason is None) == method.per_example
+
+
+class Cube(torch.autograd.Function):
+    """Invisible below autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+def test_custom_functions_of_examples() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    J, truth, method = rows(model, lambda: model[1](Cube.apply(model[0](x))), 6)
+    assert method.per_example
+    torch.testing.assert_close(J, truth, rtol=1e-12, atol=1e-14)
+
+
+def test_the_layouts_are_found_once() -> None:
+    model, x = network(), points()
+    method = RowMethod()
+    tensors = list(model.parameters())
+    for _ in range(2):
+        watch = UseWatch(tensors, len(x))
+        with watch:
+            z = residual("func_jacrev", model, x)
+        jacobian_rows(z, watch.finish(), tensors, method)
+    assert len(method.layouts) == 1
