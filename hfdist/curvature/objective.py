@@ -159,6 +159,11 @@ class Problem:
             raise RuntimeError("the weight of the gradient role is not known yet")
         return self._scale(self._reference_weight)
 
+    @property
+    def gradient_weight(self) -> float:
+        """Weight of the gradient role's examples, once `loss_and_gradient` was called."""
+        return self._reference_weight or 1.0
+
     def scale(self, weight: float) -> float:
         """Factor on sums over examples of the given weight, in place of all of the gradient's.
 

@@ -28,9 +28,6 @@ STOCHASTIC_DECAY = 0.9
 def kfac(context: Context) -> Builder:
     """Blocks of layers; multiples of the identity elsewhere."""
     options = context.options
-    sampling = Sampling(
-        share=options.kfac_examples, samples=options.kfac_samples, shared=options.kfac_shared
-    )
     decay = options.kfac_decay
     if decay is None:
         decay = 0.0 if context.sees_all_examples else STOCHASTIC_DECAY
@@ -39,9 +36,22 @@ def kfac(context: Context) -> Builder:
     def build(problem: Problem, damping: float | None) -> Operator:
         if not taken:
             memory = context.memory.statistics
+            sampling = Sampling(
+                share=max(options.kfac_examples, _share_of_full_rank(problem)),
+                samples=options.kfac_samples,
+                shared=options.kfac_shared,
+            )
             taken.append(memory.take(problem, sampling, decay, options.kfac_refresh))
         plan, statistics = taken[0]
         relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5 if damping is None else 0.0
         return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping, relative))
 
     return build
+
+
+def _share_of_full_rank(problem: Problem) -> float:
+    """Share of the examples that is as many as the widest layer has inputs: with fewer, directions that they
+    miss look flat."""
+    matrices = [t for t in problem.params.tensors if t.ndim > 1]
+    widest = max((t.numel() // t.shape[0] for t in matrices), default=0)
+    return min(1.0, widest / problem.gradient_weight)
