@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from hfdist.devices import CopyStream
 from hfdist.errors import DataError
 from hfdist.tasks.task import Batch, Task
 from hfdist.tasks.user_code import user_code
@@ -29,21 +30,22 @@ def collated(task: Task, examples: Sequence[Any]) -> Batch:
         return task.collate(examples)
 
 
-def on_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-    """A batch on the device; from pinned memory and without waiting, where it is a GPU.
+def on_device(
+    batch: Batch, device: torch.device, dtype: torch.dtype, copies: CopyStream | None = None
+) -> Batch:
+    """A batch on the device.
 
     Args:
         batch: Any pytree of tensors.
         device: Where it goes.
         dtype: Type of floating-point leaves.
+        copies: Beside what the device computes; use the batch after their `arrived` only.
     """
 
     def moved(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         kind = dtype if leaf.is_floating_point() else leaf.dtype
-        if device.type == "cuda" and leaf.device.type == "cpu":
-            return leaf.to(kind).pin_memory().to(device, non_blocking=True)
-        return leaf.to(device, kind)
+        return leaf.to(device, kind) if copies is None else copies.copy(leaf.to(kind))
 
     return tree_map(moved, batch)

@@ -20,6 +20,7 @@ from hfdist.comm import Communicator
 from hfdist.config.job import RunConfig
 from hfdist.curvature.layout import Layout
 from hfdist.curvature.params import ParameterVector
+from hfdist.devices import rng_states, set_rng_states
 from hfdist.errors import CheckpointError, ConfigError, StorageError, first_line
 from hfdist.optim.report import StepReport, Stop
 from hfdist.optim.step import HFState
@@ -155,7 +156,7 @@ class Coordinator:
         try:
             run, hf, data = saved["run"], saved["optimizer"], saved.get("data")
             x0 = hf.get("x0")
-            set_rng_state(saved["rng"])
+            set_rng_states(self._comm.device, saved["rng"])
             asked = self._config.optim.damping
             is_changed = asked != saved["config"]["optim"]["damping"]
             return Progress(
@@ -258,7 +259,7 @@ class Coordinator:
                     "evaluation": dict(progress.evaluation),
                     "tracked_as": progress.tracked_as,
                 },
-                "rng": get_rng_state(),
+                "rng": rng_states(self._comm.device),
                 **streams,
                 "config": self._config.to_dict(),
             },
@@ -405,18 +406,3 @@ def _never_failing(what: str) -> Iterator[None]:
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by name, each tensor once: what a checkpoint keeps of a model."""
     return dict([*model.named_parameters(), *model.named_buffers()])
-
-
-def get_rng_state() -> dict[str, Any]:
-    """torch's global generators, as tensors."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Set what `get_rng_state` gave."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

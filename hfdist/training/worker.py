@@ -154,7 +154,8 @@ class Worker:
                 f"launch.workers to at most {self.num_examples}"
             )
         self._plan(0)
-        self._tried = self._try_task()
+        self.first_batch = self._try_task()
+        """Of a few examples."""
         self._check_batch_norm()
         tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
         self._coordinator = Coordinator(
@@ -312,7 +313,7 @@ class Worker:
 
     def _example_inputs(self) -> Any:
         """What the model takes of a batch, for one example: no step need have been taken here."""
-        return _first_example(self.task.example_inputs(self._tried))
+        return _first_example(self.task.example_inputs(self.first_batch))
 
     def _draw(self, folder: Path) -> Sequence[Path]:
         """The task's own pictures."""
@@ -356,6 +357,12 @@ class Worker:
         ):
             progress.evaluation = self._evaluation.of(self.model)
         return report
+
+    def problem(self, step: int) -> Problem:
+        """The objective of a step, with all examples of the curvature's role."""
+        plan = self._plan(step)
+        self._loader.begin(step, plan)
+        return self._problem(plan, step)
 
     def _curvature_share(self, state: HFState) -> float:
         """Of the gradient's examples, where `batches.curvature` is auto."""

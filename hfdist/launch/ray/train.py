@@ -426,7 +426,7 @@ def _per_worker(config: RunConfig, nodes: list[dict[str, float]]) -> dict[str, f
                 f"launch.gpus_per_worker is {gpus:g} but device is cpu: set device=cuda"
             )
         gpus = 0.0
-    elif config.device.startswith("cuda"):
+    elif config.device != "auto":
         if gpus == 0:
             raise ConfigError(f"device is {config.device} but launch.gpus_per_worker is 0")
         gpus = 1.0 if gpus is None else gpus

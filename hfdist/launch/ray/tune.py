@@ -288,7 +288,7 @@ def _resources(config: RunConfig) -> dict[str, float]:
     if launch.backend == "ray":
         return {"CPU": 0.0}
     workers = launch.max_workers
-    gpus = launch.gpus_per_worker or (1.0 if config.device.startswith("cuda") else 0.0)
+    gpus = launch.gpus_per_worker or (0.0 if config.device in ("auto", "cpu") else 1.0)
     found = {"CPU": workers * launch.cpus_per_worker}
     return found | ({"GPU": workers * gpus} if gpus else {})
 

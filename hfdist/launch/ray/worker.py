@@ -222,15 +222,17 @@ def _device(job: Assignment) -> torch.device:
     import torch
     from ray.train.torch import get_device
 
+    from hfdist.devices import is_accelerator, use
+
     if not job.gpus_per_worker:
         return torch.device("cpu")
     device = get_device()
-    if device.type != "cuda":
+    if not is_accelerator(device):
         raise ConfigError(
             "Ray gave this worker a GPU that torch does not see: install a torch that supports it, or "
             "set device=cpu"
         )
-    torch.cuda.set_device(device)
+    use(device)
     return device
 
 

@@ -1,0 +1,188 @@
+"""Statistics of layers over examples, microbatches and ranks: one forward and half a backward pass each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hfdist.curvature.kronecker.calls import LayerSums, VectorRows, vector_blocks
+from hfdist.curvature.kronecker.factors import Factor, packed, unpacked
+from hfdist.curvature.kronecker.keys import BlockPlan, KroneckerKey, Seen, VectorKey, plan_blocks
+from hfdist.curvature.kronecker.watch import LayerWatch, Shared
+from hfdist.curvature.loss_root import Draw, loss_root, pulled_back
+from hfdist.curvature.microbatch import Microbatch
+from hfdist.curvature.objective import Problem
+from hfdist.curvature.outputs import Edge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How much is looked at."""
+
+    share: float = 1.0
+    """Of the gradient's examples."""
+    samples: int = 1
+    """Random vectors an example, of which each costs a backward pass."""
+    shared: Shared = "expand"
+    """See `LayerWatch`."""
+
+
+@dataclass(kw_only=True)
+class Statistics:
+    """Curvature by blocks, in units of the objective's."""
+
+    layers: dict[KroneckerKey, tuple[Factor, Factor]]
+    """A, a mean over uses whose last row is the 1's, and G."""
+    vectors: dict[VectorKey, Tensor]
+    """See `vector_blocks`."""
+    others: dict[int, Tensor]
+    """Of a parameter of no known layer, the mean of the diagonal [1]."""
+
+    def named(self) -> Iterator[tuple[object, list[Tensor]]]:
+        """(key, its tensors)."""
+        for key, (A, G) in self.layers.items():
+            yield key, [A.blocks, G.blocks]
+        for vector, blocks in self.vectors.items():
+            yield vector, [blocks]
+        for k, mean in self.others.items():
+            yield k, [mean]
+
+
+class StatisticsPass:
+    """Takes the statistics of a step; remembers between steps which layers the ranks have seen.
+
+    Args:
+        sampling: How much is looked at.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self.agreed: Seen | None = None
+        """What any rank has seen so far, the same on all of them."""
+
+    def __call__(self, problem: Problem) -> tuple[BlockPlan, Statistics]:
+        """Collective: one reduction; an exchange and another one where a rank has seen something new.
+
+        Raises:
+            DataError: The weights of the examples add up to nothing.
+        """
+        sums = _LocalSums(problem.params.zeros()[:0])
+        for microbatch in problem.roles.gradient:
+            part = microbatch if microbatch.part is None else microbatch.part(self._sampling.share)
+            sums.add_microbatch(problem, part, self._sampling)
+        while True:
+            if self.agreed is None:
+                self.agreed = Seen()
+                for seen in problem.comm.all_gather_object(sums.seen):
+                    self.agreed.update(seen)
+            plan = plan_blocks(self.agreed, problem.params.tensors)
+            is_new = not self.agreed.includes(sums.seen)
+            found = self._reduced(problem, plan, sums, is_new)
+            if found is not None:
+                return plan, found
+            self.agreed = None
+
+    def _reduced(
+        self, problem: Problem, plan: BlockPlan, sums: _LocalSums, is_new: bool
+    ) -> Statistics | None:
+        """Sums over the ranks, normalised; None if any of them has seen something that is not in the plan."""
+        samples, like = self._sampling.samples, sums.like
+        layers = [sums.layers.get(key) or LayerSums.zeros(key, like) for key in plan.keys]
+        vectors = [
+            sums.vectors[key] if key in sums.vectors else vector_blocks(key, like)
+            for key in plan.vectors
+        ]
+        others = [
+            sums.others.get(k, like.new_zeros(samples, *problem.params.tensors[k].shape)).view(-1)
+            for k in plan.others
+        ]
+        ends = torch.tensor([sums.weight, float(is_new)], dtype=like.dtype, device=like.device)
+        tensors = [t for layer in layers for t in layer.tensors] + vectors + others + [ends]
+        if problem.comm.world_size > 1:
+            flat = packed(tensors)
+            problem.comm.all_reduce(flat)
+            tensors = unpacked(flat, tensors)
+        weight, num_new = tensors[-1].tolist()
+        if num_new > 0:
+            return None
+        problem.count_statistics(weight)
+        scale = problem.scale(weight) / samples
+        rest = iter(tensors)
+        result = Statistics(layers={}, vectors={}, others={})
+        for key, layer in zip(plan.keys, layers):
+            A, G, uses = next(rest), next(rest), next(rest)
+            result.layers[key] = (
+                Factor(blocks=A / uses.clamp(min=1.0), n=layer.A.n),
+                Factor(blocks=G * scale, n=layer.G.n),
+            )
+        for vector in plan.vectors:
+            result.vectors[vector] = next(rest) * scale
+        for k in plan.others:
+            # Signs of different examples are independent: the square of the sum is the sum of squares, in
+            # the mean.
+            result.others[k] = next(rest).square().mean().reshape(1) * (scale * samples)
+        return result
+
+
+@dataclass
+class _LocalSums:
+    """Sums over this rank's examples."""
+
+    like: Tensor
+    """Of the dtype and on the device of the sums."""
+    seen: Seen = field(default_factory=Seen)
+    layers: dict[KroneckerKey, LayerSums] = field(default_factory=dict)
+    vectors: dict[VectorKey, Tensor] = field(default_factory=dict)
+    others: dict[int, Tensor] = field(default_factory=dict)
+    """J's of the parameters that no layer was seen of, [samples, *shape]."""
+    weight: float = 0.0
+
+    def add_microbatch(self, problem: Problem, microbatch: Microbatch, sampling: Sampling) -> None:
+        """A forward pass, and a backward pass a sample."""
+        tensors, seeds = problem.params.tensors, microbatch.example_seeds
+        watch = LayerWatch(tensors, None if seeds is None else len(seeds), sampling.shared)
+        e = problem.evaluate_split(microbatch, watch)
+        self.weight += float(e.weight)
+        inside: set[int] = set()
+        for layer in watch.layers:
+            self.seen.add(layer.key, layer.bias)
+            inside.add(layer.key.rows.index)
+            inside.update(() if layer.bias is None else (layer.bias.index,))
+        for vector in watch.vectors:
+            self.seen.vectors.add(vector.key)
+            inside.update(vector.key.params)
+        others = [k for k in range(len(tensors)) if k not in inside]
+        edges = [layer.output for layer in watch.layers] + [v.output for v in watch.vectors]
+        inputs: list[Tensor | Edge] = [*edges, *(tensors[k] for k in others)]
+        for sample in range(sampling.samples):
+            root = loss_root(e, Draw(seeds, microbatch.seed, sample))
+            found = pulled_back(
+                root, inputs, keep=sample + 1 < sampling.samples or bool(watch.vectors)
+            )
+            with torch.no_grad():
+                self._add(watch, found)
+                for k, v in zip(others, found[len(edges) :]):
+                    if v is not None:
+                        if k not in self.others:
+                            self.others[k] = self.like.new_zeros(sampling.samples, *v.shape)
+                        self.others[k][sample] += v
+
+    def _add(self, watch: LayerWatch, found: Sequence[Tensor | None]) -> None:
+        """The calls' parts, from the derivatives in their results."""
+        rows: dict[VectorKey, VectorRows] = {}
+        for layer, g in zip(watch.layers, found):
+            if layer.key not in self.layers:
+                self.layers[layer.key] = LayerSums.zeros(layer.key, self.like)
+            if g is not None:
+                for x, gx in layer.pairs(g):
+                    self.layers[layer.key].add(layer.key, x, gx)
+        for vector, g in zip(watch.vectors, found[len(watch.layers) :]):
+            if g is not None:
+                rows.setdefault(vector.key, VectorRows()).calls.append(vector.rows(g))
+        for key, of_calls in rows.items():
+            if key not in self.vectors:
+                self.vectors[key] = vector_blocks(key, self.like)
+            of_calls.add_to(self.vectors[key], key)
