@@ -17,7 +17,7 @@ from hfdist.comm import Communicator
 from hfdist.optim.options import HFOptions
 from hfdist.optim.report import Stop
 from hfdist.optim.solvers import Solution, System
-from hfdist.optim.solvers.krylov import build, solve
+from hfdist.optim.solvers.krylov import SAME, build, solve
 from hfdist.optim.solvers.subproblems import (
     SUBPROBLEMS,
     Projected,
@@ -49,7 +49,9 @@ def vector(seed: int, n: int = P) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def system(B: Tensor, b: Tensor, lambda_: float = 1.0, C: Tensor | None = None, **changes: Any) -> System:
+def system(
+    B: Tensor, b: Tensor, lambda_: float = 1.0, C: Tensor | None = None, **changes: Any
+) -> System:
     def curvature(shift: float) -> Any:
         return lambda v: B @ v + shift * v
 
@@ -82,7 +84,7 @@ def test_the_space_is_orthonormal_in_the_metric_and_holds_the_projected_matrix(
     dim: int, matrix: Callable[[int], Tensor]
 ) -> None:
     B, C, b = matrix(0), symmetric(1), vector(2)
-    space = build(system(B, b, C=C), options(krylov_max_dim=dim))
+    space = build(system(B, b, C=C), options(krylov_min_dim=1, krylov_max_dim=dim))
     assert (space.dim, space.num_products) == (dim, dim)
     projected, _ = space.projected()
     U, V = columns(space.U.combine, dim), columns(space.V.combine, dim)
@@ -123,13 +125,14 @@ def test_a_last_step_inside_the_space_adds_nothing() -> None:
 
 @pytest.mark.parametrize("C", [None, symmetric(1)])
 @pytest.mark.parametrize("start", [None, vector(3)])
+@pytest.mark.parametrize(("lambda_", "tolerance"), [(0.0, 1e-8), (1e-9, SAME)])
 def test_the_whole_space_with_little_damping_holds_the_newton_step(
-    C: Tensor | None, start: Tensor | None
+    C: Tensor | None, start: Tensor | None, lambda_: float, tolerance: float
 ) -> None:
     B, b = symmetric(0), vector(2)
-    solution = solve(system(B, b, 1e-9, C, start=start), options(krylov_max_dim=P))
-    x = solution.step(len(solution.candidates) - 1)
-    torch.testing.assert_close(x, torch.linalg.solve(B, b), rtol=1e-6, atol=1e-8)
+    solution = solve(system(B, b, lambda_, C, start=start), options(krylov_max_dim=P))
+    x, newton = solution.step(len(solution.candidates) - 1), torch.linalg.solve(B, b)
+    assert float((x - newton).norm() / newton.norm()) < tolerance
     assert solution.stop is Stop.RESIDUAL
     assert solution.residual < 1e-6
 
@@ -142,16 +145,18 @@ def test_one_parameter(lambda_: float, rule: str) -> None:
         given = system(B, b, lambda_, start=start)
         solution = solve(given, options(krylov_subproblem=rule))
         assert (solution.iterations, solution.stop) == (1, Stop.RESIDUAL)
-        shortest = min(float((solution.step(i) - 0.5).abs()) for i in range(len(solution.candidates)))
+        shortest = min(
+            float((solution.step(i) - 0.5).abs()) for i in range(len(solution.candidates))
+        )
         assert shortest < 5e-3
 
 
 def test_an_exhausted_space_ends_the_iteration() -> None:
     B = symmetric(0, [1.0] * 4 + [2.0] * 4 + [5.0] * 4)  # three different eigenvalues
-    solution = solve(system(B, vector(2), 1e-12), options())
+    solution = solve(system(B, vector(2), 0.0), options())
     assert (solution.iterations, solution.stop) == (3, Stop.RESIDUAL)
     newton = torch.linalg.solve(B, vector(2))
-    torch.testing.assert_close(solution.step(len(solution.candidates) - 1), newton, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(solution.step(0), newton, rtol=1e-8, atol=1e-8)
 
 
 def test_no_curvature_at_all_still_gives_steps_along_the_gradient() -> None:
@@ -171,7 +176,7 @@ def test_progress_ends_the_space_where_products_buy_little() -> None:
     full = solve(system(B, vector(2), 1e-6), options(krylov_max_dim=8))
     assert (full.stop, full.iterations) == (Stop.MAX_ITERATIONS, 8)
     assert len(full.quadratic) == 9
-    assert full.quadratic == sorted(full.quadratic, reverse=True)
+    assert np.diff(full.quadratic).max() <= 1e-12
 
 
 def test_no_damping_is_one_candidate() -> None:
@@ -210,14 +215,14 @@ def test_candidates_are_those_of_falling_lambda_and_say_what_they_are(
 
 def test_the_space_does_not_depend_on_lambda() -> None:
     B, b = symmetric(0), vector(2)
-    low, high = (
-        solve(system(B, b, lambda_), options(krylov_max_dim=6)) for lambda_ in (0.25, 4.0)
-    )
+    low, high = (solve(system(B, b, lambda_), options(krylov_max_dim=6)) for lambda_ in (0.25, 4.0))
     found = {c.damping: low.step(k) for k, c in enumerate(low.candidates)}
     same = [k for k, c in enumerate(high.candidates) if c.damping in found]
     assert len(same) > 10
     for k in same:
-        torch.testing.assert_close(high.step(k), found[high.candidates[k].damping], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            high.step(k), found[high.candidates[k].damping], rtol=1e-9, atol=1e-11
+        )
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
@@ -284,13 +289,15 @@ def steps_on_rank(comm: Communicator, is_sharded: bool) -> list[Tensor]:
 
 
 @pytest.mark.ranks
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_ranks_have_the_serial_steps(is_sharded: bool) -> None:
     serial = solve(
-        system(symmetric(0), vector(2), 0.1, symmetric(1), start=vector(3)), options(krylov_max_dim=7)
+        system(symmetric(0), vector(2), 0.1, symmetric(1), start=vector(3)),
+        options(krylov_max_dim=7),
     )
     expected = [serial.step(k) for k in range(len(serial.candidates))]
-    found = on_ranks(2, steps_on_rank, is_sharded)
+    found = on_ranks(2, steps_on_rank, is_sharded, timeout=240.0)
     for steps in found:
         assert len(steps) == len(expected)
         for x, y in zip(steps, expected):
@@ -425,16 +432,19 @@ def test_a_factor_on_the_loss_changes_no_step(preconditioner: str, curvature_opt
     for factor in (1.0, 1000.0):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-        x, y = torch.randn(20, 5).double(), torch.randint(3, (20,))
+        pairs = [(torch.randn(20, 5).double(), torch.randint(3, (20,)))]
 
-        def forward(model: nn.Module = model, factor: float = factor) -> tuple[Tensor, Tensor]:
-            outputs = model(x)
-            return factor * nn.functional.cross_entropy(outputs, y), outputs
+        def loss_func(outputs: Tensor, targets: Tensor, factor: float = factor) -> Tensor:
+            return factor * nn.functional.cross_entropy(outputs, targets)
 
         optimizer = HessianFree(
-            model.parameters(), curvature_opt, preconditioner=preconditioner, krylov_max_dim=6, seed=1
+            model.parameters(),
+            curvature_opt,
+            preconditioner=preconditioner,
+            krylov_max_dim=6,
+            seed=1,
         )
-        losses = [optimizer.step(forward) / factor for _ in range(4)]
+        losses = [optimizer.acc_step(model, loss_func, pairs) / factor for _ in range(4)]
         ends.append((losses, torch.cat([p.detach().reshape(-1) for p in model.parameters()])))
     (losses, end), (other_losses, other_end) = ends
     assert losses[-1] < losses[0]
