@@ -18,16 +18,18 @@ from hfdist.curvature.preconditioners.context import Builder, Context
 from hfdist.optim.objective import Operator
 
 STOCHASTIC_DECAY = 0.9
-"""`kfac_decay` where a step does not see all examples."""
+"""`preconditioner_decay` where a step does not see all examples."""
 
 
 def kfac(context: Context) -> Builder:
     """Blocks of layers; multiples of the identity elsewhere."""
     options = context.options
     sampling = Sampling(
-        share=options.kfac_examples, samples=options.kfac_samples, shared=options.kfac_shared
+        share=options.preconditioner_examples,
+        samples=options.preconditioner_samples,
+        shared=options.kfac_shared,
     )
-    decay = options.kfac_decay
+    decay = options.preconditioner_decay
     if decay is None:
         decay = 0.0 if context.sees_all_examples else STOCHASTIC_DECAY
     taken: list[tuple[BlockPlan, Statistics]] = []  # once a step, whatever its dampings
@@ -35,7 +37,7 @@ def kfac(context: Context) -> Builder:
     def build(problem: Problem, damping: float | None) -> Operator:
         if not taken:
             memory = context.memory.statistics
-            taken.append(memory.take(problem, sampling, decay, options.kfac_refresh))
+            taken.append(memory.take(problem, sampling, decay, options.preconditioner_refresh))
         plan, statistics = taken[0]
         return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping))
 
