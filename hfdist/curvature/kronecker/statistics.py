@@ -72,7 +72,13 @@ class StatisticsPass:
         sums = _LocalSums(problem.params.zeros()[:0])
         for microbatch in problem.roles.gradient:
             part = microbatch if microbatch.part is None else microbatch.part(self._sampling.share)
-            sums.add_microbatch(problem, part, self._sampling)
+            try:
+                sums.add_microbatch(problem, part, self._sampling)
+            except (RuntimeError, ValueError, IndexError):
+                if part is microbatch:
+                    raise
+                # A loss that brings data of its own, of all examples, takes no part of them.
+                sums.add_microbatch(problem, microbatch, self._sampling)
         while True:
             if self.agreed is None:
                 self.agreed = Seen()
