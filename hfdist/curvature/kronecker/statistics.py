@@ -79,7 +79,13 @@ def take_statistics(
     sums = _LocalSums(problem.params.zeros()[:0])
     for microbatch in problem.roles.gradient:
         part = microbatch if microbatch.part is None else microbatch.part(sampling.share)
-        sums.add_microbatch(problem, part, sampling)
+        try:
+            sums.add_microbatch(problem, part, sampling)
+        except (RuntimeError, ValueError, IndexError):
+            if part is microbatch:
+                raise
+            # A loss that brings data of its own, of all examples, takes no part of them.
+            sums.add_microbatch(problem, microbatch, sampling)
     while True:
         if agreed is None:
             agreed = Seen()
