@@ -11,7 +11,7 @@ import contextlib
 import platform
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -163,7 +163,7 @@ class CopyStream:
     """Copies to a device beside what it computes: from pinned memory, on a stream of their own.
 
     Args:
-        device: Where to; copies to the CPU are none.
+        device: Where to; what is on the CPU already is not copied for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -173,7 +173,7 @@ class CopyStream:
             self._stream = torch.Stream(device=device)
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device; use it after `arrived` only."""
+        """The tensor on the device; use it after `wait` only."""
         if self._stream is None or tensor.device.type != "cpu":
             return tensor.to(self._device)
         with self._stream:
@@ -181,11 +181,12 @@ class CopyStream:
             return source.to(self._device, non_blocking=True)
 
     def event(self) -> torch.Event | None:
-        """What `arrived` waits for: the copies up to now."""
+        """What `wait` waits for: the copies up to now."""
         return None if self._stream is None else self._stream.record_event()
 
-    def arrived(self, event: torch.Event | None, tensors: list[Tensor]) -> None:
-        """From now on the calling thread's stream may use the tensors that were copied before the event."""
+    def wait(self, event: torch.Event | None, tensors: Sequence[Tensor]) -> None:
+        """What the calling thread computes from now on comes after the copies before the event, of which
+        these are; the thread itself does not wait."""
         if event is None:
             return
         stream = torch.accelerator.current_stream(self._device)
@@ -193,6 +194,12 @@ class CopyStream:
         for tensor in tensors:
             if tensor.device == self._device:
                 tensor.record_stream(stream)  # their memory is not given away before that
+
+
+@cache
+def copy_stream(device: torch.device) -> CopyStream:
+    """The one of this process and device."""
+    return CopyStream(device)
 
 
 @cache

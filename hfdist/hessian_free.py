@@ -41,6 +41,8 @@ from hfdist.curvature.preconditioners import (
     empirical_fisher_diagonal,
     make_preconditioner,
 )
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
+from hfdist.curvature.structural import StructuralDamping, hidden_modules
 from hfdist.curvature.verify import Verifier
 from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
@@ -132,6 +134,7 @@ class HessianFree(torch.optim.Optimizer):
         self._communicator = communicator
         self._engine: ProductEngine | None = None
         self._leaves_gradient = False
+        self._memory = PreconditionerMemory()
         defaults = dataclasses.asdict(resolved) | {
             "damping_scale": 1.0,
             "frozen": False,
@@ -139,6 +142,7 @@ class HessianFree(torch.optim.Optimizer):
             "seed": torch.initial_seed() % 2**63 if seed is None else seed,
             "hf_state": HFState(damping=resolved.damping).scalars(),
             "has_x0": False,
+            "preconditioner_memory": {},
         }
         super().__init__(params, defaults)
         self._trainable()  # there must be something to train
@@ -269,6 +273,8 @@ class HessianFree(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_damping_scale(group)
         params = self._trainable()
+        if options.damping_metric != "identity":
+            raise ValueError("damping_metric needs the model and data of a task: use hfdist.train")
         layout = make_layout(params, self._comm(), options)
         problem = Problem(
             params=params,
@@ -281,7 +287,9 @@ class HessianFree(torch.optim.Optimizer):
             overrides=Overrides(
                 gradient=grad,
                 product=mvp,
-                preconditioner=make_preconditioner(Context(options=options))
+                preconditioner=make_preconditioner(
+                    Context(options=options, damping=self.damping, memory=self._memory)
+                )
                 if M_func is None
                 else lambda _, __: _of_parts(M_func, layout),
                 move=self._leave_gradient if self._leaves_gradient else None,
@@ -289,6 +297,7 @@ class HessianFree(torch.optim.Optimizer):
             frozen=FixedRandomness(params.device, _module(model)),
             engine=self._product_engine(options),
             autocast=autocast_dtype(options),
+            structural=self._structural(model) if options.structural_damping else None,
         )
         if test_deterministic:
             self._test_deterministic(problem)
@@ -310,6 +319,12 @@ class HessianFree(torch.optim.Optimizer):
             report.reduction_ratio,
         )
         return report.final_loss
+
+    def _structural(self, model: Any) -> StructuralDamping:
+        """The term of a model that names its hidden units; `step` does not know the model."""
+        named = getattr(model, "hidden_units", list)
+        coefficient = self.options.structural_damping * self.damping
+        return StructuralDamping(modules=hidden_modules(named()), coefficient=coefficient)
 
     @contextmanager
     def steps_as_gradients(self) -> Iterator[None]:
@@ -423,6 +438,7 @@ class HessianFree(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._communicator, self._engine, self._leaves_gradient = None, None, False
         super().__setstate__(state)
+        self._load_memory()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`: options, damping, warm start and counters are all in it."""
@@ -430,6 +446,10 @@ class HessianFree(torch.optim.Optimizer):
         for p in (p for group in self.param_groups for p in group["params"]):
             if "x0" not in self.state[p]:
                 self.state[p]["x0"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+
+    def _load_memory(self) -> None:
+        self._memory = PreconditionerMemory()
+        self._memory.load_state_dict(self.param_groups[0].get("preconditioner_memory", {}))
 
     def _trainable(self) -> ParameterVector:
         return ParameterVector(
@@ -480,6 +500,7 @@ class HessianFree(torch.optim.Optimizer):
             group["step"] = state.step
             group["hf_state"] = state.scalars()
             group["has_x0"] = state.x0 is not None
+            group["preconditioner_memory"] = self._memory.state_dict()
 
     # -- helpers ---------------------------------------------------------------------------------
 

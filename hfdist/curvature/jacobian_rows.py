@@ -174,6 +174,7 @@ class RowMethod:
 
     Attributes:
         per_example: False once outputs of examples were found to interact.
+        reason: Why.
         layouts: Of a pass of so many examples and such outputs: the layout of every use, None where the use
             had no derivative.
     """
@@ -181,18 +182,31 @@ class RowMethod:
     per_example: bool = True
     reason: str | None = None
     layouts: dict[Any, list[Layout | None]] = field(default_factory=dict)
+    _calls: dict[str, int] = field(default_factory=dict)
+
+    def is_to_be_checked(self, name: str) -> bool:
+        """Whether the rows of something of this name are to be compared with the gradient: at first, and now
+        and then."""
+        calls = self._calls[name] = self._calls.get(name, 0) + 1
+        return calls <= 3 or calls % 20 == 0
 
 
 def per_example_rows(
-    outputs: Tensor, uses: Sequence[Use], tensors: Sequence[Tensor], method: RowMethod, out: Tensor
+    outputs: Tensor,
+    uses: Sequence[Use],
+    tensors: Sequence[Tensor],
+    method: RowMethod,
+    out: Tensor,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    """out [n * m, P] += dz/dtheta for outputs z [n, ..], m numbers an example; its graph is kept.
+    """out [n * m, P] += scales dz/dtheta for outputs z [n, ..], m numbers an example; its graph is kept.
 
     Raises:
         Interacts: Examples are not independent, or an operation is not understood.
     """
     n = len(outputs)
     z = outputs.reshape(n, -1)
+    seeds = torch.ones_like(z) if scales is None else scales.reshape(n, -1)
     spans = _spans(tensors)
     edges = [GradientEdge(*use.edge) for use in uses if use.edge[0] is not None]
     known = [use for use in uses if use.edge[0] is not None]
@@ -201,13 +215,13 @@ def per_example_rows(
     rows = out.view(n, z.shape[1], -1)
     key = (n, z.shape[1], tuple((use.func, use.shape) for use in known))
     for k in range(z.shape[1]):
-        column = z[:, k]
-        G = grad(column.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
+        column, seed = z[:, k], seeds[:, k]
+        G = grad(column, edges, seed, retain_graph=True, allow_unused=True) if edges else ()
         layouts = method.layouts.get((key, k))
         if layouts is None or any(
             g is not None and layout is None and bool(g.any()) for g, layout in zip(G, layouts)
         ):
-            layouts = _find_layouts(column, edges, G)
+            layouts = _find_layouts(column, edges, G, seed)
             method.layouts[(key, k)] = layouts
         for use, g, layout in zip(known, G, layouts):
             if g is not None and layout is not None:
@@ -216,11 +230,11 @@ def per_example_rows(
 
 
 def _find_layouts(
-    column: Tensor, edges: Sequence[Any], G: Sequence[Tensor | None]
+    column: Tensor, edges: Sequence[Any], G: Sequence[Tensor | None], seed: Tensor
 ) -> list[Layout | None]:
     n = len(column)
     numbers = torch.arange(1, n + 1, dtype=column.dtype, device=column.device)
-    weighted = grad((column * numbers).sum(), edges, retain_graph=True, allow_unused=True)
+    weighted = grad(column, edges, seed * numbers, retain_graph=True, allow_unused=True)
     return [None if g is None or w is None else _layout(g, w, n) for g, w in zip(G, weighted)]
 
 
@@ -386,16 +400,22 @@ _RULES: dict[str, Callable[[Use, int, Tensor, Layout, int], Tensor]] = {
 
 
 def rows_one_by_one(
-    outputs: Tensor, tensors: Sequence[Tensor], out: Tensor, chunk: int = 64
+    outputs: Tensor,
+    tensors: Sequence[Tensor],
+    out: Tensor,
+    scales: Tensor | None = None,
+    chunk: int = 64,
 ) -> Tensor:
-    """out [n * m, P] += dz/dtheta by batched backward passes, which hold for any outputs; the graph is
-    kept."""
+    """out [n * m, P] += scales dz/dtheta by batched backward passes, which hold for any outputs; the graph
+    is kept."""
     z = outputs.reshape(-1)
     spans = _spans(tensors)
     for start in range(0, len(z), chunk):
         stop = min(start + chunk, len(z))
         seeds = torch.zeros(stop - start, len(z), dtype=z.dtype, device=z.device)
-        seeds[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+        seeds[torch.arange(stop - start), torch.arange(start, stop)] = (
+            1.0 if scales is None else scales[start:stop]
+        )
         try:
             back = grad(
                 z, list(tensors), seeds, is_grads_batched=True, retain_graph=True, allow_unused=True
@@ -420,6 +440,7 @@ def jacobian_rows(
     uses: Sequence[Use] | None,
     tensors: Sequence[Tensor],
     method: RowMethod,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """J [n * m, P] of outputs z [n, ..], attached to the parameters' graph, which is kept.
 
@@ -428,16 +449,17 @@ def jacobian_rows(
         uses: What a `UseWatch` noted of the pass; None: rows one after the other.
         tensors: The parameters.
         method: What was found out about the pass.
+        scales: Factors of the rows [n * m]; None: 1.
     """
     P = sum(t.numel() for t in tensors)
     J = torch.zeros(outputs.numel(), P, dtype=outputs.dtype, device=outputs.device)
     if method.per_example and uses is not None and len(outputs) >= _LEAST_EXAMPLES:
         try:
-            return per_example_rows(outputs, uses, tensors, method, J)
+            return per_example_rows(outputs, uses, tensors, method, J, scales)
         except Interacts as reason:
             method.per_example, method.reason = False, str(reason)
             J.zero_()
-    return rows_one_by_one(outputs, tensors, J)
+    return rows_one_by_one(outputs, tensors, J, scales)
 
 
 def _spans(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -83,7 +83,7 @@ class ResidualSystem:
 
     # -- building --------------------------------------------------------------------------------
 
-    def add(self, microbatch: Microbatch) -> tuple[Evaluation, list[Tensor | None]]:
+    def add(self, microbatch: Microbatch) -> tuple[Evaluation, list[Tensor]]:
         """Evaluate a microbatch and note its rows.
 
         Returns:
@@ -104,7 +104,7 @@ class ResidualSystem:
         counts[self._comm.rank] = sum(len(part.z) for part in self._parts)
         self._counts = [int(count) for count in self._comm.all_reduce(counts).tolist()]
 
-    def _rows(self, microbatch: Microbatch) -> tuple[Evaluation, Rows, list[Tensor | None]]:
+    def _rows(self, microbatch: Microbatch) -> tuple[Evaluation, Rows, list[Tensor]]:
         tensors = self._params.tensors
         watch = UseWatch(tensors, microbatch.num_examples)
         e = self._evaluate(microbatch, watch)
@@ -128,50 +128,47 @@ class ResidualSystem:
                 f"{_gib(size)} GiB, and {_gib(self._budget)} are free: give the term a smaller microbatch, "
                 "or take optim.solver=krylov, which needs no rows"
             )
-        uses = watch.finish()
-        J = jacobian_rows(z, uses, tensors, self._method)
-        dz = dz.detach()
-        gradient = self._checked_gradient(microbatch, z, dz, J)
-        J.mul_(root.unsqueeze(1))
-        r = torch.where(root > 0, dz.reshape(-1) / root.clamp_min(1e-300), 0.0)
+        dz = dz.detach().reshape(-1)
+        r = torch.where(root > 0, dz / root.clamp_min(1e-300), 0.0)
+        J = jacobian_rows(z, watch.finish(), tensors, self._method, root)
+        gradient = J.T @ r
+        if self._method.is_to_be_checked(microbatch.name):
+            J, gradient = self._checked(microbatch, z, root, r, J, gradient)
         part = Rows(microbatch=microbatch, z=z.detach().reshape(-1), root=root, r=r, J=J)
-        return e, part, gradient
+        return e, part, list(self._params.views(gradient))
 
-    def _checked_gradient(
-        self, microbatch: Microbatch, z: Tensor, dz: Tensor, J: Tensor
-    ) -> list[Tensor | None]:
-        """The gradient by a backward pass of its own, which J' dL/dz must agree with."""
-        tensors = self._params.tensors
-        gradient: list[Tensor | None] = []
-        gradient += grad(z, tensors, dz, retain_graph=True, allow_unused=True)
-        whole = torch.cat(
-            [
-                (torch.zeros_like(t) if g is None else g).reshape(-1)
-                for t, g in zip(tensors, gradient)
-            ]
-        )
+    def _checked(
+        self, microbatch: Microbatch, z: Tensor, root: Tensor, r: Tensor, J: Tensor, own: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and gradient, J'r, that agree with a backward pass for the gradient.
 
-        def off() -> float:
-            sizes = J.abs().T @ dz.reshape(-1).abs()  # what rounding is measured by
-            error = (J.T @ dz.reshape(-1) - whole).norm()
-            return float(error / sizes.norm().clamp_min(1e-300))
+        Raises:
+            TaskError: None do.
+        """
+        method, tensors = self._method, self._params.tensors
+        back = grad(z, tensors, (root * r).view_as(z), retain_graph=True, allow_unused=True)
+        gradient = self._params.flatten(back)
 
-        allowed = _AGREES.get(z.dtype, 1e-2)
-        if off() > allowed and self._method.per_example:
-            self._method.per_example = False
-            self._method.reason = "their gradients do not add up to the gradient"
-            J.copy_(jacobian_rows(z, None, tensors, self._method))
-        if not self._method.per_example and self._method.reason is not None:
+        def disagrees() -> bool:
+            sizes = J.abs().T @ r.abs()  # what rounding is measured by
+            allowed = _AGREES.get(z.dtype, 1e-2) * float(sizes.norm())
+            return not float((J.T @ r - gradient).norm()) <= allowed
+
+        if method.per_example and disagrees():
+            method.per_example = False
+            method.reason = "their gradients do not add up to the gradient"
+            J = jacobian_rows(z, None, tensors, method, root)
+        if method.reason is not None:
             self._warn(
-                f"rows of the Jacobian are computed one after the other, because examples interact or their "
-                f"rows cannot be told apart: {self._method.reason}"
+                "rows of the Jacobian are computed one after the other, because examples interact or their "
+                f"rows cannot be told apart: {method.reason}"
             )
-        if off() > allowed:
+        if disagrees():
             raise TaskError(
                 f"{microbatch.name}: the rows of the Jacobian do not add up to the gradient: take "
                 "optim.solver=krylov, and look for a custom autograd.Function with a wrong backward()"
             )
-        return gradient
+        return J, gradient
 
     # -- what solvers ask ------------------------------------------------------------------------
 

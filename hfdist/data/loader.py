@@ -7,14 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
-from hfdist.data.batches import collated, on_device
+from hfdist.data.batches import Sent, collated, on_device, send
 from hfdist.data.plan import MicrobatchPlan, StepPlan
 from hfdist.data.processes import loaded, seed_of
-from hfdist.devices import CopyStream
 from hfdist.errors import DataError
 from hfdist.tasks.task import Batch, Task
 from hfdist.tasks.user_code import user_code
@@ -45,9 +42,8 @@ class BatchLoader:
     ) -> None:
         self._source, self._processes, self._seed = source, processes, seed
         self._task, self._dataset, self._device, self._dtype = task, dataset, device, dtype
-        self._copies = CopyStream(device)
         self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[Any, Future[tuple[Batch, torch.Event | None]]] = {}
+        self._coming: dict[Any, Future[Sent]] = {}
         self._made: Iterator[tuple[Any, Batch]] | None = None
         # Hugging Face's data sets have a `batch`, too, which is another thing.
         is_array_like = hasattr(dataset, "batch") and not hasattr(dataset, "__getitems__")
@@ -55,9 +51,7 @@ class BatchLoader:
 
     def first(self, n: int, term: int | None = None) -> Batch:
         """The first examples of the data set, or of a term."""
-        return self._arrived(
-            self._make(MicrobatchPlan(number=0, indices=torch.arange(n), term=term))
-        )
+        return self._make(MicrobatchPlan(number=0, indices=torch.arange(n), term=term)).arrived()
 
     def expect(self, plans: Iterable[tuple[int, MicrobatchPlan]]) -> None:
         """What will be loaded, in its order: processes, if there are any, begin with it."""
@@ -78,15 +72,9 @@ class BatchLoader:
         if self._made is not None:
             key, batch = next(self._made)
             assert key == _key(plan), "batches are loaded in another order than was said"
-            return self._arrived(self._on_its_way(batch))
+            return on_device(batch, self._device, self._dtype)
         coming = self._coming.pop(_key(plan), None)
-        return self._arrived(self._make(plan) if coming is None else coming.result())
-
-    def _arrived(self, made: tuple[Batch, torch.Event | None]) -> Batch:
-        """A batch that the device may compute with."""
-        batch, event = made
-        self._copies.arrived(event, [t for t in tree_leaves(batch) if isinstance(t, Tensor)])
-        return batch
+        return (self._make(plan) if coming is None else coming.result()).arrived()
 
     def prepare(self, step: int, plan: StepPlan) -> None:
         """Begin to make the next step's batches."""
@@ -109,15 +97,9 @@ class BatchLoader:
             self._pool = None
         self._coming, self._made = {}, None
 
-    def _make(self, plan: MicrobatchPlan) -> tuple[Batch, torch.Event | None]:
-        if self._dataset is None:
-            return None, None
-        return self._on_its_way(self._on_host(plan))
-
-    def _on_its_way(self, batch: Batch) -> tuple[Batch, torch.Event | None]:
-        """A batch, and what to wait for before the device computes with it."""
-        batch = on_device(batch, self._device, self._dtype, self._copies)
-        return batch, self._copies.event()
+    def _make(self, plan: MicrobatchPlan) -> Sent:
+        batch = None if self._dataset is None else self._on_host(plan)
+        return send(batch, self._device, self._dtype)
 
     def _made_by_process(self, plan: MicrobatchPlan) -> tuple[Any, Batch]:
         return _key(plan), self._on_host(plan)

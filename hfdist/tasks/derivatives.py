@@ -31,7 +31,9 @@ def laplacian(
         model: Maps points [n, d] to [n, m], each point for itself: a module or function of linear layers,
             smooth activations, products, sums and rearrangements.
         x: Points [n, d].
-        coordinates: The Laplacian's; None: all. (Of the coordinates t, x, y: 1, 2.)
+        coordinates: The Laplacian's; None: all. (Of the coordinates t, x, y: 1, 2. None of them, []: where
+        the
+            gradient alone is wanted.)
 
     Returns:
         u [n, m], du/dx [n, d, m], sum of d2u/dx_k^2 over the coordinates [n, m].
@@ -39,68 +41,75 @@ def laplacian(
     Raises:
         TaskError: The model uses a function of which no rule is known; it is named.
     """
+    n = len(x)
     u = _along_axes(model, x, coordinates, collapsed=True)
-    return u.value, u.first, u.second[:, 0]
+    return u.value, _full(u.first, n), _full(u.second_or_zero, n)[:, 0]
 
 
 def second_derivatives(model: Model, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `laplacian`, with d2u/dx_k^2 [n, d, m] for every coordinate in place of their sum."""
+    n = len(x)
     u = _along_axes(model, x, None, collapsed=False)
-    return u.value, u.first, u.second
+    return u.value, _full(u.first, n), _full(u.second_or_zero, n)
 
 
 def _along_axes(model: Model, x: Tensor, coordinates: Sequence[int] | None, collapsed: bool) -> Jet:
     if x.ndim != 2:
         raise TaskError(f"points have shape {list(x.shape)}: they must be [n, d]")
-    n, d = x.shape
-    axes = torch.eye(d, dtype=x.dtype, device=x.device).expand(n, d, d)
-    none = x.new_zeros(n, 1 if collapsed else d, d)
+    d = x.shape[1]
     along = list(range(d) if coordinates is None else coordinates)
-    u = model(Jet(torch.cat((x.unsqueeze(1), axes, none), 1), d, along if collapsed else None))
+    axes = torch.eye(d, dtype=x.dtype, device=x.device).unsqueeze(0)  # [1, d, d]: of every point
+    u = model(Jet(x, axes, None, along if collapsed else None))
     if not isinstance(u, Jet):
         raise TaskError("the model's result does not depend on its input")
     return u
+
+
+def _full(x: Tensor, n: int) -> Tensor:
+    """Of every point, where it is the same for all."""
+    return x if len(x) == n else x.expand(n, *x.shape[1:])
 
 
 class Jet:
     """A tensor [n, ..] with its derivatives along d axes.
 
     Args:
-        all: [n, 1 + d + s, ..]: the value, d derivatives, and s = d second derivatives or, collapsed, their
-            sum, s = 1.
-        d: Number of axes.
-        along: Collapsed: which second derivatives the sum is of.
+        value: [n, ..].
+        first: [n, d, ..], or [1, d, ..] where it is the same for all points.
+        second: Second derivatives [n, d, ..] or, collapsed, their sum [n, 1, ..]; None for zero.
+        along: Collapsed: which second derivatives the sum is of; None: they stay apart.
 
     It goes where a tensor goes: functions of torch come to `__torch_function__`, methods are looked up among
     torch's.
     """
 
-    def __init__(self, all: Tensor, d: int, along: list[int] | None) -> None:
-        self.all, self.d, self.along = all, d, along
+    def __init__(
+        self, value: Tensor, first: Tensor, second: Tensor | None, along: list[int] | None
+    ) -> None:
+        self.value, self.first, self.second, self.along = value, first, second, along
 
     @property
-    def value(self) -> Tensor:
-        return self.all[:, 0]
+    def second_or_zero(self) -> Tensor:
+        if self.second is not None:
+            return self.second
+        first = self.first
+        return torch.zeros_like(first if self.along is None else first[:, :1])
 
-    @property
-    def first(self) -> Tensor:
-        return self.all[:, 1 : 1 + self.d]
+    def made_of(self, value: Tensor, first: Tensor, second: Tensor | None) -> Jet:
+        return Jet(value, first, second, self.along)
 
-    @property
-    def second(self) -> Tensor:
-        return self.all[:, 1 + self.d :]
+    def each(self, f: Callable[[Tensor], Tensor]) -> Jet:
+        """f of value and derivatives alike."""
+        second = None if self.second is None else f(self.second)
+        return self.made_of(f(self.value), f(self.first), second)
 
-    def with_all(self, all: Tensor) -> Jet:
-        return Jet(all, self.d, self.along)
-
-    def made_of(self, value: Tensor, first: Tensor, second: Tensor) -> Jet:
-        return self.with_all(torch.cat((value.unsqueeze(1), first, second), 1))
-
-    def summed(self, products: Tensor) -> Tensor:
-        """Products of derivatives along the axes [n, d, ..], for the second derivatives [n, s, ..]."""
+    def summed(self, products: Tensor) -> Tensor | None:
+        """Products of derivatives along the axes [n, d, ..], for the second derivatives; None for zero."""
         if self.along is None:
             return products
-        if len(self.along) < self.d:
+        if not self.along:
+            return None
+        if len(self.along) < products.shape[1]:
             products = products[:, self.along]
         return products.sum(1, keepdim=True)
 
@@ -142,7 +151,7 @@ class Jet:
         return _sum(torch.add, (-self, other), {})
 
     def __neg__(self) -> Jet:
-        return self.with_all(-self.all)
+        return self.each(torch.neg)
 
     def __mul__(self, other: Any) -> Jet:
         return _product(torch.mul, (self, other), {})
@@ -172,6 +181,7 @@ def _jets(args: Any) -> list[Jet]:
 def _linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Jet:
     """Value and derivatives alike."""
     jets = _jets((args, kwargs))
+    n = len(jets[0].value)
 
     def of(*parts: Tensor) -> Tensor:
         items = iter(parts)
@@ -179,38 +189,48 @@ def _linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Jet:
         result: Tensor = func(*a, **k)
         return result
 
-    return jets[0].with_all(vmap(of, in_dims=1, out_dims=1)(*(jet.all for jet in jets)))
+    def derivatives(parts: Sequence[Tensor]) -> Tensor:
+        result: Tensor = vmap(of, in_dims=1, out_dims=1)(*(_full(part, n) for part in parts))
+        return result
+
+    second = None
+    if any(jet.second is not None for jet in jets):
+        second = derivatives([jet.second_or_zero for jet in jets])
+    value = of(*(jet.value for jet in jets))
+    return jets[0].made_of(value, derivatives([jet.first for jet in jets]), second)
 
 
 def _layer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Jet:
-    """xW' + b, in one matrix product."""
+    """xW' + b."""
     x, W = args[0], args[1]
     b = args[2] if len(args) > 2 else kwargs.get("bias")
     if not isinstance(x, Jet) or isinstance(W, Jet) or isinstance(b, Jet):
         raise TaskError("laplacian(): a layer's weights depend on the points")
-    all = F.linear(x.all, W)
-    return x.with_all(all) if b is None else _shifted(x.with_all(all), b)
-
-
-def _shifted(x: Jet, constant: Any) -> Jet:
-    """x + c: derivatives stay. (No write in place: the pass is replayed.)"""
-    return x.with_all(torch.cat((x.all[:, :1] + _beside(constant, x), x.all[:, 1:]), 1))
+    second = None if x.second is None else F.linear(x.second, W)
+    return x.made_of(F.linear(x.value, W, b), F.linear(x.first, W), second)
 
 
 def _beside(constant: Any, x: Jet) -> Any:
-    """A constant as a factor or summand of [n, .., f] with one more axis."""
-    is_full = isinstance(constant, Tensor) and constant.ndim >= x.all.ndim - 1
+    """A constant as a factor of derivatives, which have one more axis than the value [n, .., f]."""
+    is_full = isinstance(constant, Tensor) and constant.ndim >= x.value.ndim
     return constant.unsqueeze(1) if is_full else constant
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _sum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Jet:
     a, b = args[:2]
     factor = kwargs.get("alpha", 1) * (-1 if func in _DIFFERENCES else 1)
     if not isinstance(a, Jet):
-        return _shifted(b.with_all(b.all * factor), a)
+        b = b if factor == 1 else b.each(lambda t: t * factor)
+        return b.made_of(b.value + a, b.first, b.second)
     if not isinstance(b, Jet):
-        return _shifted(a, b * factor)
-    return a.with_all(a.all + b.all * factor)
+        return a.made_of(a.value + (b if factor == 1 else b * factor), a.first, a.second)
+    if factor != 1:
+        b = b.each(lambda t: t * factor)
+    return a.made_of(a.value + b.value, a.first + b.first, _added(a.second, b.second))
 
 
 def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Jet:
@@ -219,30 +239,33 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Jet:
     if not isinstance(a, Jet):
         a, b = b, a
     if not isinstance(b, Jet):
-        return a.with_all(a.all * _beside(b, a))
-    va, vb = a.all[:, :1], b.all[:, :1]
-    mixed = 2.0 * a.summed(a.first * b.first)
-    return a.made_of(
-        a.value * b.value,
-        a.first * vb + va * b.first,
-        a.second * vb + mixed + va * b.second,
+        factor = _beside(b, a)
+        second = None if a.second is None else a.second * factor
+        return a.made_of(a.value * b, a.first * factor, second)
+    va, vb = a.value.unsqueeze(1), b.value.unsqueeze(1)
+    mixed = a.summed(2.0 * a.first * b.first)
+    bent = _added(
+        None if a.second is None else a.second * vb, None if b.second is None else va * b.second
     )
+    return a.made_of(a.value * b.value, a.first * vb + va * b.first, _added(bent, mixed))
 
 
 def _quotient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Jet:
     a, b = args[:2]
     if isinstance(b, Jet):
         return _product(torch.mul, (_elementwise(torch.reciprocal, (b,), {}), a), {})
-    return a.with_all(a.all / _beside(b, a))
+    return _product(torch.mul, (a, 1.0 / b), {})
 
 
 def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Jet:
     """f(u)' = f' u', f(u)'' = f'' u'^2 + f' u''."""
     x = args[0]
-    v = x.value
-    y, d1, d2 = _derivatives(func, v, args[1:], kwargs)
-    d1, d2 = d1.unsqueeze(1), d2.unsqueeze(1)
-    return x.made_of(y, d1 * x.first, d2 * x.summed(x.first.square()) + d1 * x.second)
+    y, d1, d2 = _derivatives(func, x.value, args[1:], kwargs)
+    d1 = d1.unsqueeze(1)
+    squares = x.summed(x.first.square())
+    bent = None if squares is None else d2.unsqueeze(1) * squares
+    second = None if x.second is None else d1 * x.second
+    return x.made_of(y, d1 * x.first, _added(bent, second))
 
 
 def _derivatives(

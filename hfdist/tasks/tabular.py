@@ -1,50 +1,87 @@
-"""Regression on tabular data that scikit-learn ships."""
+"""Regression of a table: Levenberg-Marquardt on scikit-learn's packaged data, nothing is downloaded."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from functools import cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from hfdist.errors import TaskError
 from hfdist.tasks.array_data import ArrayData
-from hfdist.tasks.task import Batch, Outputs, Task
+from hfdist.tasks.residuals import ResidualTask, Term
+
+_TABLES = ("diabetes", "linnerud")
 
 
-@cache
-def _diabetes() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_diabetes
-
-    features, target = load_diabetes(return_X_y=True, scaled=False)
-    X = torch.tensor(features, dtype=torch.float32)  # [442, 10]
-    y = torch.tensor(target, dtype=torch.float32)[:, None]  # [442, 1]
-    return (X - X.mean(0)) / X.std(0), (y - y.mean()) / y.std()
-
-
-class Diabetes(Task):
-    """Progression of diabetes of 442 patients [Efron et al. 2004] from ten numbers each, standardised; a
-    fully connected network with tanh units; loss is half the mean squared error.
+class Tabular(ResidualTask):
+    """Columns predicted from columns: diabetes (442 patients, 10 columns, one target) or linnerud (20
+    athletes, 3 columns, 3 targets), both standardised.
 
     Args:
-        hidden: Widths of the hidden layers.
+        table: diabetes or linnerud.
+        hidden: Width of the hidden layer.
+        loss, scale: Of a residual, see `hfdist.tasks.robust`.
+        held_out: Part of the rows that is kept for evaluation.
+        ridge: Weight of |W|^2 / 2 of the layers' matrices, as residuals of their own.
     """
 
-    def __init__(self, hidden: Sequence[int] = (64, 64)) -> None:
-        if not hidden or any(not isinstance(w, int) or w < 1 for w in hidden):
-            raise TaskError(f"task_args.hidden is {hidden!r}: it must be widths of at least 1")
-        self._widths = [10, *hidden]
+    def __init__(
+        self,
+        table: str = "diabetes",
+        hidden: int = 16,
+        loss: str = "squares",
+        scale: float = 1.0,
+        held_out: float = 0.25,
+        ridge: float = 1e-2,
+    ) -> None:
+        if table not in _TABLES:
+            raise TaskError(f"task_args.table is {table!r}: it must be {' or '.join(_TABLES)}")
+        if hidden < 1 or not 0.0 <= held_out < 1.0 or ridge < 0.0:
+            raise TaskError(
+                f"task_args: hidden is {hidden}, held_out {held_out}, ridge {ridge}: hidden must be at least "
+                "1, held_out at least 0 and below 1, ridge at least 0"
+            )
+        self._hidden, self._loss, self._scale, self._ridge = hidden, loss, scale, ridge
+        x, y = _table(table)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(7))
+        n = len(x) - round(held_out * len(x))
+        self._train, self._held_out = order[:n], order[n:]
+        self._x = (x - x[self._train].mean(0)) / x[self._train].std(0)
+        self._y = (y - y[self._train].mean(0)) / y[self._train].std(0)
 
     def model(self) -> nn.Module:
-        layers: list[nn.Module] = []
-        for a, b in pairwise(self._widths):
-            layers += [nn.Linear(a, b), nn.Tanh()]
-        return nn.Sequential(*layers, nn.Linear(self._widths[-1], 1))
+        inputs, outputs = self._x.shape[1], self._y.shape[1]
+        return nn.Sequential(
+            nn.Linear(inputs, self._hidden), nn.Tanh(), nn.Linear(self._hidden, outputs)
+        )
 
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        return 0.5 * nn.functional.mse_loss(outputs, batch[1])
+    def terms(self) -> list[Term]:
+        data = Term(
+            name="data",
+            points=(self._x[self._train], self._y[self._train]),
+            residuals=lambda model, points: model(points[0]) - points[1],
+            loss=self._loss,
+            scale=self._scale,
+        )
+        if self._ridge == 0.0:
+            return [data]
+        ridge = Term(
+            name="ridge",
+            points=torch.zeros(1),
+            residuals=lambda model, points: torch.cat(
+                [p.reshape(-1) for p in model.parameters() if p.ndim == 2]
+            ).unsqueeze(0),
+            weight=self._ridge,
+        )
+        return [data, ridge]
 
-    def train_data(self) -> ArrayData:
-        return ArrayData(*_diabetes())
+    def eval_data(self) -> ArrayData | None:
+        if not len(self._held_out):
+            return None
+        return ArrayData(self._x[self._held_out], self._y[self._held_out])
+
+
+def _table(name: str) -> tuple[Tensor, Tensor]:
+    from sklearn import datasets
+
+    x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
+    return torch.from_numpy(x).double(), torch.from_numpy(y).double().reshape(len(x), -1)

@@ -20,6 +20,7 @@ from hfdist.comm import Communicator
 from hfdist.config.job import RunConfig
 from hfdist.curvature.layout import Layout
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
 from hfdist.devices import rng_states, set_rng_states
 from hfdist.errors import CheckpointError, ConfigError, StorageError, first_line
 from hfdist.optim.report import StepReport, Stop
@@ -56,6 +57,7 @@ class Progress:
     tracked_as: str | None = None
     data: dict[str, Any] | None = None
     """Where this rank's stream of training data stands; None where the data has a length."""
+    memory: PreconditionerMemory = field(default_factory=PreconditionerMemory)
 
 
 class Coordinator:
@@ -157,6 +159,8 @@ class Coordinator:
             run, hf, data = saved["run"], saved["optimizer"], saved.get("data")
             x0 = hf.get("x0")
             set_rng_states(self._comm.device, saved["rng"])
+            memory = PreconditionerMemory()
+            memory.load_state_dict(saved.get("preconditioner", {}))
             asked = self._config.optim.damping
             is_changed = asked != saved["config"]["optim"]["damping"]
             return Progress(
@@ -171,6 +175,7 @@ class Coordinator:
                 tracked_as=run["tracked_as"],
                 # Of fewer or more ranks than now: those that read the whole stream stand at one place.
                 data=data[self._comm.rank % len(data)] if data else None,
+                memory=memory,
             )
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
@@ -259,6 +264,7 @@ class Coordinator:
                     "evaluation": dict(progress.evaluation),
                     "tracked_as": progress.tracked_as,
                 },
+                "preconditioner": progress.memory.state_dict(),
                 "rng": rng_states(self._comm.device),
                 **streams,
                 "config": self._config.to_dict(),

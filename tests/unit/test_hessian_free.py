@@ -196,7 +196,7 @@ def test_acc_step_evaluates_each_minibatch_as_often(rules: Any, of_metric: int) 
 
 # `step` sees a whole batch: statistics of a part of it are to be had of minibatches alone.
 same_statistics = pytest.mark.parametrize(
-    "rules", [{"kfac_examples": 1.0}, CG], ids=["default", "cg"]
+    "rules", [{"preconditioner_examples": 1.0}, CG], ids=["default", "cg"]
 )
 
 

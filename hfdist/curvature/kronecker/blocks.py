@@ -24,10 +24,6 @@ from hfdist.curvature.kronecker.keys import BlockPlan, LayerBlock
 from hfdist.curvature.kronecker.statistics import Statistics
 from hfdist.curvature.objective import Problem
 
-RELATIVE_DAMPING = 0.1
-"""What a metric adds to each factor, and to each block without factors, in units of its mean diagonal
-element."""
-
 
 class Part(Protocol):
     """A block: a product with it, or with its inverse."""
@@ -103,7 +99,9 @@ class BlockDiagonal:
         problem: Its parameters, L2 term and damping metric count.
         plan: The blocks.
         statistics: What they are made of.
-        damping: lambda; None: C is a metric, damped relative to itself.
+        damping: lambda; None: C is a metric.
+        relative: What a metric adds to each factor, and to each block without factors, in units of its mean
+            diagonal element.
 
     Collective: each rank inverts some of the matrices.
     """
@@ -114,9 +112,10 @@ class BlockDiagonal:
         plan: BlockPlan,
         statistics: Statistics,
         damping: float | None,
+        relative: float = 0.0,
     ) -> None:
         self._params = problem.params
-        self._parts = _Damping(problem, damping).parts(plan, statistics)
+        self._parts = _Damping(problem, damping, relative).parts(plan, statistics)
         self._inverses = _inverted(problem, [part.matrices for part in self._parts])
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -138,10 +137,10 @@ class BlockDiagonal:
 class _Damping:
     """How much is added to which factor."""
 
-    def __init__(self, problem: Problem, damping: float | None) -> None:
+    def __init__(self, problem: Problem, damping: float | None, relative: float) -> None:
         self._params = problem.params
         self._shift = problem.regularisation.shift(damping or 0.0)
-        self._relative = RELATIVE_DAMPING if damping is None else 0.0
+        self._relative = relative
         self._typical = 1.0
 
     def parts(self, plan: BlockPlan, statistics: Statistics) -> list[Part]:

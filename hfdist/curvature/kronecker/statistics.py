@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from hfdist.curvature.kronecker.calls import LayerSums, VectorRows, vector_blocks
+from hfdist.curvature.kronecker.calls import LayerSums, vector_blocks, vector_rows
 from hfdist.curvature.kronecker.factors import Factor, packed, unpacked
 from hfdist.curvature.kronecker.keys import BlockPlan, KroneckerKey, Seen, VectorKey, plan_blocks
-from hfdist.curvature.kronecker.watch import LayerWatch, Shared
-from hfdist.curvature.loss_root import Draw, loss_root, pulled_back
+from hfdist.curvature.kronecker.passes import Pulled, WatchedPass
+from hfdist.curvature.kronecker.watch import Shared
 from hfdist.curvature.microbatch import Microbatch
 from hfdist.curvature.objective import Problem
-from hfdist.curvature.outputs import Edge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,90 +39,97 @@ class Statistics:
     others: dict[int, Tensor]
     """Of a parameter of no known layer, the mean of the diagonal [1]."""
 
-    def named(self) -> Iterator[tuple[object, list[Tensor]]]:
-        """(key, its tensors)."""
-        for key, (A, G) in self.layers.items():
-            yield key, [A.blocks, G.blocks]
-        for vector, blocks in self.vectors.items():
-            yield vector, [blocks]
-        for k, mean in self.others.items():
-            yield k, [mean]
+    def averaged(self, old: Statistics, mass: float) -> Statistics:
+        """The mean of this and an older one that counts `mass` times; what only one of them has stays."""
+
+        def mean(new: Tensor, before: Tensor) -> Tensor:
+            # What no example went through this time says nothing.
+            is_empty = (new.diagonal(dim1=-2, dim2=-1) if new.ndim > 1 else new).sum() == 0
+            return torch.where(is_empty, before, (new + mass * before) / (1.0 + mass))
+
+        def factors(key: KroneckerKey) -> tuple[Factor, Factor]:
+            pairs = zip(self.layers[key], old.layers.get(key, self.layers[key]))
+            A, G = (Factor(blocks=mean(a.blocks, b.blocks), n=a.n) for a, b in pairs)
+            return A, G
+
+        return Statistics(
+            layers={key: factors(key) for key in self.layers},
+            vectors={k: mean(t, old.vectors.get(k, t)) for k, t in self.vectors.items()},
+            others={k: mean(t, old.others.get(k, t)) for k, t in self.others.items()},
+        )
 
 
-class StatisticsPass:
-    """Takes the statistics of a step; remembers between steps which layers the ranks have seen.
+def take_statistics(
+    problem: Problem, sampling: Sampling, agreed: Seen | None = None
+) -> tuple[BlockPlan, Statistics, Seen]:
+    """Statistics of a step. Collective: one reduction; an exchange first, where a rank has seen what is not
+    in `agreed`.
 
     Args:
+        problem: The objective, after its gradient.
         sampling: How much is looked at.
+        agreed: What any rank has seen in earlier steps, the same on all of them.
+
+    Returns:
+        The blocks, their statistics, and what any rank has seen by now.
+
+    Raises:
+        DataError: The weights of the examples add up to nothing.
     """
+    sums = _LocalSums(problem.params.zeros()[:0])
+    for microbatch in problem.roles.gradient:
+        part = microbatch if microbatch.part is None else microbatch.part(sampling.share)
+        sums.add_microbatch(problem, part, sampling)
+    while True:
+        if agreed is None:
+            agreed = Seen()
+            for seen in problem.comm.all_gather_object(sums.seen):
+                agreed.update(seen)
+        plan = plan_blocks(agreed, problem.params.tensors)
+        found = _reduced(problem, plan, sums, sampling.samples, not agreed.includes(sums.seen))
+        if found is not None:
+            return plan, found, agreed
+        agreed = None
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
-        self.agreed: Seen | None = None
-        """What any rank has seen so far, the same on all of them."""
 
-    def __call__(self, problem: Problem) -> tuple[BlockPlan, Statistics]:
-        """Collective: one reduction; an exchange and another one where a rank has seen something new.
-
-        Raises:
-            DataError: The weights of the examples add up to nothing.
-        """
-        sums = _LocalSums(problem.params.zeros()[:0])
-        for microbatch in problem.roles.gradient:
-            part = microbatch if microbatch.part is None else microbatch.part(self._sampling.share)
-            sums.add_microbatch(problem, part, self._sampling)
-        while True:
-            if self.agreed is None:
-                self.agreed = Seen()
-                for seen in problem.comm.all_gather_object(sums.seen):
-                    self.agreed.update(seen)
-            plan = plan_blocks(self.agreed, problem.params.tensors)
-            is_new = not self.agreed.includes(sums.seen)
-            found = self._reduced(problem, plan, sums, is_new)
-            if found is not None:
-                return plan, found
-            self.agreed = None
-
-    def _reduced(
-        self, problem: Problem, plan: BlockPlan, sums: _LocalSums, is_new: bool
-    ) -> Statistics | None:
-        """Sums over the ranks, normalised; None if any of them has seen something that is not in the plan."""
-        samples, like = self._sampling.samples, sums.like
-        layers = [sums.layers.get(key) or LayerSums.zeros(key, like) for key in plan.keys]
-        vectors = [
-            sums.vectors[key] if key in sums.vectors else vector_blocks(key, like)
-            for key in plan.vectors
-        ]
-        others = [
-            sums.others.get(k, like.new_zeros(samples, *problem.params.tensors[k].shape)).view(-1)
-            for k in plan.others
-        ]
-        ends = torch.tensor([sums.weight, float(is_new)], dtype=like.dtype, device=like.device)
-        tensors = [t for layer in layers for t in layer.tensors] + vectors + others + [ends]
-        if problem.comm.world_size > 1:
-            flat = packed(tensors)
-            problem.comm.all_reduce(flat)
-            tensors = unpacked(flat, tensors)
-        weight, num_new = tensors[-1].tolist()
-        if num_new > 0:
-            return None
-        problem.count_statistics(weight)
-        scale = problem.scale(weight) / samples
-        rest = iter(tensors)
-        result = Statistics(layers={}, vectors={}, others={})
-        for key, layer in zip(plan.keys, layers):
-            A, G, uses = next(rest), next(rest), next(rest)
-            result.layers[key] = (
-                Factor(blocks=A / uses.clamp(min=1.0), n=layer.A.n),
-                Factor(blocks=G * scale, n=layer.G.n),
-            )
-        for vector in plan.vectors:
-            result.vectors[vector] = next(rest) * scale
-        for k in plan.others:
-            # Signs of different examples are independent: the square of the sum is the sum of squares, in
-            # the mean.
-            result.others[k] = next(rest).square().mean().reshape(1) * (scale * samples)
-        return result
+def _reduced(
+    problem: Problem, plan: BlockPlan, sums: _LocalSums, samples: int, is_new: bool
+) -> Statistics | None:
+    """Sums over the ranks, normalised; None if any of them has seen something that is not in the plan."""
+    like = sums.like
+    layers = [sums.layers.get(key) or LayerSums.zeros(key, like) for key in plan.keys]
+    vectors = [
+        sums.vectors[key] if key in sums.vectors else vector_blocks(key, like)
+        for key in plan.vectors
+    ]
+    others = [
+        sums.others.get(k, like.new_zeros(samples, *problem.params.tensors[k].shape)).view(-1)
+        for k in plan.others
+    ]
+    ends = torch.tensor([sums.weight, float(is_new)], dtype=like.dtype, device=like.device)
+    tensors = [t for layer in layers for t in layer.tensors] + vectors + others + [ends]
+    if problem.comm.world_size > 1:
+        tensors = unpacked(problem.comm.all_reduce(packed(tensors)), tensors)
+    weight, num_new = tensors[-1].tolist()
+    if num_new > 0:
+        return None
+    problem.count_statistics(weight)
+    scale = problem.scale(weight) / samples
+    rest = iter(tensors)
+    result = Statistics(layers={}, vectors={}, others={})
+    for key, layer in zip(plan.keys, layers):
+        A, G, uses = next(rest), next(rest), next(rest)
+        result.layers[key] = (
+            Factor(blocks=A / uses.clamp(min=1.0), n=layer.A.n),
+            Factor(blocks=G * scale, n=layer.G.n),
+        )
+    for vector in plan.vectors:
+        result.vectors[vector] = next(rest) * scale
+    for k in plan.others:
+        # Signs of different examples are independent: in the mean, the square of the sum is the sum of
+        # the squares.
+        result.others[k] = next(rest).square().mean().reshape(1) * (scale * samples)
+    return result
 
 
 @dataclass
@@ -142,47 +147,27 @@ class _LocalSums:
 
     def add_microbatch(self, problem: Problem, microbatch: Microbatch, sampling: Sampling) -> None:
         """A forward pass, and a backward pass a sample."""
-        tensors, seeds = problem.params.tensors, microbatch.example_seeds
-        watch = LayerWatch(tensors, None if seeds is None else len(seeds), sampling.shared)
-        e = problem.evaluate_split(microbatch, watch)
-        self.weight += float(e.weight)
-        inside: set[int] = set()
-        for layer in watch.layers:
+        watched = WatchedPass(problem, microbatch, sampling.shared)
+        self.weight += watched.weight
+        for layer in watched.layers:
             self.seen.add(layer.key, layer.bias)
-            inside.add(layer.key.rows.index)
-            inside.update(() if layer.bias is None else (layer.bias.index,))
-        for vector in watch.vectors:
-            self.seen.vectors.add(vector.key)
-            inside.update(vector.key.params)
-        others = [k for k in range(len(tensors)) if k not in inside]
-        edges = [layer.output for layer in watch.layers] + [v.output for v in watch.vectors]
-        inputs: list[Tensor | Edge] = [*edges, *(tensors[k] for k in others)]
+        self.seen.vectors.update(vector.key for vector in watched.vectors)
         for sample in range(sampling.samples):
-            root = loss_root(e, Draw(seeds, microbatch.seed, sample))
-            found = pulled_back(
-                root, inputs, keep=sample + 1 < sampling.samples or bool(watch.vectors)
-            )
+            pulled = watched.pull(watched.draw(sample))
             with torch.no_grad():
-                self._add(watch, found)
-                for k, v in zip(others, found[len(edges) :]):
-                    if v is not None:
-                        if k not in self.others:
-                            self.others[k] = self.like.new_zeros(sampling.samples, *v.shape)
-                        self.others[k][sample] += v
+                self._add(pulled, sample, sampling.samples)
 
-    def _add(self, watch: LayerWatch, found: Sequence[Tensor | None]) -> None:
-        """The calls' parts, from the derivatives in their results."""
-        rows: dict[VectorKey, VectorRows] = {}
-        for layer, g in zip(watch.layers, found):
+    def _add(self, pulled: Pulled, sample: int, samples: int) -> None:
+        for layer, g in pulled.layers:
             if layer.key not in self.layers:
                 self.layers[layer.key] = LayerSums.zeros(layer.key, self.like)
-            if g is not None:
-                for x, gx in layer.pairs(g):
-                    self.layers[layer.key].add(layer.key, x, gx)
-        for vector, g in zip(watch.vectors, found[len(watch.layers) :]):
-            if g is not None:
-                rows.setdefault(vector.key, VectorRows()).calls.append(vector.rows(g))
-        for key, of_calls in rows.items():
+            for x, gx in layer.uses(g):
+                self.layers[layer.key].add(layer.key, x, gx)
+        for key, rows in vector_rows(pulled.vectors).items():
             if key not in self.vectors:
                 self.vectors[key] = vector_blocks(key, self.like)
-            of_calls.add_to(self.vectors[key], key)
+            rows.add_to(self.vectors[key], key)
+        for k, v in pulled.others:
+            if k not in self.others:
+                self.others[k] = self.like.new_zeros(samples, *v.shape)
+            self.others[k][sample] += v

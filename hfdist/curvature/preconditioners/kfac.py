@@ -12,24 +12,46 @@ from __future__ import annotations
 
 from hfdist.curvature.kronecker.blocks import BlockDiagonal
 from hfdist.curvature.kronecker.keys import BlockPlan
-from hfdist.curvature.kronecker.statistics import Sampling, Statistics, StatisticsPass
+from hfdist.curvature.kronecker.statistics import Sampling, Statistics
 from hfdist.curvature.objective import Problem
 from hfdist.curvature.preconditioners.context import Builder, Context
 from hfdist.optim.objective import Operator
+
+RELATIVE_DAMPING = 0.1
+"""What a metric adds to each factor, and to each block without factors, in units of its mean diagonal
+element, times the root of the step's lambda: two factors add a part of lambda's own to their product. Early
+steps, of a large lambda, have no use for what the metric says of flat directions; late ones need it."""
+STOCHASTIC_DECAY = 0.9
+"""`preconditioner_decay` where a step does not see all examples."""
 
 
 def kfac(context: Context) -> Builder:
     """Blocks of layers; multiples of the identity elsewhere."""
     options = context.options
-    sampling = Sampling(share=options.kfac_examples)
-    taken: list[
-        tuple[BlockPlan, Statistics]
-    ] = []  # of this step: statistics do not depend on the damping
+    decay = options.preconditioner_decay
+    if decay is None:
+        decay = 0.0 if context.sees_all_examples else STOCHASTIC_DECAY
+    taken: list[tuple[BlockPlan, Statistics]] = []  # once a step, whatever its dampings
 
     def build(problem: Problem, damping: float | None) -> Operator:
         if not taken:
-            taken.append(StatisticsPass(sampling)(problem))
+            memory = context.memory.statistics
+            sampling = Sampling(
+                share=max(options.preconditioner_examples, _share_of_full_rank(problem)),
+                samples=options.preconditioner_samples,
+                shared=options.kfac_shared,
+            )
+            taken.append(memory.take(problem, sampling, decay, options.preconditioner_refresh))
         plan, statistics = taken[0]
-        return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping))
+        relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5 if damping is None else 0.0
+        return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping, relative))
 
     return build
+
+
+def _share_of_full_rank(problem: Problem) -> float:
+    """Share of the examples that is as many as the widest layer has inputs: with fewer, directions that they
+    miss look flat."""
+    matrices = [t for t in problem.params.tensors if t.ndim > 1]
+    widest = max((t.numel() // t.shape[0] for t in matrices), default=0)
+    return min(1.0, widest / problem.gradient_weight)
