@@ -9,14 +9,11 @@ import pytest
 CG: dict[str, Any] = {"solver": "cg", "preconditioner": "none"}
 """Truncated Newton by conjugate gradients, damping by the reduction ratio."""
 
-CG_JOB: dict[str, Any] = {"optim": CG, "batches": {"curvature": None}}
-"""The same for a job, with the curvature of all of the gradient's examples."""
+DEFAULT: dict[str, Any] = {"solver": "auto", "preconditioner": "kfac"}
+"""The default rules, where a test's own pin CG's."""
+
+CG_OVERRIDES = [f"optim.{key}={value}" for key, value in CG.items()]
+"""The same on a command line."""
 
 with_each_solver = pytest.mark.parametrize("rules", [{}, CG], ids=["default", "cg"])
 """The test's argument `rules`: none but the defaults, or CG's."""
-
-
-def cg_job(values: dict[str, Any]) -> dict[str, Any]:
-    """A job's values with CG's rules where they say nothing else."""
-    pinned = {key: {**rules, **values.get(key, {})} for key, rules in CG_JOB.items()}
-    return {**values, **pinned}

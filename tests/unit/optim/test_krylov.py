@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from hfdist import HessianFree
 from hfdist.comm import Communicator
+from hfdist.optim.curvature_share import LEAST_SHARE, CurvatureShare
 from hfdist.optim.options import HFOptions
 from hfdist.optim.report import Stop
 from hfdist.optim.solvers import Solution, System
@@ -27,6 +29,7 @@ from hfdist.optim.solvers.subproblems import (
     trust_region,
 )
 from hfdist.optim.space import WHOLE, Space
+from hfdist.optim.step import HFState
 
 P = 12
 RULES = list(SUBPROBLEMS)
@@ -399,6 +402,58 @@ def test_minres_turns_ascent_along_negative_curvature_into_descent() -> None:
     p = projected(indefinite)
     y = minres(p, 1e-9, 1.0).y
     np.testing.assert_allclose(absolute(p.T) @ y, p.b, rtol=1e-6, atol=1e-7)
+
+
+# -- what one step hands to the next -----------------------------------------------------------------
+
+
+def test_the_state_goes_through_plain_numbers_unchanged() -> None:
+    x0 = vector(0)
+    share = CurvatureShare(share=0.25, log_ratio=-0.1, rho=1 / 3)
+    state = HFState(
+        damping=1 / 7,
+        x0=x0,
+        step=12,
+        explore=False,
+        curvature_seen=2 / 3,
+        curvature_share=share,
+    )
+    scalars = json.loads(json.dumps(state.scalars()))
+    assert HFState.restored(scalars, x0) == state
+    assert HFState.restored(HFState(damping=1.0).scalars(), None) == HFState(damping=1.0)
+
+
+def test_the_state_of_an_earlier_version_is_read() -> None:
+    state = HFState.restored({"damping": 0.5, "step": 3, "gone": 1}, None)
+    assert (state.damping, state.step, state.explore) == (0.5, 3, False)
+    assert state.curvature_share == CurvatureShare()
+
+
+def test_the_first_share_is_of_enough_examples() -> None:
+    shares = [CurvatureShare().at(n) for n in (0, 100, 512, 10**6)]
+    assert shares == [1.0, 1.0, 0.5, LEAST_SHARE]
+    assert CurvatureShare(share=0.3).at(100) == 0.3
+
+
+def test_the_share_doubles_where_the_model_breaks_its_promise() -> None:
+    first = CurvatureShare()
+    calm = first.after(1.0, 1.0, True, 0.25)
+    assert calm.at(10**6) == 0.25
+    assert first.after(1.0, 1.0, False, 0.25).share == 0.5, "a rejected step"
+    steps = {"curvature": (100.0, 1.0), "promise": (1.0, 0.0)}
+    for name, (ratio, rho) in steps.items():
+        state, count = first, 0
+        while state.share in (None, 0.25):
+            state, count = state.after(ratio, rho, True, 0.25), count + 1
+        assert (state.share, 1 <= count < 4) == (0.5, True), name
+        assert (state.log_ratio, state.rho) == (0.0, 1.0), "another share is judged anew"
+    assert first.after(1.0, -5.0, False, 0.75).share == 1.0
+    assert first.after(1.0, -5.0, False, 1.0).share == 1.0
+
+
+def test_unknown_ratios_say_nothing_of_the_share() -> None:
+    state = CurvatureShare(share=0.25, log_ratio=0.3, rho=0.9)
+    assert state.after(math.nan, math.nan, True, 0.25) == state
 
 
 # -- in steps ----------------------------------------------------------------------------------------
