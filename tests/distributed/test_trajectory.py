@@ -19,7 +19,7 @@ from hfdist.config.job import RunConfig, from_dict
 from hfdist.training.display import QuietDisplay
 from hfdist.training.worker import Job, run
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
 
 STEPS = 20
 CASES: dict[str, dict[str, Any]] = {

@@ -292,7 +292,7 @@ def steps_on_rank(comm: Communicator, is_sharded: bool) -> list[Tensor]:
 
 
 @pytest.mark.ranks
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_ranks_have_the_serial_steps(is_sharded: bool) -> None:
     serial = solve(
