@@ -121,6 +121,8 @@ class Problem:
     """The solver asks for rows, not for products: they come from the gradient's forward pass."""
     abandon: Callable[[], bool] | None = None
     """Whether this rank asks to abandon the step; summed over ranks with every product."""
+    on_product: Callable[[Tensor, Tensor], None] | None = None
+    """Called with v and Bv, without damping and L2, of every product; this rank's parts."""
 
     def __post_init__(self) -> None:
         self._layout: Layout = self.layout or Replicated(self.params, self.comm)
@@ -166,6 +168,19 @@ class Problem:
                 weights' part, and the factors' outer products are about 5 matrix products a layer.
         """
         self._metric_work += gradients * weight / (self._reference_weight or 1.0)
+
+    def count_products(self, number: int) -> None:
+        """Note for `costs` that a preconditioner took curvature products."""
+        self._metric_work += number * self.costs.product
+
+    @property
+    def part_numel(self) -> int:
+        """Length of this rank's parts."""
+        return self._layout.part(self.params.zeros()).numel()
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The whole vector of the ranks' parts; do not write into it. Collective."""
+        return self._layout.whole(part)
 
     def part_of(self, whole: Tensor) -> Tensor:
         """This rank's part of a whole vector [P]; a view where possible."""
@@ -303,7 +318,20 @@ class Problem:
             factor = self._scale(self._product_weight)
             self._summed = self._layout.summed(self._products or [], factor, self._abort_flag)
         # L2 and damping add the same kind of term: one diagonal, one pass over the vectors.
-        return self._summed.damped(self._part_of_decay.shift(damping), exact)
+        shift = self._part_of_decay.shift(damping)
+        return self._observed(self._summed.damped(shift, exact), shift)
+
+    def _observed(self, product: Operator, shift: float | Tensor) -> Operator:
+        if self.on_product is None:
+            return product
+        observe = self.on_product
+
+        def B(v: Tensor) -> Tensor:
+            out = product(v)
+            observe(v, out - shift * v)
+            return out
+
+        return B
 
     def _abort_flag(self) -> float:
         return float(self.abandon is not None and self.abandon())

@@ -17,28 +17,28 @@ from hfdist.curvature.objective import Problem
 from hfdist.curvature.preconditioners.context import Builder, Context
 from hfdist.optim.objective import Operator
 
-STOCHASTIC_DECAY = 0.9
-"""`preconditioner_decay` where a step does not see all examples."""
-
 
 def kfac(context: Context) -> Builder:
     """Blocks of layers; multiples of the identity elsewhere."""
-    options = context.options
-    sampling = Sampling(
-        share=options.preconditioner_examples,
-        samples=options.preconditioner_samples,
-        shared=options.kfac_shared,
-    )
-    decay = options.preconditioner_decay
-    if decay is None:
-        decay = 0.0 if context.sees_all_examples else STOCHASTIC_DECAY
-    taken: list[tuple[BlockPlan, Statistics]] = []  # once a step, whatever its dampings
 
     def build(problem: Problem, damping: float | None) -> Operator:
-        if not taken:
-            memory = context.memory.statistics
-            taken.append(memory.take(problem, sampling, decay, options.preconditioner_refresh))
-        plan, statistics = taken[0]
+        plan, statistics = statistics_of(context, problem)
         return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping))
 
     return build
+
+
+def statistics_of(context: Context, problem: Problem) -> tuple[BlockPlan, Statistics]:
+    """A step's statistics, taken once, whatever its dampings. Collective the first time."""
+    options, step = context.options, context.of_step
+    if "kfac" not in step:
+        sampling = Sampling(
+            share=options.preconditioner_examples,
+            samples=options.preconditioner_samples,
+            shared=options.kfac_shared,
+        )
+        step["kfac"] = context.memory.statistics.take(
+            problem, sampling, context.decay, options.preconditioner_refresh
+        )
+    plan, statistics = step["kfac"]
+    return plan, statistics
