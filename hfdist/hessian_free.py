@@ -495,12 +495,13 @@ class HessianFree(torch.optim.Optimizer):
         x0 = params.zeros() if state.x0 is None else layout.whole(state.x0)
         for p, piece in zip(params.tensors, params.views(x0)):
             self.state[p]["x0"].copy_(piece)
+        kept = self._memory.state_dict(layout.whole)
         for group in self.param_groups:
             group["damping"] = state.damping
             group["step"] = state.step
             group["hf_state"] = state.scalars()
             group["has_x0"] = state.x0 is not None
-            group["preconditioner_memory"] = self._memory.state_dict()
+            group["preconditioner_memory"] = kept
 
     # -- helpers ---------------------------------------------------------------------------------
 

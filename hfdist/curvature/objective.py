@@ -135,6 +135,8 @@ class Problem:
     """A further term of the curvature, for recurrent nets."""
     abandon: Callable[[], bool] | None = None
     """Whether this rank asks to abandon the step; summed over ranks with every product."""
+    on_product: Callable[[Tensor, Tensor], None] | None = None
+    """Called with v and Bv, without damping and L2, of every product; this rank's parts."""
 
     def __post_init__(self) -> None:
         self._layout: Layout = self.layout or Replicated(self.params, self.comm)
@@ -186,6 +188,19 @@ class Problem:
                 weights' part, and the factors' outer products are about 5 matrix products a layer.
         """
         self._metric_work += gradients * weight / (self._reference_weight or 1.0)
+
+    def count_products(self, number: int) -> None:
+        """Note for `costs` that a preconditioner took curvature products."""
+        self._metric_work += number * self.costs.product
+
+    @property
+    def part_numel(self) -> int:
+        """Length of this rank's parts."""
+        return self._layout.part(self.params.zeros()).numel()
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The whole vector of the ranks' parts; do not write into it. Collective."""
+        return self._layout.whole(part)
 
     def part_of(self, whole: Tensor) -> Tensor:
         """This rank's part of a whole vector [P]; a view where possible."""
@@ -338,7 +353,20 @@ class Problem:
             products = [*self._structural_products(), *(self._products or [])]
             self._summed = self._layout.summed(products, factor, self._abort_flag)
         # L2 and damping add the same kind of term: one diagonal, one pass over the vectors.
-        return self._summed.damped(self.shift_part(damping), exact)
+        shift = self.shift_part(damping)
+        return self._observed(self._summed.damped(shift, exact), shift)
+
+    def _observed(self, product: Operator, shift: float | Tensor) -> Operator:
+        if self.on_product is None:
+            return product
+        observe = self.on_product
+
+        def B(v: Tensor) -> Tensor:
+            out = product(v)
+            observe(v, out - shift * v)
+            return out
+
+        return B
 
     def _abort_flag(self) -> float:
         return float(self.abandon is not None and self.abandon())

@@ -264,7 +264,7 @@ class Coordinator:
                     "evaluation": dict(progress.evaluation),
                     "tracked_as": progress.tracked_as,
                 },
-                "preconditioner": progress.memory.state_dict(),
+                "preconditioner": progress.memory.state_dict(self._layout.whole),
                 "rng": rng_states(self._comm.device),
                 **streams,
                 "config": self._config.to_dict(),

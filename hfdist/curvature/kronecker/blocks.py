@@ -24,6 +24,9 @@ from hfdist.curvature.kronecker.keys import BlockPlan, LayerBlock
 from hfdist.curvature.kronecker.statistics import Statistics
 from hfdist.curvature.objective import Problem
 
+LEAST_DAMPING = 1e-4
+"""What is no metric adds to each factor, in units of its mean diagonal element, where it has no other damping."""
+
 
 class Part(Protocol):
     """A block: a product with it, or with its inverse."""
@@ -140,7 +143,8 @@ class _Damping:
     def __init__(self, problem: Problem, damping: float | None, relative: float) -> None:
         self._params = problem.params
         self._shift = problem.regularisation.shift(damping or 0.0)
-        self._relative = relative
+        self._is_metric = damping is None
+        self._of_metric = relative
         self._typical = 1.0
 
     def parts(self, plan: BlockPlan, statistics: Statistics) -> list[Part]:
@@ -171,27 +175,34 @@ class _Damping:
         """Factored Tikhonov damping (Martens & Grosse 2015, section 6.3): the shift s of the block adds
         sqrt(s) / pi to G and pi sqrt(s) to A, with pi^2 the ratio of A's mean to G's."""
         shift = self._shift_of([layer.keys[0].rows.index])
+        relative = self._relative(shift)
         g, a = G.means(), A.means()  # [groups]
         pi = torch.where((g > 0) & (a > 0), (a / g).sqrt(), 1.0)
         add_g, add_a = math.sqrt(shift) / pi, math.sqrt(shift) * pi
         is_empty = (g * a == 0) & (shift == 0.0)
-        add_G = (add_g + self._relative * g)[:, None].expand(-1, G.n).clone()
-        add_A = (add_a + self._relative * a)[:, None].expand(-1, A.n).clone()
-        if layer.bias is not None and self._relative:
+        add_G = (add_g + relative * g)[:, None].expand(-1, G.n).clone()
+        add_A = (add_a + relative * a)[:, None].expand(-1, A.n).clone()
+        if layer.bias is not None and relative:
             # The 1 beside the inputs has units of its own: rescaled inputs must not change its share.
             inputs = A.diagonal().double()
-            add_A[:, :-1] = (add_a + self._relative * inputs[:, :-1].mean(1))[:, None]
-            add_A[:, -1] = add_a + self._relative * inputs[:, -1]
+            add_A[:, :-1] = (add_a + relative * inputs[:, :-1].mean(1))[:, None]
+            add_A[:, -1] = add_a + relative * inputs[:, -1]
         add_G[is_empty] = add_A[is_empty] = math.sqrt(self._typical)
         return [shifted(G, add_G), shifted(A, add_A)]
 
     def _vector(self, params: tuple[int, ...], blocks: Tensor) -> Tensor:
         shift = self._shift_of(params)
         mean = float(_diagonal(blocks).double().mean())
-        shift = shift + self._relative * mean or self._typical
+        shift = shift + self._relative(shift) * mean or self._typical
         return blocks + shift * torch.eye(
             blocks.shape[-1], dtype=blocks.dtype, device=blocks.device
         )
+
+    def _relative(self, shift: float) -> float:
+        """What is added relative to a block's own scale, where so much is added otherwise."""
+        if self._is_metric:
+            return self._of_metric
+        return LEAST_DAMPING if shift == 0.0 else 0.0
 
     def _shift_of(self, params: Sequence[int]) -> float:
         """Mean of L2 and damping over some parameters."""

@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hfdist.curvature.preconditioners import of_task
+from hfdist.curvature.preconditioners.auto import auto
 from hfdist.curvature.preconditioners.context import Builder, Context
 from hfdist.curvature.preconditioners.diagonal import DiagonalPreconditioner
 from hfdist.curvature.preconditioners.empirical_fisher import (
     empirical_fisher_diagonal,
     sum_of_squared_gradients,
 )
+from hfdist.curvature.preconditioners.ggn_diagonal import ggn_diagonal
 from hfdist.curvature.preconditioners.kfac import kfac
+from hfdist.curvature.preconditioners.lbfgs import lbfgs
+from hfdist.curvature.preconditioners.nystrom import nystrom
 
 __all__ = [
     "PRECONDITIONERS",
@@ -31,7 +35,11 @@ __all__ = [
 PRECONDITIONERS: dict[str, Callable[[Context], Builder | None]] = {
     "none": lambda context: None,
     "empirical_fisher": of_task.empirical_fisher,
+    "auto": auto,
     "kfac": kfac,
+    "ggn_diagonal": ggn_diagonal,
+    "nystrom": nystrom,
+    "lbfgs": lbfgs,
 }
 """The preconditioners by their names in `preconditioner`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +24,10 @@ approximation alone (+ l2): in units of B and positive definite relative to itse
 loss is one on C."""
 
 
+STOCHASTIC_DECAY = 0.9
+"""`preconditioner_decay` where a step does not see all examples."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """One step's model and data."""
@@ -39,3 +44,14 @@ class Context:
     """lambda of the step."""
     memory: PreconditionerMemory = field(default_factory=PreconditionerMemory)
     """What earlier steps left; the run's."""
+
+    of_step: dict[str, Any] = field(default_factory=dict)
+    """What was computed in this step, for its next solve."""
+
+    @property
+    def decay(self) -> float:
+        """Of moving averages over steps."""
+        decay = self.options.preconditioner_decay
+        if decay is None:
+            return 0.0 if self.sees_all_examples else STOCHASTIC_DECAY
+        return decay

@@ -48,16 +48,26 @@ def fisher_metric(problem: Problem, squares: Tensor) -> DiagonalPreconditioner:
         problem: The objective.
         squares: F, [P], up to a factor.
     """
-    params = problem.params
-    F = squares  # [P]
-    means = [float(piece.double().mean()) for piece in params.pieces(F)]
-    typical = sum(means) / len(means)
-    for piece, mean in zip(params.pieces(F), means):
-        piece.add_(RELATIVE_FLOOR * (mean or typical or 1.0))
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (params.numel,), generator=generator).mul_(2).sub_(1)
-    v = problem.part_of(F.rsqrt().mul_(signs.to(F)))
+    F = floored(problem, squares)
+    v = problem.part_of(F.rsqrt().mul_(random_signs(problem)))
     Bv = problem.curvature()(v) - problem.shift_part() * v
-    c = float(problem.total(torch.dot(v.double(), Bv.double()))) / params.numel
-    diagonal = problem.part_of(F) * (c if c > 0.0 else 1.0) + problem.shift_part()
-    return DiagonalPreconditioner(diagonal, 0.0, 1.0)
+    problem.count_products(1)
+    c = float(problem.total(torch.dot(v.double(), Bv.double()))) / problem.numel
+    diagonal = problem.part_of(F) * (c if c > 0.0 else 1.0)
+    return DiagonalPreconditioner(diagonal, problem.shift_part(), 1.0)
+
+
+def floored(problem: Problem, diagonal: Tensor) -> Tensor:
+    """A diagonal [P], positive: RELATIVE_FLOOR times the mean over each tensor is added to it."""
+    pieces = problem.params.pieces(diagonal)
+    means = [float(piece.double().mean()) for piece in pieces]
+    typical = sum(means) / len(means)
+    floors = [RELATIVE_FLOOR * (mean or typical or 1.0) for mean in means]
+    return diagonal + problem.params.spread(floors)
+
+
+def random_signs(problem: Problem, number: int = 0) -> Tensor:
+    """A vector [P] of +1 and -1, the same on all ranks."""
+    generator = torch.Generator().manual_seed(number)
+    signs = torch.randint(0, 2, (problem.numel,), generator=generator).mul_(2).sub_(1)
+    return signs.to(device=problem.params.device, dtype=problem.params.dtype)

@@ -21,32 +21,33 @@ RELATIVE_DAMPING = 0.1
 """What a metric adds to each factor, and to each block without factors, in units of its mean diagonal
 element, times the root of the step's lambda: two factors add a part of lambda's own to their product. Early
 steps, of a large lambda, have no use for what the metric says of flat directions; late ones need it."""
-STOCHASTIC_DECAY = 0.9
-"""`preconditioner_decay` where a step does not see all examples."""
 
 
 def kfac(context: Context) -> Builder:
     """Blocks of layers; multiples of the identity elsewhere."""
-    options = context.options
-    decay = options.preconditioner_decay
-    if decay is None:
-        decay = 0.0 if context.sees_all_examples else STOCHASTIC_DECAY
-    taken: list[tuple[BlockPlan, Statistics]] = []  # once a step, whatever its dampings
+    relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5
 
     def build(problem: Problem, damping: float | None) -> Operator:
-        if not taken:
-            memory = context.memory.statistics
-            sampling = Sampling(
-                share=max(options.preconditioner_examples, _share_of_full_rank(problem)),
-                samples=options.preconditioner_samples,
-                shared=options.kfac_shared,
-            )
-            taken.append(memory.take(problem, sampling, decay, options.preconditioner_refresh))
-        plan, statistics = taken[0]
-        relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5 if damping is None else 0.0
+        plan, statistics = statistics_of(context, problem)
         return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping, relative))
 
     return build
+
+
+def statistics_of(context: Context, problem: Problem) -> tuple[BlockPlan, Statistics]:
+    """A step's statistics, taken once, whatever its dampings. Collective the first time."""
+    options, step = context.options, context.of_step
+    if "kfac" not in step:
+        sampling = Sampling(
+            share=max(options.preconditioner_examples, _share_of_full_rank(problem)),
+            samples=options.preconditioner_samples,
+            shared=options.kfac_shared,
+        )
+        step["kfac"] = context.memory.statistics.take(
+            problem, sampling, context.decay, options.preconditioner_refresh
+        )
+    plan, statistics = step["kfac"]
+    return plan, statistics
 
 
 def _share_of_full_rank(problem: Problem) -> float:

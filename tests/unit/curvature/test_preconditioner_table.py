@@ -6,8 +6,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from cases import named, rows
-from torch import Tensor
+from cases import Case, ce, classes, named, normal, rows
+from torch import Tensor, nn
 
 from hfdist.curvature.example_signs import example_seeds
 from hfdist.curvature.fixed_randomness import FixedRandomness
@@ -15,6 +15,7 @@ from hfdist.curvature.microbatch import from_task
 from hfdist.curvature.objective import Overrides, Problem, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import PRECONDITIONERS, Context, make_preconditioner
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
 from hfdist.optim.options import HFOptions, PreconditionerOptions
 
 NAMES = [name for name in PRECONDITIONERS if name != "none"]
@@ -27,11 +28,23 @@ MODELS = [
     "encoder-padded",
     "lstm",
 ]
+EVERY_LAYER = ["embedding-tied", "conv"]
+FOLLOWS_LAYERS = ["auto", "kfac", "ggn_diagonal", "empirical_fisher"]
+"""Metrics in which other units of a layer's weights change nothing."""
 
 
-def problem_of(case_name: str, name: str, sizes: tuple[int, ...], scale: float = 1.0) -> Problem:
-    case = named([case_name])[0]
-    model, batch, task, low, parts = case.model(), case.data(), case.task(), 0, []
+def problem_of(
+    case: str | Case,
+    name: str,
+    sizes: tuple[int, ...] = (6,),
+    scale: float = 1.0,
+    model: nn.Module | None = None,
+    memory: PreconditionerMemory | None = None,
+    **changes: Any,
+) -> Problem:
+    case = named([case])[0] if isinstance(case, str) else case
+    batch, task, low, parts = case.data(), case.task(), 0, []
+    model = case.model() if model is None else model
     if scale != 1.0:
         own = task.loss
 
@@ -46,8 +59,14 @@ def problem_of(case_name: str, name: str, sizes: tuple[int, ...], scale: float =
         parts.append((from_task(task, model, part, 0, seeds), part))
         low += size
     role = [microbatch for microbatch, _ in parts]
-    options = HFOptions(preconditioner=name, preconditioner_examples=1.0)
-    context = Context(task=task, model=model, gradient=parts, options=options)
+    options = HFOptions(preconditioner=name, **{"preconditioner_examples": 1.0, **changes})
+    context = Context(
+        task=task,
+        model=model,
+        gradient=parts,
+        options=options,
+        memory=memory or PreconditionerMemory(),
+    )
     return Problem(
         params=ParameterVector(p for p in model.parameters() if p.requires_grad),
         roles=Roles(gradient=role, curvature=role, loss=role),
@@ -57,57 +76,124 @@ def problem_of(case_name: str, name: str, sizes: tuple[int, ...], scale: float =
     )
 
 
-def dense(problem: Problem, damping: float | None) -> Tensor:
-    problem.loss_and_gradient()
-    M = problem.preconditioner(damping)
+def built(
+    case: str | Case, name: str, damping: float | None, **arguments: Any
+) -> tuple[Problem, Any]:
+    """A preconditioner of a step after another one, whose products it may have kept."""
+    memory = PreconditionerMemory()
+    for _ in range(2):
+        problem = problem_of(case, name, memory=memory, **arguments)
+        problem.loss_and_gradient()
+        M = problem.preconditioner(damping)
+        B = problem.curvature()
+        for v in probes(problem.numel, 3):
+            B(v.to(problem.params.dtype))
     assert M is not None
+    return problem, M
+
+
+def probes(n: int, number: int = 4) -> Tensor:
+    return torch.randn(number, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+
+
+def dense(case: str | Case, name: str, damping: float | None, **arguments: Any) -> Tensor:
+    """The matrix that a preconditioner multiplies with."""
+    problem, M = built(case, name, damping, **arguments)
     eye = torch.eye(problem.numel, dtype=problem.params.dtype)
     return torch.stack([M(row).clone() for row in eye])
 
 
-def metric(problem: Problem) -> Tensor:
-    """C, whose inverse `preconditioner(None)` gives."""
-    return torch.linalg.inv(dense(problem, None).double())
+def applied(case: str | Case, name: str, damping: float | None, **arguments: Any) -> Tensor:
+    """Its products with some vectors."""
+    problem, M = built(case, name, damping, **arguments)
+    return torch.stack([M(v.to(problem.params.dtype)).clone() for v in probes(problem.numel)])
+
+
+def assert_near(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7 * float(b.abs().max()))
 
 
 def test_the_option_names_exactly_the_table() -> None:
     names = get_args(get_type_hints(PreconditionerOptions)["preconditioner"])
     assert set(names) == set(PRECONDITIONERS)
-    context = Context(task=None, model=None, gradient=[], options=HFOptions())  # type: ignore[arg-type]
-    assert make_preconditioner(context) is None
+    assert make_preconditioner(Context(options=HFOptions(preconditioner="none"))) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", MODELS)
 def test_it_is_symmetric_and_positive_definite(case: str, name: str) -> None:
     for damping in (0.3, None):
-        M = dense(problem_of(case, name, (6,)), damping)
-        torch.testing.assert_close(M, M.T, rtol=1e-5, atol=1e-6)
+        M = dense(case, name, damping)
+        torch.testing.assert_close(M, M.T, rtol=1e-5, atol=1e-6 * float(M.abs().max()))
         assert float(torch.linalg.eigvalsh((M + M.T).double() / 2).min()) > 0.0
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", ["linear-ce", "embedding-tied", "conv", "lstm"])
+@pytest.mark.parametrize("case", EVERY_LAYER)
 def test_microbatches_change_nothing(case: str, name: str) -> None:
     for damping in (0.3, None):
-        whole, cut = (dense(problem_of(case, name, sizes), damping) for sizes in ((6,), (4, 2)))
-        torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-8)
+        whole, cut = (applied(case, name, damping, sizes=sizes) for sizes in ((6,), (4, 2)))
+        assert_near(cut, whole)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", ["linear-ce", "embedding-tied", "conv", "lstm"])
+@pytest.mark.parametrize("case", EVERY_LAYER)
 def test_a_factor_on_the_loss_is_one_on_the_metric(case: str, name: str) -> None:
-    C, times_1000 = (metric(problem_of(case, name, (4, 2), scale)) for scale in (1.0, 1000.0))
-    torch.testing.assert_close(times_1000, 1000.0 * C, rtol=1e-6, atol=1e-6 * float(C.abs().max()))
+    M, of_1000 = (applied(case, name, None, sizes=(4, 2), scale=scale) for scale in (1.0, 1000.0))
+    assert_near(1000.0 * of_1000, M)
+
+
+RELU = Case(
+    name="relu",
+    make=lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)),
+    batch=lambda: (normal(4), classes(2)),
+    loss=ce,
+)
+
+
+@pytest.mark.parametrize("name", FOLLOWS_LAYERS)
+def test_other_units_of_a_layers_weights_are_other_units_of_the_metric(name: str) -> None:
+    model, rescaled = RELU.model(), RELU.model()
+    factor = 100.0
+    with torch.no_grad():
+        rescaled[0].weight.mul_(factor)
+        rescaled[0].bias.mul_(factor)
+        rescaled[2].weight.div_(factor)
+    M = dense(RELU, name, None, model=model)
+    after = dense(RELU, name, None, model=rescaled)
+    units = [1 / factor, 1 / factor, factor, 1.0]  # theta = units * rescaled theta
+    d = torch.cat([torch.full((p.numel(),), u).double() for p, u in zip(model.parameters(), units)])
+    # C becomes d C d, and its inverse M becomes M / d / d.
+    assert_near(after * d[:, None] * d, M)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_parameters_have_no_part_in_it(name: str) -> None:
+    model = RELU.model()
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    M = dense(RELU, name, None, model=model)
+    assert len(M) == 3 + 6
+    assert float(torch.linalg.eigvalsh((M + M.T) / 2).min()) > 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unused_parameters_do_not_disturb_it(name: str) -> None:
+    model = RELU.model()
+    model.register_parameter("spare", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    for damping in (None, 0.1, 0.0):
+        M = dense(RELU, name, damping, model=model)
+        assert M.isfinite().all()
+        assert float(torch.linalg.eigvalsh((M + M.T) / 2).min()) > 0.0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_leaves_the_model_as_it_was(name: str) -> None:
-    problem = problem_of("batch-norm-train", name, (6,))
+    problem = problem_of("batch-norm-train", name)
     problem.loss_and_gradient()
     before = problem.params.read()
     state = torch.get_rng_state()
-    assert problem.preconditioner(0.3) is not None
+    problem.preconditioner(0.3)
     assert torch.equal(problem.params.read(), before)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(t.grad is None for t in problem.params.tensors)
