@@ -1,30 +1,43 @@
-"""Which device a rank computes on, what it is called, how much of its memory was used."""
+"""The device that a rank computes on: which one, its memory, its random numbers, its streams.
+
+What torch offers for any accelerator (`torch.accelerator`, a device's own module) is used here, so that
+nothing else names one: NVIDIA's and AMD's GPUs are `cuda` to torch, Intel's `xpu`, and other vendors
+register theirs.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import resource
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 
 import torch
+from torch import Tensor
 
 from hfdist.errors import ConfigError
 
 
 def resolve(device: str, local_rank: int, local_world_size: int | None = None) -> torch.device:
-    """The device of a rank: one GPU each among those that CUDA_VISIBLE_DEVICES leaves, or the CPU.
+    """The device of a rank: one GPU each among those that torch sees, or the CPU.
 
     Args:
-        device: "auto" (GPUs where there are any, else the CPU), "cpu", "cuda", or one GPU, "cuda:1".
+        device: "auto" (GPUs where there are any, else the CPU), "cpu", the type of an accelerator
+            ("cuda"), or one of them ("cuda:1").
         local_rank: The rank's index among those of its machine.
         local_world_size: Number of ranks on this machine; at least `local_rank + 1` by default.
 
     Raises:
-        ConfigError: There is no such device, or too few GPUs for the ranks.
+        ConfigError: There is no such device, it cannot run a step, or there are too few for the ranks.
     """
     ranks = max(local_rank + 1, local_world_size or 1)
+    found = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if found is None or _what_it_lacks(found) is not None:
+            return torch.device("cpu")
+        device = found.type
     try:
         asked = torch.device(device)
     except RuntimeError as error:
@@ -33,50 +46,219 @@ def resolve(device: str, local_rank: int, local_world_size: int | None = None) -
         ) from error
     if asked.type == "cpu":
         return torch.device("cpu")
-    if asked.type != "cuda":
-        # Losses and weights are summed in float64, which Apple's mps (for one) does not have.
-        raise ConfigError(f"device {device!r} is not supported: use auto, cpu or cuda")
-    return _gpu(device, asked.index, local_rank, ranks)
+    count = 0
+    if found is not None and found.type == asked.type:
+        count = torch.accelerator.device_count()
+        lacks = _what_it_lacks(found)
+        if lacks is not None:
+            raise ConfigError(f"device {device!r} cannot run a step: {lacks}; set device=cpu")
+    return _one_of(count, device, asked, local_rank, ranks)
 
 
-def peak_memory(device: torch.device) -> float:
-    """Most memory held so far, in bytes: of the GPU's allocator, or of this process on a CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else peak * 1024)  # Linux counts in KiB
+def is_accelerator(device: torch.device) -> bool:
+    """Whether it runs beside the host, with memory of its own."""
+    return device.type != "cpu"
+
+
+def use(device: torch.device) -> None:
+    """Make it the current one of this thread."""
+    if is_accelerator(device):
+        torch.accelerator.set_device_index(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until it has done what it was given."""
+    if is_accelerator(device):
+        torch.accelerator.synchronize(device)
 
 
 def device_name(device: torch.device) -> str:
     """A name that a person recognises: "NVIDIA H100", "cpu (x86_64)"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    if is_accelerator(device) and name is not None:
+        return str(name(device))
     return f"{device.type} ({platform.machine()})"
 
 
-def _gpu(device: str, index: int | None, local_rank: int, ranks: int) -> torch.device:
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if index is None:
-        if ranks > gpus:
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory held so far, in bytes: of the device's allocator, or of this process on a CPU."""
+    if is_accelerator(device):
+        return float(torch.accelerator.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)  # Linux counts in KiB
+
+
+def allocated_memory(device: torch.device) -> int:
+    """Bytes of an accelerator that tensors hold."""
+    return torch.accelerator.memory_allocated(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin `peak_memory` of an accelerator anew."""
+    torch.accelerator.reset_peak_memory_stats(device)
+
+
+def memory_info(device: torch.device | int) -> tuple[int, int]:
+    """(free, total) bytes of an accelerator, as its driver counts them."""
+    info = getattr(torch.accelerator, "get_memory_info", None)  # not in every supported version
+    if info is None:
+        accelerator = torch.accelerator.current_accelerator()
+        info = torch.get_device_module(accelerator).mem_get_info
+    free, total = info(device)
+    return int(free), int(total)
+
+
+def unused_memory(device: torch.device) -> int:
+    """Bytes of an accelerator that new tensors could have: free ones, and those in torch's reserve."""
+    free, _ = memory_info(device)
+    reserved = torch.accelerator.memory_reserved(device)
+    return free + max(reserved - torch.accelerator.memory_allocated(device), 0)
+
+
+# -- random numbers --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Inside, the global generators of host and device start from a seed (None: from where they are);
+    afterwards they are as before.
+
+    Of this device alone: torch.manual_seed queues a call for every GPU that is not in use, with the stack of
+    its caller.
+    """
+    before = rng_states(device)
+    try:
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            if is_accelerator(device):
+                with torch.accelerator.device_index(_index(device)):
+                    torch.get_device_module(device).manual_seed(seed)
+        yield
+    finally:
+        set_rng_states(device, before)
+
+
+def rng_states(device: torch.device) -> dict[str, Tensor]:
+    """States of the global generators of the host and, if it is another one, of the device, by type."""
+    states = {"cpu": torch.get_rng_state()}
+    if is_accelerator(device):
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_rng_states(device: torch.device, states: Mapping[str, Tensor]) -> None:
+    """Set what `rng_states` gave, on a device of this type or on another."""
+    torch.set_rng_state(states["cpu"])
+    if is_accelerator(device) and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type], device)
+
+
+# -- copies from the host --------------------------------------------------------------------------
+
+
+class CopyStream:
+    """Copies to a device beside what it computes: from pinned memory, on a stream of their own.
+
+    Args:
+        device: Where to; what is on the CPU already is not copied for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.Stream | None = None
+        if is_accelerator(device):
+            self._stream = torch.Stream(device=device)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; use it after `wait` only."""
+        if self._stream is None or tensor.device.type != "cpu":
+            return tensor.to(self._device)
+        with self._stream:
+            source = tensor.pin_memory() if _pins_memory() else tensor
+            return source.to(self._device, non_blocking=True)
+
+    def event(self) -> torch.Event | None:
+        """What `wait` waits for: the copies up to now."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def wait(self, event: torch.Event | None, tensors: Sequence[Tensor]) -> None:
+        """What the calling thread computes from now on comes after the copies before the event, of which
+        these are; the thread itself does not wait."""
+        if event is None:
+            return
+        stream = torch.accelerator.current_stream(self._device)
+        stream.wait_event(event)
+        for tensor in tensors:
+            if tensor.device == self._device:
+                tensor.record_stream(stream)  # their memory is not given away before that
+
+
+@cache
+def copy_stream(device: torch.device) -> CopyStream:
+    """The one of this process and device."""
+    return CopyStream(device)
+
+
+@cache
+def _pins_memory() -> bool:
+    """Whether the accelerator can copy from the host's memory on its own."""
+    try:
+        return torch.empty(1).pin_memory().is_pinned()
+    except RuntimeError:
+        return False
+
+
+# -- finding one -----------------------------------------------------------------------------------
+
+
+@cache
+def _what_it_lacks(device: torch.device) -> str | None:
+    """What a step needs and this accelerator has not; None: nothing."""
+    try:
+        # Losses, weights and the solver's scalars are summed in it.
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError) as error:
+        return f"it has no float64 ({str(error).splitlines()[0]})"
+    return None
+
+
+def _one_of(
+    count: int, device: str, asked: torch.device, local_rank: int, ranks: int
+) -> torch.device:
+    kind = asked.type
+    if asked.index is None:
+        if ranks > count:
             raise ConfigError(
-                f"{_count(ranks, 'worker')} but {_count(gpus, 'GPU')} on this machine: every worker "
-                f"needs a GPU of its own; lower launch.workers to {gpus}, or set device=cpu"
-                if gpus
+                f"{_count(ranks, 'worker')} but {_count(count, 'GPU')} on this machine: every worker "
+                f"needs a GPU of its own; lower launch.workers to {count}, or set device=cpu"
+                if count
                 else f"device {device!r}: {_count(ranks, 'worker')} but 0 GPUs on this machine: "
-                "set device=cpu, or see why torch.cuda.is_available() is false"
+                f"set device=cpu, or see why torch.{kind}.is_available() is false"
             )
-        return torch.device("cuda", local_rank)
-    if index >= gpus:
+        return torch.device(kind, local_rank)
+    if asked.index >= count:
         raise ConfigError(
-            f"device is {device!r} but this machine has {_count(gpus, 'GPU')}"
-            + (f" (cuda:0 to cuda:{gpus - 1})" if gpus > 1 else "")
+            f"device is {device!r} but this machine has {_count(count, 'GPU')}"
+            + (f" ({kind}:0 to {kind}:{count - 1})" if count > 1 else "")
         )
     if ranks > 1:
         raise ConfigError(
-            f"device {device!r} names 1 GPU for {ranks} workers: set device=cuda, and "
-            "CUDA_VISIBLE_DEVICES to choose among the GPUs"
+            f"device {device!r} names 1 GPU for {ranks} workers: set device={kind}, and "
+            f"{_VISIBLE.get(kind, 'its variable for visible devices')} to choose among the GPUs"
         )
-    return torch.device("cuda", index)
+    return torch.device(kind, asked.index)
+
+
+_VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
+
+
+def _index(device: torch.device) -> int:
+    if device.index is not None:
+        return device.index
+    return torch.accelerator.current_device_index()
 
 
 def _count(n: int, what: str) -> str:

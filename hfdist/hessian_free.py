@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,8 @@ from hfdist.curvature.preconditioners import (
     empirical_fisher_diagonal,
     make_preconditioner,
 )
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
+from hfdist.curvature.structural import StructuralDamping, hidden_modules
 from hfdist.curvature.verify import Verifier
 from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
@@ -131,6 +134,7 @@ class HessianFree(torch.optim.Optimizer):
         self._communicator = communicator
         self._engine: ProductEngine | None = None
         self._leaves_gradient = False
+        self._memory = PreconditionerMemory()
         defaults = dataclasses.asdict(resolved) | {
             "damping_scale": 1.0,
             "frozen": False,
@@ -138,6 +142,7 @@ class HessianFree(torch.optim.Optimizer):
             "seed": torch.initial_seed() % 2**63 if seed is None else seed,
             "hf_state": HFState(damping=resolved.damping).scalars(),
             "has_x0": False,
+            "preconditioner_memory": {},
         }
         super().__init__(params, defaults)
         self._trainable()  # there must be something to train
@@ -160,8 +165,7 @@ class HessianFree(torch.optim.Optimizer):
             self._given: set[str] = given
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["damping_scale"] < 0:
-            raise ValueError(f"damping_scale is {group['damping_scale']}: it must be at least 0")
+        _check_damping_scale(group)
         for p in group["params"]:
             # In the parameter's own dtype, as load_state_dict will cast it.
             self.state[p]["x0"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
@@ -193,8 +197,8 @@ class HessianFree(torch.optim.Optimizer):
                 too, where the loss is made of torch's losses or squares.
             grad: Gradient [P] over the trainable parameters, instead of the derivative of the loss.
             mvp: Product with the undamped curvature matrix, v [P] -> Bv [P], instead of autograd's.
-            M_func: Preconditioner of CG, approximating the inverse of the damped curvature matrix;
-                see `get_preconditioner`.
+            M_func: Preconditioner in place of the option's: of CG, approximating the inverse of the damped
+                curvature matrix (see `get_preconditioner`); of a Krylov space, the inverse of its metric.
             test_deterministic: Check that two evaluations of loss and product agree; warn otherwise.
             closure: `forward` by torch's name for it, as wrappers of optimizers call it.
 
@@ -231,7 +235,7 @@ class HessianFree(torch.optim.Optimizer):
             loss_datalist: (inputs, targets) pairs for backtracking and line search.
             grad_datalist: Pairs for the gradient; by default those of the loss.
             mvp_datalist: Pairs for the curvature; by default those of the loss.
-            M_func: Preconditioner of CG.
+            M_func: As in `step`.
             reduction: How `loss_func` reduces over a minibatch ("mean" counts torch's class weights
                 and ignored targets rightly).
             test_deterministic: As in `step`.
@@ -268,7 +272,11 @@ class HessianFree(torch.optim.Optimizer):
         model: Callable[[Any], Any] | None = None,
     ) -> float:
         options = self.options
+        for group in self.param_groups:
+            _check_damping_scale(group)
         params = self._trainable()
+        if options.damping_metric != "identity":
+            raise ValueError("damping_metric needs the model and data of a task: use hfdist.train")
         layout = make_layout(params, self._comm(), options)
         problem = Problem(
             params=params,
@@ -281,7 +289,9 @@ class HessianFree(torch.optim.Optimizer):
             overrides=Overrides(
                 gradient=grad,
                 product=mvp,
-                preconditioner=make_preconditioner(Context(options=options))
+                preconditioner=make_preconditioner(
+                    Context(options=options, damping=self.damping, memory=self._memory)
+                )
                 if M_func is None
                 else lambda _, __: _of_parts(M_func, layout),
                 move=self._leave_gradient if self._leaves_gradient else None,
@@ -289,6 +299,7 @@ class HessianFree(torch.optim.Optimizer):
             frozen=FixedRandomness(params.device, _module(model)),
             engine=self._product_engine(options),
             autocast=autocast_dtype(options),
+            structural=self._structural(model) if options.structural_damping else None,
         )
         if test_deterministic:
             self._test_deterministic(problem)
@@ -310,6 +321,12 @@ class HessianFree(torch.optim.Optimizer):
             report.reduction_ratio,
         )
         return report.final_loss
+
+    def _structural(self, model: Any) -> StructuralDamping:
+        """The term of a model that names its hidden units; `step` does not know the model."""
+        named = getattr(model, "hidden_units", list)
+        coefficient = self.options.structural_damping * self.damping
+        return StructuralDamping(modules=hidden_modules(named()), coefficient=coefficient)
 
     @contextmanager
     def steps_as_gradients(self) -> Iterator[None]:
@@ -423,6 +440,7 @@ class HessianFree(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._communicator, self._engine, self._leaves_gradient = None, None, False
         super().__setstate__(state)
+        self._load_memory()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`: options, damping, warm start and counters are all in it."""
@@ -430,6 +448,10 @@ class HessianFree(torch.optim.Optimizer):
         for p in (p for group in self.param_groups for p in group["params"]):
             if "x0" not in self.state[p]:
                 self.state[p]["x0"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+
+    def _load_memory(self) -> None:
+        self._memory = PreconditionerMemory()
+        self._memory.load_state_dict(self.param_groups[0].get("preconditioner_memory", {}))
 
     def _trainable(self) -> ParameterVector:
         return ParameterVector(
@@ -480,6 +502,7 @@ class HessianFree(torch.optim.Optimizer):
             group["step"] = state.step
             group["hf_state"] = state.scalars()
             group["has_x0"] = state.x0 is not None
+            group["preconditioner_memory"] = self._memory.state_dict()
 
     # -- helpers ---------------------------------------------------------------------------------
 
@@ -555,7 +578,8 @@ class HessianFree(torch.optim.Optimizer):
 
         found = []
         for number, (pair, n) in enumerate(zip(pairs, sizes)):
-            seeds = example_seeds(seed, torch.arange(first, first + n))
+            # As `step` draws for the examples of one rank's outputs.
+            seeds = example_seeds(mixed(seed, 0), torch.arange(first, first + n))
             found.append(microbatch(number, pair, seeds))
             first += n
         if not found and comm.world_size == 1:  # of several ranks, one may have nothing
@@ -610,6 +634,21 @@ def newton_gradient(optimizer: HessianFree, *args: Any, **kwargs: Any) -> float:
 def _module(model: Any) -> nn.Module | None:
     """None where the modules are to be found while they run."""
     return model if isinstance(model, nn.Module) else None
+
+
+def _check_damping_scale(group: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: It is negative; or zero, where it scales the metric of a Krylov space.
+    """
+    scale, solver = group["damping_scale"], group["solver"]
+    if not 0.0 <= scale < math.inf:
+        raise ValueError(f"damping_scale is {scale}: it must be at least 0, and finite")
+    if scale == 0.0 and solver in ("auto", "krylov", "metric") and not group["frozen"]:
+        raise ValueError(
+            f"damping_scale is 0: solver={solver!r} measures steps by it, so it must be above 0 there; give "
+            "a small factor, or choose solver='cg'"
+        )
 
 
 def _differing(key: str, first: Any, other: Any) -> ValueError:

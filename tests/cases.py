@@ -396,12 +396,12 @@ def _linear_loss(outputs: Tensor, batch: Any) -> Tensor:
 
 
 def _smoothed(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-    weights = torch.tensor([0.5, 2.0, 1.0], dtype=outputs.dtype)
+    weights = torch.tensor([0.5, 2.0, 1.0], dtype=outputs.dtype, device=outputs.device)
     total = cross_entropy(
         outputs, batch[1], weights, ignore_index=1, label_smoothing=0.2, reduction="sum"
     )
     return total, torch.where(
-        batch[1] == 1, torch.zeros(N)[: len(outputs)], weights[batch[1]]
+        batch[1] == 1, torch.zeros_like(weights[batch[1]]), weights[batch[1]]
     ).sum()
 
 
@@ -410,7 +410,7 @@ def _soft(outputs: Tensor, batch: Any) -> Tensor:
 
 
 def _weighted_bce(outputs: Tensor, batch: Any) -> Tensor:
-    weight = torch.tensor([1.0, 0.5, 2.0], dtype=outputs.dtype)
+    weight = torch.tensor([1.0, 0.5, 2.0], dtype=outputs.dtype, device=outputs.device)
     return binary_cross_entropy_with_logits(
         outputs, batch[1].sigmoid(), weight, pos_weight=weight + 1, reduction="sum"
     )

@@ -13,11 +13,15 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
-_workers: list[ProcessPoolExecutor] = []
+_workers: dict[tuple[str, int], ProcessPoolExecutor] = {}  # by kind of device and rank
 
 
 def on_ranks(
-    world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = 240.0,
+    kind: str = "cpu",
 ) -> list[Any]:
     """Call `function(comm, *arguments)` on ranks 0 .. W-1 of a new group.
 
@@ -26,6 +30,7 @@ def on_ranks(
         function: Of a module's top level.
         arguments: The same for every rank, picklable.
         timeout: Seconds.
+        kind: "cpu", or a kind of device (see `devices.device_of`), one for each rank.
 
     Returns:
         What the ranks returned, in their order.
@@ -34,12 +39,15 @@ def on_ranks(
         RuntimeError: A rank raised, named; the others' errors follow from it.
         TimeoutError: It took too long; the processes are ended.
     """
-    while len(_workers) < world_size:
-        context = multiprocessing.get_context("spawn")
-        _workers.append(ProcessPoolExecutor(1, mp_context=context))
+    for rank in range(world_size):
+        if (kind, rank) not in _workers:
+            context = multiprocessing.get_context("spawn")
+            _workers[kind, rank] = ProcessPoolExecutor(1, mp_context=context)
     with tempfile.TemporaryDirectory() as folder:
         futures = [
-            _workers[rank].submit(_on_rank, rank, world_size, f"{folder}/meet", function, arguments)
+            _workers[kind, rank].submit(
+                _on_rank, kind, rank, world_size, f"{folder}/meet", function, arguments
+            )
             for rank in range(world_size)
         ]
         try:
@@ -65,15 +73,24 @@ def _is_consequence(error: BaseException) -> bool:
 
 
 def _on_rank(
-    rank: int, world_size: int, path: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+    kind: str,
+    rank: int,
+    world_size: int,
+    path: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> Any:
     import torch
+    from devices import device_of
 
     from hfdist.comm.environment import join
+    from hfdist.devices import use
 
     torch.set_num_threads(1)
+    device = device_of(kind, rank)
+    use(device)
     comm = join(
-        torch.device("cpu"),
+        device,
         rank=rank,
         world_size=world_size,
         init_method=f"file://{path}",
@@ -87,7 +104,7 @@ def _on_rank(
 
 def end_all() -> None:
     """End the processes."""
-    for worker in _workers:
+    for worker in _workers.values():
         for process in list(worker._processes.values()):
             process.kill()
         worker.shutdown(wait=False, cancel_futures=True)

@@ -30,6 +30,7 @@ from hfdist.curvature.microbatch import from_task
 from hfdist.curvature.objective import Problem, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.verify import Verifier
+from hfdist.devices import synchronize
 
 GGN_ENGINES = (LINEARIZE, DOUBLE_BACKWARD, RECOMPUTE)
 GGN_FLOOR, HESSIAN_FLOOR = 4 / 3, 2.0
@@ -185,12 +186,6 @@ def medians(
         if was_enabled:
             gc.enable()
     return [statistics.median(times) for times in seconds]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def run(

@@ -20,11 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hfdist.bench.products import loss_of, medians, problem, synchronize
+from hfdist.bench.products import loss_of, medians, problem
 from hfdist.bench.workloads import Workload, chosen, workloads
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import Replicated
 from hfdist.curvature.params import ParameterVector
+from hfdist.devices import (
+    allocated_memory,
+    is_accelerator,
+    peak_memory,
+    reset_peak_memory,
+    synchronize,
+)
 from hfdist.hessian_free import HessianFree
 from hfdist.optim.options import HFOptions
 from hfdist.optim.solvers.cg import CGResult, cg
@@ -270,11 +277,11 @@ def _peak(
     )
     with torch.no_grad():  # libraries set up what they keep for good
         runner._forward()
-    if runner.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(runner.device)
-        before = torch.cuda.memory_allocated(runner.device)
+    if is_accelerator(runner.device):
+        reset_peak_memory(runner.device)
+        before = allocated_memory(runner.device)
         runner()
-        return torch.cuda.max_memory_allocated(runner.device) - before
+        return int(peak_memory(runner.device)) - before
     Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
     before = _status("VmRSS")
     runner()

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from hfdist.cli import bench, cluster, jobs, look, project, run, submit, sweep
+from hfdist.cli import bench, cluster, doctor, jobs, look, project, run, submit, sweep
 from hfdist.launch.logs import StderrHandler
 
 
@@ -52,7 +52,7 @@ app = typer.Typer(
 )
 
 _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Begin": (project.init, look.config, look.schema),
+    "Begin": (project.init, doctor.doctor, look.config, look.schema),
     "Train": (run.train, run.resume, run.evaluate),
     "Look": (look.ui, look.sync, look.version),
     "Cluster": (submit.submit, sweep.sweep),

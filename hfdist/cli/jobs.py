@@ -18,11 +18,22 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="The job.")]
 
 
 @app.command("list")
-def list_(address: Address = None, as_json: Json = False) -> None:
+def list_(
+    address: Address = None,
+    queue: Annotated[
+        bool,
+        typer.Option("--queue", help="Those that run, and those that wait: their place and why."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """List the jobs, the newest first."""
     from hfdist.launch.ray import jobs as ray_jobs
 
-    jobs = ray_jobs.list_jobs(ray_jobs.dashboard_address(address))
+    where = ray_jobs.dashboard_address(address)
+    if queue:
+        _show_queue(ray_jobs.list_queue(where), as_json)
+        return
+    jobs = ray_jobs.list_jobs(where)
     if as_json:
         _print_json(jobs)
         return
@@ -123,6 +134,31 @@ def follow_to_the_end(job: str, address: str) -> None:
         if ended["exit_code"] is None and ended["message"]:
             print(f"error: {ended['message']}", file=sys.stderr)
         sys.exit(ended["exit_code"] or 1)
+
+
+def _show_queue(jobs: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _print_json(jobs)
+        return
+    rows = [
+        {
+            "place": job["place"],
+            "job": job["id"],
+            "state": job["state"],
+            "priority": job["priority"],
+            "user": job["user"],
+            "label": job["label"],
+            "submitted": _clock(job["started"]),
+        }
+        for job in jobs
+    ]
+    if not rows:
+        print("no job runs or waits")
+        return
+    print_table(rows, dispensable=("submitted", "label", "user", "priority"))
+    for job in jobs:
+        if job["reason"]:
+            print(f"{job['id']}: {job['reason']}")
 
 
 def _show(job: dict[str, Any], as_json: bool) -> None:

@@ -25,11 +25,22 @@ def submit(
         typer.Option(help="Folder that travels with the job; by default the job file's."),
     ] = None,
     max_size: Annotated[float, typer.Option(help="Megabytes that may travel.")] = 100.0,
+    priority: Annotated[
+        int, typer.Option(help="Jobs that wait go in this order, the highest first.")
+    ] = 0,
+    label: Annotated[str, typer.Option(help="Name of a group of jobs, for --at-most.")] = "",
+    at_most: Annotated[
+        int | None,
+        typer.Option(help="Wait while so many jobs of the label, or else of this user, run."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Submit a job to a Ray cluster, with the folder it lies in.
 
     What .gitignore ignores stays behind. [bold]output[/] must be a folder that all nodes see.
+
+    Where others take the cluster's resources the job waits: [bold]hfdist jobs list --queue[/] says its
+    place and why.
     """
     from hfdist.rundir.locations import check_run_id
 
@@ -39,7 +50,9 @@ def submit(
     from hfdist.config.job import load_config
     from hfdist.errors import ConfigError
     from hfdist.launch.ray import jobs as ray_jobs
+    from hfdist.launch.ray import queue
 
+    place = queue.metadata(priority, label, at_most)
     config = load_config(job, [*(overrides or ()), "launch.backend=ray"])
     folder = (folder or job.parent).resolve()
     if not job.resolve().is_relative_to(folder):
@@ -54,6 +67,7 @@ def submit(
         config=config,
         folder=folder,
         max_size=int(max_size * 1e6),
+        place=place,
     )
     _announce(submitted, address, as_json, follow)
 

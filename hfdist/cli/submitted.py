@@ -24,12 +24,15 @@ def _run(package: Path) -> dict[str, str]:
     from hfdist import api
     from hfdist.checkpoint import mirror
     from hfdist.launch.ray.jobs import FOLDER, Submission
+    from hfdist.launch.ray.queue import JOB_VARIABLE
     from hfdist.rundir import files
     from hfdist.rundir.locations import is_address, split
     from hfdist.tracking.provenance import SOURCE_FILE, SOURCE_VARIABLE
 
     submission = Submission(**json.loads((package / FOLDER / "submission.json").read_text()))
     os.environ.update(submission.environment)
+    if submission.job_id:
+        os.environ[JOB_VARIABLE] = submission.job_id
     home = submission.run_dir
     output, run_dir = split(home) if is_address(home) else ("", Path(home))
     # The package goes with the cluster; the run keeps its own copy, which all nodes see.

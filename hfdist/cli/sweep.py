@@ -1,25 +1,53 @@
-"""sweep: a grid of runs."""
+"""sweep: runs of a job with several values."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hfdist.cli.options import JobFile, Json
+from hfdist.cli.options import Json
+
+if TYPE_CHECKING:
+    from hfdist.launch.ray.tune import Plan
 
 
 def sweep(
-    job: JobFile,
+    job: Annotated[
+        Path, typer.Argument(metavar="JOB.yaml", help="The job; with --resume a sweep's folder.")
+    ],
     grid: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE,VALUE",
             help="Values to try, like optim.damping=1e-2,1e-1,1; several keys make a grid. A single "
-            "value is a change of all runs.",
+            "value is a change of all runs. With --samples also uniform(A,B), loguniform(A,B), randint(A,B).",
         ),
-    ],
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Try so many random points instead of the grid.", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random points.", min=0)] = 0,
+    halving: Annotated[
+        int | None,
+        typer.Option(
+            help="Compare runs after so many steps, ETA times as many, ..., and stop all but the best.",
+            min=1,
+            metavar="STEPS",
+        ),
+    ] = None,
+    eta: Annotated[int, typer.Option(help="With --halving: one in ETA goes on.", min=2)] = 3,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="With --halving: what runs are compared by, of metrics.jsonl; by default the held-out loss."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a sweep that was stopped, or killed.")
+    ] = False,
     address: Annotated[
         str | None,
         typer.Option(
@@ -28,13 +56,47 @@ def sweep(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a job with every combination of some values, through Ray Tune; ends with a table.
+    """Train a job with combinations of some values, through Ray Tune; ends with a table.
 
-    The runs are nested in one MLflow run, and lie in OUTPUT as others do. Ctrl-C stops them after
-    a checkpoint.
+    All combinations, or with --samples random ones; with --halving those that do badly are stopped early
+    (ASHA). The runs are nested in one MLflow run, and lie in OUTPUT as others do. Ctrl-C stops them after
+    a checkpoint; [bold]hfdist sweep OUTPUT/SWEEP_ID --resume[/] goes on.
     """
-    from pathlib import Path
+    from hfdist.launch.ray import tune as ray_tune
 
+    at = [f"launch.address={address}"] if address is not None else []
+    if resume:
+        plan = ray_tune.load(job, [*(grid or ()), *at])
+    else:
+        plan = _new(job, grid or [], at, samples, seed, halving, eta, metric)
+    tell = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
+    if not as_json:
+        print(f"sweep {plan.sweep_id}: {len(plan.trials)} runs", flush=True)
+    rows = ray_tune.run(plan, tell)
+    if as_json:
+        import json
+
+        print(json.dumps(rows))
+    else:
+        _print_table(rows, list(dict.fromkeys(k for t in plan.trials for k in t.values)))
+        print(f"look at it: hfdist ui --output {plan.config.output}")
+    if any(row["status"] in ("KILLED", "PENDING") for row in rows):
+        print(f"go on:      hfdist sweep {plan.folder} --resume", file=sys.stderr)
+        sys.exit(130)
+    if all(row["status"] == "FAILED" for row in rows):
+        sys.exit(1)
+
+
+def _new(
+    job: Path,
+    grid: list[str],
+    at: list[str],
+    samples: int | None,
+    seed: int,
+    halving: int | None,
+    eta: int,
+    metric: str | None,
+) -> Plan:
     from hfdist import api
     from hfdist.config.job import load_config
     from hfdist.errors import ConfigError
@@ -42,42 +104,45 @@ def sweep(
     from hfdist.rundir.locations import is_address
 
     fixed, values = ray_tune.split_grid(grid)
+    ranges = [o for o in fixed if ray_tune.is_random(o.partition("=")[2])]
+    if ranges and samples is None:
+        raise ConfigError(f"{ranges[0]} is a range: say how many points to draw, --samples=20")
+    for override in ranges:
+        fixed.remove(override)
+        key, _, text = override.partition("=")
+        values[key] = [text]
     if not values:
         raise ConfigError(
             "there is nothing to vary: write several values, like optim.damping=0.1,1"
         )
-    if address is not None:
-        fixed.append(f"launch.address={address}")
+    fixed += at
     base = load_config(job, fixed)
     if is_address(base.output):
         raise ConfigError(f"output is {base.output}: a sweep wants a folder that all nodes share")
     output = str(Path(base.output).expanduser().resolve())
     fixed.append(f"output={output}")
+    if halving is not None and halving >= base.steps:
+        raise ConfigError(f"halving is {halving}: it must be below steps ({base.steps})")
+    points = ray_tune.points(values) if samples is None else ray_tune.samples(values, samples, seed)
     sweep_id = api.new_run_id(f"{base.name}-sweep")
-    trials = [
-        ray_tune.Trial(
-            run_id=ray_tune.trial_id(sweep_id, point, number),
-            values=point,
-            # All of the grid is checked before any of it runs.
-            config=load_config(job, [*fixed, *(f"{k}={v}" for k, v in point.items())]),
-        )
-        for number, point in enumerate(ray_tune.points(values))
-    ]
-    tell = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
-    if not as_json:
-        print(f"sweep {sweep_id}: {len(trials)} runs", flush=True)
-    rows = ray_tune.run(sweep_id, load_config(job, fixed), trials, tell)
-    if as_json:
-        import json
-
-        print(json.dumps(rows))
-    else:
-        _print_table(rows, list(values))
-        print(f"look at it: hfdist ui --output {output}")
-    if any(row["status"] in ("KILLED", "PENDING") for row in rows):
-        sys.exit(130)
-    if all(row["status"] == "FAILED" for row in rows):
-        sys.exit(1)
+    plan = ray_tune.Plan(
+        sweep_id=sweep_id,
+        config=load_config(job, fixed),
+        trials=[
+            ray_tune.Trial(
+                run_id=ray_tune.trial_id(sweep_id, point, number),
+                values=point,
+                # All of the sweep is checked before any of it runs.
+                config=load_config(job, [*fixed, *(f"{k}={v}" for k, v in point.items())]),
+            )
+            for number, point in enumerate(points)
+        ],
+        halving=halving,
+        eta=eta,
+        metric=metric,
+    )
+    ray_tune.save(plan, job, fixed)
+    return plan
 
 
 def _print_table(rows: list[dict[str, Any]], keys: list[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hfdist.comm.backends import backends_of_machine
 from hfdist.comm.torch_comm import TorchCommunicator
 from hfdist.errors import ConfigError, PeerError, first_line
 
@@ -40,7 +41,10 @@ def is_initialized() -> bool:
 def group_timeout() -> float:
     """Timeout of the program's own default group, in seconds."""
     world: Any = dist.group.WORLD
-    backend = world._get_backend(torch.device("cpu" if _has_gloo() else "cuda"))
+    # (A group without gloo is that of an accelerator alone.)
+    accelerator = torch.accelerator.current_accelerator()
+    device = torch.device("cpu") if accelerator is None or _has_gloo() else accelerator
+    backend = world._get_backend(device)
     timeout: timedelta = backend.options._timeout
     return timeout.total_seconds()
 
@@ -87,10 +91,9 @@ def join(
 
 def _init(init_method: str, rank: int, world_size: int, timeout_seconds: float) -> None:
     # gloo carries the rendezvous; the communicator makes the groups that carry vectors.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(
-            backend,
+            backends_of_machine(),
             init_method=init_method,
             rank=rank,
             world_size=world_size,

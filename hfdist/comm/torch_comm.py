@@ -1,4 +1,4 @@
-"""The communicator of a process group: nccl between GPUs, gloo between CPUs."""
+"""The communicator of a process group: nccl between NVIDIA's GPUs, gloo between CPUs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hfdist.comm.backends import HOST, backend_of
 from hfdist.comm.counters import Counters
 from hfdist.errors import PeerError
 
@@ -42,9 +43,10 @@ class TorchCommunicator:
     timeout is this run's. Constructing it is collective over the default group, whose ranks it joins.
 
     Args:
-        device: Where summed vectors live; a CUDA device selects nccl, any other gloo.
+        device: Where summed vectors live. torch's table names the backend of an accelerator; where it has
+            none, vectors go by way of the host.
         timeout_seconds: A collective that takes longer means that a peer is dead or stalls.
-        shares_device: Whether several ranks use one GPU, which nccl refuses: gloo then, by way of the host.
+        shares_device: Whether several ranks use one GPU, which nccl refuses: by way of the host then.
 
     Raises:
         PeerError: (every collective) Another rank died, or did not come within the timeout.
@@ -67,10 +69,13 @@ class TorchCommunicator:
         self._counters = Counters()
         self._closed = False
         with self._guarded("joining the group"):
-            self._objects = self._new_group("gloo")
+            self._objects = self._new_group(HOST)
             # Objects stay on the host's group: sending a decision must not wait for the device.
-            by_nccl = self.device.type == "cuda" and not shares_device
-            self._vectors = self._new_group("nccl") if by_nccl else self._objects
+            backend = None if shares_device else backend_of(self.device)
+            self._vectors = self._objects
+            if backend is not None and backend != HOST:
+                self._vectors = self._new_group(backend)
+            self._by_host = backend is None
 
     def _new_group(self, backend: str) -> dist.ProcessGroup:
         made: Any = dist.new_group(timeout=timedelta(seconds=self.timeout_seconds), backend=backend)
@@ -87,7 +92,7 @@ class TorchCommunicator:
         with self._counted("sum", tensor.nbytes):
             # gloo and nccl want dense tensors, and neither knows int16.
             wire = tensor.to(torch.int32) if tensor.dtype == torch.int16 else tensor
-            wire = wire.contiguous()
+            wire = self._wire(wire.contiguous())
             dist.all_reduce(wire, group=self._vectors)
             if wire is not tensor:
                 tensor.copy_(wire)
@@ -95,7 +100,7 @@ class TorchCommunicator:
 
     @contextmanager
     def overlapped_all_reduce(self) -> Iterator[Callable[[Tensor], None]]:
-        pending: list[tuple[dist.Work, Tensor]] = []
+        pending: list[tuple[dist.Work, Tensor, Tensor]] = []  # work, what travels, bucket
         seconds = 0.0
 
         def start(bucket: Tensor) -> None:
@@ -106,19 +111,22 @@ class TorchCommunicator:
                 return
             began = time.perf_counter()
             with self._guarded("sum"):
-                work = dist.all_reduce(bucket, group=self._vectors, async_op=True)
-            pending.append((work, bucket))
+                wire = self._wire(bucket)
+                work = dist.all_reduce(wire, group=self._vectors, async_op=True)
+            pending.append((work, wire, bucket))
             seconds += time.perf_counter() - began
 
         # An exception in the body leaves at once: the peers learn of it from the closed connection.
         yield start
         began = time.perf_counter()
         with self._guarded("sum"):
-            for work, _ in pending:
+            for work, wire, bucket in pending:
                 work.wait()
+                if wire is not bucket:
+                    bucket.copy_(wire)
         seconds += time.perf_counter() - began
-        self._counters.add_sum(sum(bucket.numel() for _, bucket in pending))
-        self._counters.add("sum", sum(bucket.nbytes for _, bucket in pending), seconds)
+        self._counters.add_sum(sum(bucket.numel() for *_, bucket in pending))
+        self._counters.add("sum", sum(bucket.nbytes for *_, bucket in pending), seconds)
 
     def broadcast_object(self, value: T) -> T:
         message = _frame(value) if self.is_rank_0 else torch.empty(8 + _INLINE, dtype=torch.uint8)
@@ -172,7 +180,10 @@ class TorchCommunicator:
             whole = (
                 torch.nn.functional.pad(vector, (0, padding)) if padding else vector.contiguous()
             )
-            _torch_reduce_scatter(shard, whole, group=self._vectors)
+            wire = self._wire(shard)
+            _torch_reduce_scatter(wire, self._wire(whole), group=self._vectors)
+            if wire is not shard:
+                shard.copy_(wire)
         return shard
 
     def all_gather(self, shard: Tensor, numel: int) -> Tensor:
@@ -182,8 +193,15 @@ class TorchCommunicator:
         whole = shard.new_empty(n * self.world_size)
         if n:
             with self._counted("all_gather", whole.nbytes):
-                _torch_all_gather(whole, shard.contiguous(), group=self._vectors)
+                wire = self._wire(whole)
+                _torch_all_gather(wire, self._wire(shard.contiguous()), group=self._vectors)
+                if wire is not whole:
+                    whole.copy_(wire)
         return whole[:numel]
+
+    def _wire(self, tensor: Tensor) -> Tensor:
+        """What the vectors' group can carry: the tensor, or a copy of it in the host's memory."""
+        return tensor.cpu() if self._by_host else tensor
 
     def take_counters(self) -> dict[str, float]:
         return self._counters.take()

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
@@ -43,7 +44,6 @@ from hfdist.rundir.locations import normal
 _SECTIONS = ("optim", "batches", "launch", "checkpoint", "tracking", "evaluate", "notify")
 _OF_VALUES = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """What the YAML libraries let through of a value that cannot be made: a date of month 13, 5000 digits."""
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 class RunConfig(BaseModel):
@@ -68,7 +68,7 @@ class RunConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     """Seed of the initialisation, of the order of the data and of dropout."""
     device: str = "auto"
-    """auto (GPUs where there are any, else the CPU), cpu, cuda, or one GPU, cuda:1."""
+    """auto (GPUs where there are any, else the CPU), cpu, cuda, or one GPU, cuda:1; xpu likewise."""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of parameters and data."""
     output: str = Field(default="runs", min_length=1)
@@ -107,8 +107,17 @@ class RunConfig(BaseModel):
     @field_validator("device")
     @classmethod
     def _check_device(cls, device: str) -> str:
-        if not _DEVICE.fullmatch(device):
-            raise ValueError(f"device is {device!r}: it must be auto, cpu, cuda or cuda:N")
+        if device == "auto":
+            return device
+        try:
+            found = torch.device(device)
+        except RuntimeError:
+            found = torch.device("meta")
+        if found.type == "meta" or (found.type == "cpu" and device != "cpu"):
+            raise ValueError(
+                f"device is {device!r}: it must be auto, cpu, cuda or cuda:N, or another accelerator that "
+                "torch knows, like xpu"
+            )
         return device
 
     @field_validator("output")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,12 +26,13 @@ from hfdist.curvature.memory import MemoryCounter, memory_left
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, TryAgain
 from hfdist.curvature.outputs import is_reached
 from hfdist.curvature.params import ParameterVector
-from hfdist.curvature.verify import EvaluateAt, Point, Verifier, explained, flat, suspects
+from hfdist.curvature.verify import EvaluateAt, Point, Verifier, explained, flat, nearby, suspects
 from hfdist.errors import TaskError
 from hfdist.optim.options import HFOptions
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Gradient = Sequence[Tensor | None]
 Evaluate = Callable[[Microbatch, Recorder | None], Evaluation]
 LINEARIZE, DOUBLE_BACKWARD, RECOMPUTE = "linearize", "double_backward", "recompute"
@@ -128,15 +129,16 @@ class ProductBuilder:
         counter = self._counter = MemoryCounter() if self._budget < math.inf else None
         with counter or nullcontext():
             e, recorder = self._evaluated(microbatch, replays)
-            if counter is not None and counter.num_bytes > self._budget:
-                self._budget = 0  # and all that follow: memory is full
+            is_full = counter is not None and counter.num_bytes > self._budget
+            if is_full and not self._may_check:
+                self._budget = 0  # and all that follow
                 self.products.append(self._recomputed(microbatch))
                 return e, loss_gradient(e, self._tensors)
             with _explained():
                 gradient, product = self._kept(microbatch, e, recorder)
         if counter is not None:
-            self._budget -= counter.num_bytes
-        self.products.append(product)
+            self._budget = 0 if is_full else self._budget - counter.num_bytes
+        self.products.append(self._recomputed(microbatch) if is_full else product)
         return e, gradient
 
     def _evaluated(
@@ -151,7 +153,7 @@ class ProductBuilder:
                 continue
 
     def _without_graph(self, microbatch: Microbatch) -> tuple[Evaluation, Gradient]:
-        if self._engine.verifier.is_on and self._evaluate_at is not None and not self.products:
+        if self._may_check:
             # What every product will do, once and for inspection.
             e, recorder = self._evaluated(microbatch, replays=self._is_ggn)
             with _explained():
@@ -168,6 +170,21 @@ class ProductBuilder:
         kind = RecomputedGGNProduct if self._is_ggn else RecomputedHessianProduct
         return kind(lambda: self._evaluated(microbatch, replays), self._tensors)
 
+    def _evaluated_at(
+        self,
+        microbatch: Microbatch,
+        theta: Tensor,
+        then: Callable[[Evaluation], T],
+        recorder: Recorder | None = None,
+    ) -> T:
+        """For checks: see `EvaluateAt`."""
+        assert self._evaluate_at is not None
+        counted = 0 if self._counter is None else self._counter.num_bytes
+        found = self._evaluate_at(microbatch, theta, then, recorder)
+        if self._counter is not None:
+            self._counter.num_bytes = counted  # it is let go of
+        return found
+
     def _point_at(self, microbatch: Microbatch) -> Callable[[Tensor], Point]:
         @torch.no_grad()  # what is computed here is none of the program's
         def point(e: Evaluation) -> Point:
@@ -177,20 +194,25 @@ class ProductBuilder:
             gradient = flat(loss_gradient(e, self._tensors), self._tensors)
             return dataclasses.replace(point, gradient=gradient)
 
-        def at(theta: Tensor) -> Point:
-            assert self._evaluate_at is not None
-            counted = 0 if self._counter is None else self._counter.num_bytes
-            found = self._evaluate_at(microbatch, theta, point)
-            if self._counter is not None:
-                self._counter.num_bytes = counted  # it is let go of
-            return found
+        return lambda theta: self._evaluated_at(microbatch, theta, point)
 
-        return at
+    def _nearby(
+        self, microbatch: Microbatch, then: Callable[[Evaluation, Recorder | None], T]
+    ) -> T | None:
+        """The same checks at parameters nearby (see `verify`); None where they fail, too."""
+        recorder = Recorder(self._tensors) if self._is_ggn else None
+        try:
+            return self._evaluated_at(
+                microbatch, nearby(self._params), lambda e: then(e, recorder), recorder
+            )
+        except (TaskError, TryAgain):
+            return None
 
-    def _checks(self, operations: Sequence[str]) -> bool:
-        """Whether this microbatch is to be checked: the first of a step."""
+    @property
+    def _may_check(self) -> bool:
+        """Whether the next microbatch may have to be checked: the first of a step."""
         is_first = self._evaluate_at is not None and not self.products
-        return is_first and self._engine.verifier.wants(operations)
+        return is_first and self._engine.verifier.is_on
 
     def _kept(
         self, microbatch: Microbatch, e: Evaluation, recorder: Recorder | None
@@ -198,59 +220,138 @@ class ProductBuilder:
         if not self._is_ggn:
             return self._kept_hessian(microbatch, e)
         verifier = self._engine.verifier
-        may_check = self._evaluate_at is not None and not self.products and verifier.is_on
-        parts = GGNParts.of(e, self._tensors, keep=True, keep_loss=may_check)
-        check_dense(parts.gradient)
+        ways = self._ways(e, recorder, keep_loss=self._may_check)
+        check_dense(ways.parts.gradient)
+        if ways.why_no_replay is not None:
+            self._engine.warn(
+                "curvature products by double backward, because the forward pass cannot be replayed: "
+                f"{ways.why_no_replay}"
+            )
+        found = _FirstRight(next(n for n in ways.programs if n not in verifier.refused))
+        if self._may_check and verifier.wants(ways.operations):
+            checked = self._checked(microbatch, e, ways)
+            if checked is not None:
+                found = checked
+                verifier.done(ways.operations)
+        for name, reason in found.wrong.items():
+            verifier.refused.add(name)
+            self._engine.warn(f"curvature products by {name} are not used: {reason}")
+        if found.name is None:
+            raise TaskError(
+                f"no product engine is right for this model: {[*found.wrong.values()][-1]}. {suspects(e)}"
+                "Products need a forward pass that torch can differentiate twice, or set optim.verify=off "
+                "to train with products as they are"
+            )
+        self._engine.used = found.name
+        return ways.parts.gradient, ways.parts.whole(ways.product(found.name))
+
+    def _ways(self, e: Evaluation, recorder: Recorder | None, *, keep_loss: bool) -> _Ways:
+        parts = GGNParts.of(e, self._tensors, keep=True, keep_loss=keep_loss)
         programs: dict[str, Jacobian | None] = {}
-        operations = [DOUBLE_BACKWARD]
+        operations, why_no_replay = [DOUBLE_BACKWARD], None
         if recorder is not None:
             try:
                 program = recorder.program(parts.curved_outputs)
                 programs[LINEARIZE] = program
                 operations = program.operations
             except Unsupported as unsupported:
-                self._engine.warn(
-                    "curvature products by double backward, because the forward pass cannot be replayed: "
-                    f"{unsupported}"
-                )
+                why_no_replay = str(unsupported)
         programs[DOUBLE_BACKWARD] = None
-        checks = self._checks(operations)
-        probe = None
-        if checks:
-            probe = verifier.check_gradient(
-                self._params, e, parts.gradient, self._point_at(microbatch)
-            )
-        reason: str | None = None
-        for name, jacobian in programs.items():
-            if name in verifier.refused:
-                continue
-            product = GGNProduct(e.outputs, parts.H, self._tensors, jacobian)
-            reason = verifier.wrong_product(product, e, probe) if probe is not None else None
-            if reason is None:
-                self._engine.used = name
-                if probe is not None:
-                    verifier.done(operations)
-                return parts.gradient, parts.whole(product)
-            verifier.refused.add(name)
-            self._engine.warn(f"curvature products by {name} are not used: {reason}")
-        raise TaskError(
-            f"no product engine is right for this model: {reason}. {suspects(e)}"
-            "Products need a forward pass that torch can differentiate twice, or set optim.verify=off "
-            "to train with products as they are"
+        return _Ways(
+            parts=parts, programs=programs, operations=operations, why_no_replay=why_no_replay
         )
 
+    def _checked(self, microbatch: Microbatch, e: Evaluation, ways: _Ways) -> _FirstRight | None:
+        """What the checks say, at the parameters and, where they fail, nearby; None: nothing to tell by."""
+
+        def again() -> _FirstRight | None:
+            def then(e: Evaluation, recorder: Recorder | None) -> _FirstRight | None:
+                used = recorder if LINEARIZE in ways.programs else None
+                return self._first_right(microbatch, e, self._ways(e, used, keep_loss=True))
+
+            found = self._nearby(microbatch, then)
+            return None if found is None or found.name is None else found
+
+        try:
+            found = self._first_right(microbatch, e, ways)
+        except TaskError:
+            found = again()
+            if found is None:
+                raise
+            return found
+        return (again() or found) if found is not None and found.wrong else found
+
+    def _first_right(
+        self, microbatch: Microbatch, e: Evaluation, ways: _Ways
+    ) -> _FirstRight | None:
+        verifier = self._engine.verifier
+        gradient = ways.parts.gradient
+        probe = verifier.check_gradient(self._params, e, gradient, self._point_at(microbatch))
+        if probe is None:
+            return None
+        wrong: dict[str, str] = {}
+        for name in ways.programs:
+            if name not in verifier.refused:
+                reason = verifier.wrong_product(ways.product(name), e, probe)
+                if reason is None:
+                    return _FirstRight(name, wrong)
+                wrong[name] = reason
+        return _FirstRight(None, wrong)
+
     def _kept_hessian(self, microbatch: Microbatch, e: Evaluation) -> tuple[Gradient, Product]:
-        g = grad(e.loss_sum, self._tensors, create_graph=True, allow_unused=True)
-        gradient = [None if gk is None else gk.detach() for gk in g]
+        gradient, product = self._hessian(e)
         check_dense(gradient)
-        product = HessianProduct(g, self._tensors)
-        if self._checks(["hessian"]):
-            verifier = self._engine.verifier
-            probe = verifier.check_gradient(self._params, e, gradient, self._point_at(microbatch))
-            if probe is not None:
-                verifier.check_hessian(product, e, gradient, probe)
-                verifier.done(["hessian"])
+        if self._may_check and self._engine.verifier.wants(["hessian"]):
+            try:
+                told = self._check_hessian(microbatch, e, gradient, product)
+            except TaskError:
+                if not self._nearby(
+                    microbatch, lambda e, _: self._check_hessian(microbatch, e, *self._hessian(e))
+                ):
+                    raise
+                told = True
+            if told:
+                self._engine.verifier.done(["hessian"])
         return gradient, product
+
+    def _hessian(self, e: Evaluation) -> tuple[Gradient, HessianProduct]:
+        g = grad(e.loss_sum, self._tensors, create_graph=True, allow_unused=True)
+        return [None if gk is None else gk.detach() for gk in g], HessianProduct(g, self._tensors)
+
+    def _check_hessian(
+        self, microbatch: Microbatch, e: Evaluation, gradient: Gradient, product: HessianProduct
+    ) -> bool:
+        """Whether there was something to tell by. Raises: TaskError: Gradient or product is wrong."""
+        verifier = self._engine.verifier
+        probe = verifier.check_gradient(self._params, e, gradient, self._point_at(microbatch))
+        if probe is not None:
+            verifier.check_hessian(product, e, gradient, probe)
+        return probe is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ways:
+    """The ways to a microbatch's product."""
+
+    parts: GGNParts
+    programs: dict[str, Jacobian | None]
+    """Of each engine."""
+    operations: list[str]
+    """What is replayed."""
+    why_no_replay: str | None
+
+    def product(self, name: str) -> GGNProduct:
+        """By an engine."""
+        e = self.parts.evaluation
+        return GGNProduct(e.outputs, self.parts.H, self.parts.tensors, self.programs[name])
+
+
+@dataclass(frozen=True)
+class _FirstRight:
+    """The first engine whose product is right, if there is one, and what is wrong with those before it."""
+
+    name: str | None
+    wrong: dict[str, str] = field(default_factory=dict)
 
 
 def check_dense(gradient: Gradient) -> None:
@@ -285,6 +386,7 @@ class GGNParts:
     direct: Product | None
     """Curvature of what the loss computes from the parameters themselves."""
     evaluation: Evaluation
+    tensors: Sequence[Tensor]
 
     @classmethod
     def of(
@@ -316,7 +418,7 @@ class GGNParts:
                 e.loss_sum, e.loss_calls, tensors, e.loss_inputs, is_split=e.is_split
             )
         gradient = _gradient(e, tensors, dz, derivatives[len(dz) :], keep=keep)
-        return cls(H=H, gradient=gradient, direct=direct, evaluation=e)
+        return cls(H=H, gradient=gradient, direct=direct, evaluation=e, tensors=tensors)
 
     @property
     def curved_outputs(self) -> list[Tensor]:

@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from hfdist.devices import is_accelerator, seeded
+
 logger = logging.getLogger(__name__)
 
 _Key = tuple[nn.Module, str]
@@ -62,15 +64,7 @@ class FixedRandomness:
             seed: Seed of the random numbers drawn inside; the global generators are untouched.
         """
         with ExitStack() as stack:
-            on_gpu = self._device.type == "cuda"
-            stack.enter_context(torch.random.fork_rng([self._device] if on_gpu else []))
-            # Of this device alone: torch.manual_seed queues a call for every GPU that is not in use, with
-            # the stack of its caller.
-            torch.default_generator.manual_seed(seed)
-            if on_gpu:
-                index = self._device.index
-                gpu = torch.cuda.current_device() if index is None else index
-                torch.cuda.default_generators[gpu].manual_seed(seed)
+            stack.enter_context(seeded(self._device, seed))
             if "torch._dynamo" in sys.modules:
                 # A compiled model has no second derivatives: everything sees it as it was written.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -83,7 +77,7 @@ class FixedRandomness:
                 stack.callback(hook.remove)
             for wrapper in self._wrappers:
                 self._silence(wrapper)
-            if on_gpu and self._has_rnn:
+            if is_accelerator(self._device) and self._has_rnn:
                 # cuDNN's recurrent kernels have no second derivatives.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             if torch.is_autocast_enabled("cpu") and self._has_rnn:

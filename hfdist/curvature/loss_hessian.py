@@ -129,6 +129,7 @@ class ClosedForm:
         inputs: The tensors that the loss was computed from.
         terms: Of each call: (A as a program, the call's input, D).
         roots: Of each call: makes S with SS' = D, see `LossCall`.
+        factors: Of each call: derivative of the loss in its result.
     """
 
     def __init__(
@@ -136,9 +137,11 @@ class ClosedForm:
         inputs: Sequence[Tensor],
         terms: Sequence[tuple[Program | None, Tensor, Diagonal]],
         roots: Sequence[Callable[[], Diagonal]] = (),
+        factors: Sequence[Tensor] = (),
     ) -> None:
         self.curved = list(range(len(inputs)))
         self._inputs, self._terms, self._roots = list(inputs), list(terms), list(roots)
+        self._factors = list(factors)
         self.needs_graph = any(program is not None for program, _, _ in terms)
 
     def __call__(self, v: Sequence[Tensor | None]) -> list[Tensor]:
@@ -165,6 +168,11 @@ class ClosedForm:
                     for k, t in enumerate(back):
                         add(k, t)
         return [torch.zeros_like(z) if t is None else t for z, t in zip(self._inputs, totals)]
+
+    @property
+    def size(self) -> float:
+        """sum of |dL/d(result)|: of what size the entries of D are where nothing cancels in them."""
+        return sum(float(factor.abs().sum()) for factor in self._factors)
 
     def root(self, draw: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
         """sum over calls A' S u, so that its mean outer product is H_L; None stands for zero.
@@ -210,6 +218,7 @@ def closed_form(
     factors = derivatives_in(loss, results)
     terms: list[tuple[Program | None, Tensor, Diagonal]] = []
     roots: list[Callable[[], Diagonal]] = []
+    used: list[Tensor] = []
     for call, factor in zip(calls, factors):
         if factor is None:
             continue
@@ -223,7 +232,8 @@ def closed_form(
                 return None
         terms.append((program, call.input, call.diagonal(factor.detach())))
         roots.append(partial(call.root, factor.detach()))
-    return ClosedForm(inputs, terms, roots)
+        used.append(factor.detach())
+    return ClosedForm(inputs, terms, roots, used)
 
 
 def derivatives_in(loss: Tensor, results: Sequence[Edge]) -> Sequence[Tensor | None]:

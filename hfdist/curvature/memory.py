@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from hfdist.curvature.dispatch import Watch
+from hfdist.devices import is_accelerator, unused_memory
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -38,10 +39,8 @@ class MemoryCounter(Watch):
 
 def memory_left(device: torch.device, num_processes: int = 1) -> int:
     """Bytes that this process may well use for graphs, of a machine that others share."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(0.8 * (free + cached))
+    if is_accelerator(device):
+        return int(0.8 * unused_memory(device))
     import psutil
 
     free = psutil.virtual_memory().available

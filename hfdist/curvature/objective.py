@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,7 +14,14 @@ from torch.autograd import grad
 
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.curvature.dispatch import Watch
-from hfdist.curvature.engines import ProductBuilder, ProductEngine, check_dense
+from hfdist.curvature.engines import (
+    DOUBLE_BACKWARD,
+    LINEARIZE,
+    RECOMPUTE,
+    ProductBuilder,
+    ProductEngine,
+    check_dense,
+)
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.jacobian_rows import UseWatch
 from hfdist.curvature.layout import Layout, Product, Replicated, SummedProduct, add_scaled
@@ -21,6 +29,8 @@ from hfdist.curvature.least_squares import ResidualSystem
 from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.microbatch import Evaluation, Microbatch, TryAgain
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.structural import Scaled, StructuralDamping, hidden_microbatch
+from hfdist.curvature.verify import Verifier
 from hfdist.errors import DataError
 from hfdist.optim.least_squares import LeastSquares
 from hfdist.optim.objective import Costs, Operator
@@ -49,6 +59,8 @@ class Overrides:
     preconditioner: Callable[[Problem, float | None], Operator | None] | None = None
     """(this objective, damping) -> product with an approximate inverse, of this rank's parts; without
     damping: of the metric of a Krylov space."""
+    damping_metric: Callable[[Problem], Tensor] | None = None
+    """This objective -> this rank's part of the diagonal D of the damping term; see `damping_metric.py`."""
     move: Callable[[float, Tensor], None] | None = None
     """(alpha, step [P]) -> what is done with an accepted step instead of moving the parameters by it."""
 
@@ -119,6 +131,8 @@ class Problem:
     for."""
     row_solver: bool = False
     """The solver asks for rows, not for products: they come from the gradient's forward pass."""
+    structural: StructuralDamping | None = None
+    """A further term of the curvature, for recurrent nets."""
     abandon: Callable[[], bool] | None = None
     """Whether this rank asks to abandon the step; summed over ranks with every product."""
 
@@ -135,6 +149,7 @@ class Problem:
         self._product_weight = 0.0
         self._system: ResidualSystem | None = None
         self._metric_work = 0.0
+        self._has_damping_metric = False
         self._summed: SummedProduct | None = None
 
     @property
@@ -143,6 +158,11 @@ class Problem:
         if self._reference_weight is None:
             raise RuntimeError("the weight of the gradient role is not known yet")
         return self._scale(self._reference_weight)
+
+    @property
+    def gradient_weight(self) -> float:
+        """Weight of the gradient role's examples, once `loss_and_gradient` was called."""
+        return self._reference_weight or 1.0
 
     def scale(self, weight: float) -> float:
         """Factor on sums over examples of the given weight, in place of all of the gradient's.
@@ -173,14 +193,24 @@ class Problem:
 
     def shift_part(self, damping: float = 0.0) -> float | Tensor:
         """weight_decay + damping * damping_scale, of this rank's parts."""
+        if damping:
+            self._find_damping_metric()
         return self._part_of_decay.shift(damping)
+
+    def _find_damping_metric(self) -> None:
+        """Let `overrides.damping_metric` say what lambda multiplies; once."""
+        if self.overrides.damping_metric is not None and not self._has_damping_metric:
+            self._has_damping_metric = True
+            diagonal, groups = (
+                self.overrides.damping_metric(self),
+                self._part_of_decay.damping_scale,
+            )
+            scale = diagonal if groups is None else diagonal * groups
+            self._part_of_decay = dataclasses.replace(self._part_of_decay, damping_scale=scale)
 
     def of_whole(self, operator: Operator) -> Operator:
         """An operator on whole vectors [P] as one on this rank's parts."""
-        layout = self._layout
-        if isinstance(layout, Replicated):
-            return operator
-        return lambda v: layout.part(operator(layout.whole(v)))
+        return lambda v: self._layout.part(operator(self._layout.whole(v)))
 
     def evaluate_split(
         self, microbatch: Microbatch, watch: AbstractContextManager[Any]
@@ -274,10 +304,13 @@ class Problem:
             return evaluation
 
         def evaluate_at(
-            microbatch: Microbatch, theta: Tensor, then: Callable[[Evaluation], T]
+            microbatch: Microbatch,
+            theta: Tensor,
+            then: Callable[[Evaluation], T],
+            recorder: Recorder | None = None,
         ) -> T:
             with self.params.at(theta):
-                return then(self._evaluate(microbatch, split=True))
+                return then(self._evaluate(microbatch, split=True, recorder=recorder))
 
         return ProductBuilder(
             self.engine,
@@ -301,9 +334,11 @@ class Problem:
             self._build_products()
         if self._summed is None:
             factor = self._scale(self._product_weight)
-            self._summed = self._layout.summed(self._products or [], factor, self._abort_flag)
+            # The loss's products last: what comes last overlaps its reduction.
+            products = [*self._structural_products(), *(self._products or [])]
+            self._summed = self._layout.summed(products, factor, self._abort_flag)
         # L2 and damping add the same kind of term: one diagonal, one pass over the vectors.
-        return self._summed.damped(self._part_of_decay.shift(damping), exact)
+        return self._summed.damped(self.shift_part(damping), exact)
 
     def _abort_flag(self) -> float:
         return float(self.abandon is not None and self.abandon())
@@ -350,6 +385,30 @@ class Problem:
         self._products, self._product_weight = builder.products, float(weight)
         _check_weight(self._product_weight, "curvature")
 
+    def _structural_products(self) -> list[Product]:
+        """This rank's products with lambda mu S; as with the loss's, their sum is divided by the weight."""
+        term = self.structural
+        if term is None or term.coefficient == 0.0:
+            return []
+        requested = DOUBLE_BACKWARD if self.engine.reported == DOUBLE_BACKWARD else LINEARIZE
+        if self.engine.requested == RECOMPUTE:
+            requested = RECOMPUTE
+        engine = ProductEngine(
+            requested=requested,
+            memory_budget=self.engine.memory_budget,
+            verifier=Verifier(mode="off"),  # the loss's own products were checked
+        )
+
+        def evaluate(microbatch: Microbatch, recorder: Recorder | None) -> Evaluation:
+            with torch.enable_grad(), self._fixed.evaluation(microbatch.seed):
+                return microbatch.evaluate(engine.traits, recorder)
+
+        role = self.roles.curvature
+        builder = ProductBuilder(engine, self.params, self.comm, "ggn", evaluate, None, len(role))
+        for microbatch in role:
+            builder.add(hidden_microbatch(microbatch, term.modules))
+        return [Scaled(product=product, number=term.coefficient) for product in builder.products]
+
     @property
     def least_squares(self) -> LeastSquares | None:
         if not self.residuals or self.overrides.product is not None:
@@ -392,9 +451,10 @@ class Problem:
         curvature = self._product_weight / reference
         loss = 1.0 if self.roles.loss is self.roles.gradient else self._loss_weight / reference
         shares_pass = self.roles.curvature is self.roles.gradient and self.autocast is None
+        of_loss = 2.0 if self.curvature_opt == "hessian" else 4 / 3
         return Costs(
             gradient=1.0 + (0.0 if shares_pass else curvature / 3),
-            product=curvature * (2.0 if self.curvature_opt == "hessian" else 4 / 3),
+            product=curvature * (of_loss + (4 / 3 if self.structural is not None else 0.0)),
             loss=loss / 3,
             curvature_share=curvature,
             metric=self._metric_work,
@@ -409,6 +469,7 @@ class Problem:
 
     @property
     def damping_scale(self) -> Tensor | None:
+        self._find_damping_metric()
         return self._part_of_decay.damping_scale
 
     # -- losses ----------------------------------------------------------------------------------

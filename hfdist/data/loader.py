@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from hfdist.data.batches import collated, on_device
+from hfdist.data.batches import Sent, collated, on_device, send
 from hfdist.data.plan import MicrobatchPlan, StepPlan
 from hfdist.data.processes import loaded, seed_of
 from hfdist.errors import DataError
@@ -23,7 +23,7 @@ class BatchLoader:
     Args:
         task: Its `collate` makes batches of examples.
         dataset: Map-style; None for a deterministic function, whose batches are None.
-        device: Where batches go; from pinned memory and without waiting, where it is a GPU.
+        device: Where batches go; beside what it computes, where it is an accelerator.
         dtype: Type of floating-point leaves.
         source: The task's method that gave the data set, for messages.
         processes: That read and collate; 0: a thread of this process.
@@ -43,7 +43,7 @@ class BatchLoader:
         self._source, self._processes, self._seed = source, processes, seed
         self._task, self._dataset, self._device, self._dtype = task, dataset, device, dtype
         self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[Any, Future[Batch]] = {}
+        self._coming: dict[Any, Future[Sent]] = {}
         self._made: Iterator[tuple[Any, Batch]] | None = None
         # Hugging Face's data sets have a `batch`, too, which is another thing.
         is_array_like = hasattr(dataset, "batch") and not hasattr(dataset, "__getitems__")
@@ -51,7 +51,7 @@ class BatchLoader:
 
     def first(self, n: int, term: int | None = None) -> Batch:
         """The first examples of the data set, or of a term."""
-        return self._make(MicrobatchPlan(number=0, indices=torch.arange(n), term=term))
+        return self._make(MicrobatchPlan(number=0, indices=torch.arange(n), term=term)).arrived()
 
     def expect(self, plans: Iterable[tuple[int, MicrobatchPlan]]) -> None:
         """What will be loaded, in its order: processes, if there are any, begin with it."""
@@ -74,7 +74,7 @@ class BatchLoader:
             assert key == _key(plan), "batches are loaded in another order than was said"
             return on_device(batch, self._device, self._dtype)
         coming = self._coming.pop(_key(plan), None)
-        return self._make(plan) if coming is None else coming.result()
+        return (self._make(plan) if coming is None else coming.result()).arrived()
 
     def prepare(self, step: int, plan: StepPlan) -> None:
         """Begin to make the next step's batches."""
@@ -97,10 +97,9 @@ class BatchLoader:
             self._pool = None
         self._coming, self._made = {}, None
 
-    def _make(self, plan: MicrobatchPlan) -> Batch:
-        if self._dataset is None:
-            return None
-        return on_device(self._on_host(plan), self._device, self._dtype)
+    def _make(self, plan: MicrobatchPlan) -> Sent:
+        batch = None if self._dataset is None else self._on_host(plan)
+        return send(batch, self._device, self._dtype)
 
     def _made_by_process(self, plan: MicrobatchPlan) -> tuple[Any, Batch]:
         return _key(plan), self._on_host(plan)

@@ -93,15 +93,14 @@ def _work(job: Assignment, connection: Connection) -> dict[str, Any]:
     import torch
 
     from hfdist.comm.environment import join
-    from hfdist.devices import resolve
+    from hfdist.devices import resolve, use
     from hfdist.launch.logs import logging_to_file
     from hfdist.training.display import make_display
     from hfdist.training.worker import Job, run
 
     torch.set_num_threads(job.threads)
     device = resolve(job.config.device, job.rank, job.world_size)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    use(device)
     with logging_to_file(job.run_dir, job.rank, to_stderr=job.rank == 0):
         comm = join(
             device,

@@ -23,15 +23,14 @@ def run(config: RunConfig, *, run_dir: Path, resume: bool, display: str) -> dict
     import torch
 
     from hfdist.comm.environment import GroupCommunicator, join_environment, record_failure
-    from hfdist.devices import resolve
+    from hfdist.devices import resolve, use
     from hfdist.launch.folder import run_folder
 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     try:
         device = resolve(config.device, local_rank, local_world_size)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        use(device)
         if config.launch.threads_per_worker is not None:
             torch.set_num_threads(config.launch.threads_per_worker)
         join_environment(config.launch.timeout_seconds)

@@ -19,7 +19,7 @@ LEAST_SHARE = 1 / 8
 """... and at least this."""
 LIMIT = 2.5
 """Ratio of the curvatures, averaged over some steps, over which the share doubles."""
-LEAST_RHO = 0.65
+LEAST_RHO = 0.7
 """Reduction ratio, averaged likewise, under which it doubles, too: what the model promises is not there."""
 MEMORY = 0.6
 """What each step keeps of the average of the steps before it."""

@@ -20,6 +20,7 @@ class DampingOptions(OptionGroup):
         "damping_increase": (1.0, math.inf),
         "damping_decrease": (0.0, 1.0),
         "damping_decay": (0.0, 1.0),
+        "structural_damping": (0.0, math.inf),
     }
 
     damping: float = 1.0
@@ -32,6 +33,15 @@ class DampingOptions(OptionGroup):
     the lowest loss (chosen); to that of the trial that was taken, and a third of it where the ratio is above
     a half (trials) [Transtrum & Sethna 2012]. auto: chosen for the solver krylov, trials for dense and
     sample_space, lm for the others."""
+    damping_metric: Literal["identity", "diagonal"] = "identity"
+    """D in the damping term lambda D of the solver cg: the identity, or a diagonal estimate of the "
+    "curvature,
+    which makes lambda a number without a unit (scale-sensitive damping [2, sec. 8.3]). The solver krylov
+    damps in its preconditioner's metric."""
+    structural_damping: float = 0.0
+    """mu >= 0: adds lambda mu S to the curvature, S the Gauss-Newton matrix of the distance of the "
+    "hidden units
+    from where they are: for recurrent nets, which name them by a method `hidden_units` [2, sec. 8.4]."""
     damping_min: float = 1e-12
     """Lower bound of the adapted lambda."""
     damping_max: float = 1e12
@@ -127,10 +137,11 @@ def _schedule(outcome: Outcome, options: DampingOptions) -> float:
 
 
 def _chosen(outcome: Outcome, options: DampingOptions) -> float:
-    """A rejected step raises lambda as the candidates would have: fourfold."""
+    """A rejected step, of none of the candidates, raises the step's own lambda: the last one tried is far
+    off, and the next step looks at all sizes."""
     damping = outcome.damping if outcome.candidate_damping is None else outcome.candidate_damping
     if not outcome.accepted:
-        damping = 4.0 * max(damping, outcome.damping)
+        damping = 4.0 * outcome.damping
     return min(max(damping, options.damping_min), options.damping_max)
 
 
@@ -155,7 +166,9 @@ DAMPING_RULES: dict[str, Callable[[Outcome, DampingOptions], float]] = {
 
 
 def next_damping(outcome: Outcome, options: DampingOptions, default: str) -> float:
-    """The next lambda by the options' rule; `default` is what "auto" means."""
+    """The next lambda by the options' rule; `default` is what "auto" means. Zero stays zero."""
+    if outcome.damping == 0.0:
+        return 0.0
     return DAMPING_RULES[rule_of(options, default)](outcome, options)
 
 

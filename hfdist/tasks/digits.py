@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +24,24 @@ _EVERY = 5
 
 @cache
 def _digits() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
+    rows = _rows()
+    return torch.tensor(rows[:, :-1] / 16.0, dtype=torch.float32), torch.tensor(
+        rows[:, -1].astype(numpy.int64)
+    )
 
-    pixels, labels = load_digits(return_X_y=True)
-    return torch.tensor(pixels / 16.0, dtype=torch.float32), torch.tensor(labels)
+
+def _rows() -> numpy.ndarray:
+    """Pixels and label of each digit, float64 [1797, 65], from scikit-learn's file: importing the package
+    takes longer than a short run."""
+    found = importlib.util.find_spec("sklearn")
+    for folder in (found.submodule_search_locations or ()) if found is not None else ():
+        path = Path(folder, "datasets", "data", "digits.csv.gz")
+        if path.is_file():
+            return numpy.loadtxt(path, delimiter=",")
+    from sklearn.datasets import load_digits  # it keeps it elsewhere by now
+
+    digits = load_digits()
+    return numpy.column_stack([digits.data, digits.target])
 
 
 def _split() -> tuple[ArrayData, ArrayData]:

@@ -22,8 +22,7 @@ def _photographs() -> tuple[Tensor, ...]:
     from matplotlib import cbook, image
     from sklearn.datasets import load_sample_images
 
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        portrait = image.imread(file, format="jpg")
+    portrait = image.imread(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)))
     pictures = [*load_sample_images().images, portrait]
     return tuple(torch.tensor(p / 255.0, dtype=torch.float32).permute(2, 0, 1) for p in pictures)
 

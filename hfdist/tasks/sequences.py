@@ -141,7 +141,7 @@ class TextTransformer(Task):
         return self._train.lengths()
 
 
-# -- LSTM --------------------------------------------------------------------------------------------
+# -- arithmetic --------------------------------------------------------------------------------------
 
 
 class Addition(Dataset[Mapping[str, Tensor]]):
@@ -163,49 +163,80 @@ class Addition(Dataset[Mapping[str, Tensor]]):
         numbers = torch.rand(n, generator=generator)
         marked = torch.randperm(n, generator=generator)[:2]
         marks = torch.zeros(n).index_fill_(0, marked, 1.0)
-        return {"sequence": torch.stack((numbers, marks), -1), "target": numbers[marked].sum()}
+        return {
+            "sequence": torch.stack((numbers, marks), -1),
+            "target": self.result(numbers[marked]),
+        }
+
+    def result(self, two: Tensor) -> Tensor:
+        """What is to be found of the two marked numbers."""
+        return two.sum()
+
+
+class Multiplication(Addition):
+    """The same with the product of the two [Hochreiter & Schmidhuber 1997]."""
+
+    def result(self, two: Tensor) -> Tensor:
+        return two.prod()
+
+
+CELLS = {"lstm": nn.LSTM, "tanh": nn.RNN}
 
 
 class _Recurrent(nn.Module):
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, cell: str) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(2, hidden, batch_first=True)
+        self.recurrent = CELLS[cell](2, hidden, batch_first=True)
         self.head = nn.Linear(hidden, 1)
 
+    def hidden_units(self) -> list[nn.Module]:
+        """For `optim.structural_damping`."""
+        return [self.recurrent]
+
     def forward(self, sequence: Tensor, length: Tensor) -> Tensor:
-        """The sum [batch] of sequences [batch, time, 2] of the given lengths [batch]."""
-        states, _ = self.lstm(sequence)
+        """The result [batch] of sequences [batch, time, 2] of the given lengths [batch]."""
+        states, _ = self.recurrent(sequence)
         last = states[torch.arange(len(length), device=length.device), length - 1]
         return self.head(last).squeeze(-1)
 
 
 class LSTMAddition(Task):
-    """An LSTM on the addition problem; loss is the mean squared error.
+    """A recurrent net on the addition problem; loss is the mean squared error.
 
     Args:
         examples, evaluation: Number of sequences.
-        hidden: Units of the LSTM.
+        hidden: Units of the net.
         length: Longest sequence.
+        cell: "lstm", or "tanh" for a simple recurrent net.
     """
 
     target_keys = ("target",)
+    data: type[Addition] = Addition
 
     def __init__(
-        self, examples: int = 512, evaluation: int = 128, hidden: int = 24, length: int = 20
+        self,
+        examples: int = 512,
+        evaluation: int = 128,
+        hidden: int = 24,
+        length: int = 20,
+        cell: str = "lstm",
     ) -> None:
         if length < 2:
             raise TaskError(f"task_args.length is {length}: it must be at least 2")
+        if cell not in CELLS:
+            raise TaskError(f"task_args.cell is {cell!r}: it must be one of {', '.join(CELLS)}")
         self._sizes, self._hidden, self._length = (examples, evaluation), hidden, length
+        self._cell = cell
 
     def model(self) -> nn.Module:
-        return _Recurrent(self._hidden)
+        return _Recurrent(self._hidden, self._cell)
 
     def train_data(self) -> Addition:
-        return Addition(self._sizes[0], self._length)
+        return self.data(self._sizes[0], self._length)
 
     def eval_data(self) -> Addition | None:
         n = self._sizes[1]
-        return Addition(n, self._length, first=10**6) if n else None
+        return self.data(n, self._length, first=10**6) if n else None
 
     def collate(self, examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Pad with zeros: {"sequence" [batch, time, 2], "length" [batch], "target" [batch]}."""
@@ -223,3 +254,9 @@ class LSTMAddition(Task):
         # An LSTM's work is its number of time steps.
         data = self.train_data()
         return torch.tensor([float(len(data[k]["sequence"])) for k in range(len(data))])
+
+
+class LSTMMultiplication(LSTMAddition):
+    """A recurrent net on the multiplication problem; arguments as for the addition problem."""
+
+    data = Multiplication

@@ -69,6 +69,12 @@ class Task(abc.ABC):
         """Evaluation metrics of one batch: means over its examples, or (sum, weight) pairs."""
         return {}
 
+    def hidden_units(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The modules whose outputs are hidden units of a recurrent net, for `optim.structural_damping`; by
+        default those that the model's own method `hidden_units()` names."""
+        named = getattr(model, "hidden_units", None)
+        return list(named()) if callable(named) else []
+
     def summary(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """What is reported of the loss and the metrics: made of their means over all evaluation data."""
         return means

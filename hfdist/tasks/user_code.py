@@ -18,7 +18,7 @@ from hfdist.tasks.task import Task
 
 METHODS = (
     *("model", "forward", "loss", "train_data", "eval_data", "metrics"),
-    *("example_costs", "example_inputs", "summary", "draw"),
+    *("example_costs", "example_inputs", "hidden_units", "summary", "draw"),
 )
 """What a task may define, and any part of hfdist calls. `collate` is called by the loader alone."""
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
+import sqlite3
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from hfdist.imports import without_collection
+from hfdist.rundir.files import replace_file
 
 # The spool does the waiting: a server that is away must not hold the background thread for minutes, and a
 # request that may have arrived is not blindly repeated. Users' own values win.
@@ -67,21 +72,51 @@ def connect(uri: str, workspace: str | None = None) -> Any:
 
 def _make_database(path: Path) -> None:
     """A new sqlite store, whole or not at all: killed half-way through MLflow's first migration, it would
-    be one that neither this run nor any other can use."""
+    be one that neither this run nor any other can use.
+
+    MLflow goes through all migrations of its history, which takes seconds: an empty store of this version is
+    kept in the user's cache.
+    """
     if path.exists():
         return
     from mlflow import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    kept = _empty_database()
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         draft = Path(folder) / path.name
-        MlflowClient(tracking_uri=f"{_FILE}{draft}").search_experiments(max_results=1)
+        try:
+            shutil.copyfile(kept, draft)
+            _date(draft)
+        except (OSError, sqlite3.Error):
+            draft.unlink(missing_ok=True)
+            MlflowClient(tracking_uri=f"{_FILE}{draft}").search_experiments(max_results=1)
+            with contextlib.suppress(OSError):  # a home that cannot be written
+                replace_file(kept, draft.read_bytes())
         try:
             os.link(draft, path)
         except FileExistsError:
             pass  # another run was faster
         except OSError:  # a file system without links
             os.replace(draft, path)
+
+
+def _date(database: Path) -> None:
+    """Make the experiment that MLflow has from the start one of here and now."""
+    now, here = int(1000 * time.time()), f"{Path.cwd()}/mlruns/0"
+    with contextlib.closing(sqlite3.connect(database)) as store, store:
+        store.execute(
+            "UPDATE experiments SET artifact_location = ?, creation_time = ?, last_update_time = ?",
+            (here, now, now),
+        )
+
+
+def _empty_database() -> Path:
+    from importlib.metadata import version
+
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    versions = "-".join(version(name) for name in ("mlflow", "sqlalchemy"))
+    return Path(cache) / "hfdist" / f"empty-{versions}.db"
 
 
 def is_final(error: Exception) -> bool:

@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hfdist.imports import without_collection
+
 Record = Mapping[str, Any]
 
 # Okabe & Ito's colours, told apart by colour-blind readers; line styles and markers differ as well.
@@ -44,9 +46,10 @@ def draw_plots(records: Sequence[Record], folder: Path) -> list[Path]:
         return []
     records = [_drawable(record) for record in records]
     # Figures of their own, without pyplot: a user's backend and open figures stay as they are.
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with without_collection():
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     drawings: dict[str, tuple[int, Callable[[Sequence[Any], Sequence[Record]], None]]] = {

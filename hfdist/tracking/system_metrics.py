@@ -59,13 +59,17 @@ def _sample(psutil: object, start: object) -> Values:
 def _gpus() -> Values:
     import torch
 
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    from hfdist.devices import memory_info
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or not torch.get_device_module(device).is_initialized():
         return {}
     values: Values = {}
-    for k in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(k)
+    for k in range(torch.accelerator.device_count()):
+        free, total = memory_info(k)
         values[f"system/gpu_{k}_memory_usage_megabytes"] = (total - free) / 1e6
         values[f"system/gpu_{k}_memory_usage_percentage"] = 100.0 * (total - free) / total
         with contextlib.suppress(Exception):  # needs nvidia's management library
-            values[f"system/gpu_{k}_utilization_percentage"] = float(torch.cuda.utilization(k))
+            used = torch.get_device_module(device).utilization(k)
+            values[f"system/gpu_{k}_utilization_percentage"] = float(used)
     return values

@@ -81,10 +81,8 @@ def check_replicas(comm: Communicator, tensors: Iterable[Tensor], flag: int = 0)
 # -- checksum ------------------------------------------------------------------------------------
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = {
-    "cpu": 1 << 16,
-    "cuda": 1 << 22,
-}  # elements at a time: stay in cache, or launch few kernels
+_CHUNK_ON_HOST, _CHUNK = 1 << 16, 1 << 22
+"""Elements at a time: stay in cache; launch few kernels."""
 # Odd constants of splitmix64, as signed 64-bit integers.
 _STEP, _MIX1, _MIX2 = (
     c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -103,7 +101,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     offset = 0
     for tensor in tensors:
         flat = _as_integers(tensor)
-        for piece in flat.split(_CHUNK.get(flat.device.type, 1 << 20)):
+        for piece in flat.split(_CHUNK_ON_HOST if flat.device.type == "cpu" else _CHUNK):
             positions = torch.arange(
                 offset + 1, offset + 1 + len(piece), dtype=torch.int64, device=piece.device
             )

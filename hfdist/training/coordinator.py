@@ -20,6 +20,8 @@ from hfdist.comm import Communicator
 from hfdist.config.job import RunConfig
 from hfdist.curvature.layout import Layout
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
+from hfdist.devices import rng_states, set_rng_states
 from hfdist.errors import CheckpointError, ConfigError, StorageError, first_line
 from hfdist.optim.report import StepReport, Stop
 from hfdist.optim.step import HFState
@@ -55,6 +57,7 @@ class Progress:
     tracked_as: str | None = None
     data: dict[str, Any] | None = None
     """Where this rank's stream of training data stands; None where the data has a length."""
+    memory: PreconditionerMemory = field(default_factory=PreconditionerMemory)
 
 
 class Coordinator:
@@ -155,7 +158,9 @@ class Coordinator:
         try:
             run, hf, data = saved["run"], saved["optimizer"], saved.get("data")
             x0 = hf.get("x0")
-            set_rng_state(saved["rng"])
+            set_rng_states(self._comm.device, saved["rng"])
+            memory = PreconditionerMemory()
+            memory.load_state_dict(saved.get("preconditioner", {}))
             asked = self._config.optim.damping
             is_changed = asked != saved["config"]["optim"]["damping"]
             return Progress(
@@ -170,6 +175,7 @@ class Coordinator:
                 tracked_as=run["tracked_as"],
                 # Of fewer or more ranks than now: those that read the whole stream stand at one place.
                 data=data[self._comm.rank % len(data)] if data else None,
+                memory=memory,
             )
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
@@ -258,7 +264,8 @@ class Coordinator:
                     "evaluation": dict(progress.evaluation),
                     "tracked_as": progress.tracked_as,
                 },
-                "rng": get_rng_state(),
+                "preconditioner": progress.memory.state_dict(),
+                "rng": rng_states(self._comm.device),
                 **streams,
                 "config": self._config.to_dict(),
             },
@@ -405,18 +412,3 @@ def _never_failing(what: str) -> Iterator[None]:
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by name, each tensor once: what a checkpoint keeps of a model."""
     return dict([*model.named_parameters(), *model.named_buffers()])
-
-
-def get_rng_state() -> dict[str, Any]:
-    """torch's global generators, as tensors."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Set what `get_rng_state` gave."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

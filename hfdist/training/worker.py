@@ -16,6 +16,7 @@ from hfdist import __version__
 from hfdist.checkpoint import CheckpointStore, check, mirror
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config.job import RunConfig
+from hfdist.curvature.damping_metric import make_damping_metric
 from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.engines import ProductEngine, autocast_dtype
 from hfdist.curvature.example_signs import example_seeds
@@ -25,6 +26,8 @@ from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, from
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
+from hfdist.curvature.structural import StructuralDamping, hidden_modules
 from hfdist.curvature.verify import Verifier
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import (
@@ -154,8 +157,12 @@ class Worker:
                 f"launch.workers to at most {self.num_examples}"
             )
         self._plan(0)
-        self._tried = self._try_task()
+        self.first_batch = self._try_task()
+        """Of a few examples."""
         self._check_batch_norm()
+        self._hidden_modules: list[nn.Module] = []
+        if optim.structural_damping:
+            self._hidden_modules = hidden_modules(self.task.hidden_units(self.model))
         tracker = _tracker(job) if comm.is_rank_0 else NullTracker()
         self._coordinator = Coordinator(
             job.config,
@@ -312,7 +319,7 @@ class Worker:
 
     def _example_inputs(self) -> Any:
         """What the model takes of a batch, for one example: no step need have been taken here."""
-        return _first_example(self.task.example_inputs(self._tried))
+        return _first_example(self.task.example_inputs(self.first_batch))
 
     def _draw(self, folder: Path) -> Sequence[Path]:
         """The task's own pictures."""
@@ -328,7 +335,7 @@ class Worker:
         plan = self._plan(step, share=share)
         try:
             self._loader.begin(step, plan)
-            problem = self._problem(plan, step)
+            problem = self._problem(plan, progress.state, progress.memory)
         except WorkerError:
             if self._stop.requested:  # whoever asked this process to end asked its loaders, too
                 raise Interrupted from None
@@ -356,6 +363,13 @@ class Worker:
         ):
             progress.evaluation = self._evaluation.of(self.model)
         return report
+
+    def problem(self, step: int) -> Problem:
+        """The objective of a step, with all examples of the curvature's role."""
+        plan = self._plan(step)
+        self._loader.begin(step, plan)
+        state = HFState(damping=self.config.optim.damping, step=step)
+        return self._problem(plan, state, PreconditionerMemory())
 
     def _curvature_share(self, state: HFState) -> float:
         """Of the gradient's examples, where `batches.curvature` is auto."""
@@ -397,8 +411,8 @@ class Worker:
     def _load(self, role: RolePlan) -> list[tuple[MicrobatchPlan, Batch]]:
         return [(plan, self._loader.load(plan)) for plan in role.microbatches]
 
-    def _problem(self, plan: StepPlan, step: int) -> Problem:
-        seed = mixed(self.config.seed, "forward", step)
+    def _problem(self, plan: StepPlan, state: HFState, memory: PreconditionerMemory) -> Problem:
+        seed = mixed(self.config.seed, "forward", state.step)
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
             return [
@@ -426,11 +440,16 @@ class Worker:
         same_loss = plan.line_search is plan.gradient
         loss = gradient if same_loss else role(self._load(plan.line_search))
         options = self.config.optim
+        is_finite = self._terms is None and self._stream is None
+        sees_all_examples = is_finite and plan.gradient.num_examples == (self.num_examples or 1)
         context = Context(
             task=self.task,
             model=self.model,
             gradient=[(microbatch, batch) for microbatch, (_, batch) in zip(gradient, loaded)],
             options=options,
+            damping=state.damping,
+            sees_all_examples=sees_all_examples,
+            memory=memory,
         )
         return Problem(
             params=self.params,
@@ -446,7 +465,15 @@ class Worker:
             residuals=self._terms is not None,
             row_solver=self._solves_rows(),
             abandon=lambda: self._stop.requested,
-            overrides=Overrides(preconditioner=make_preconditioner(context)),
+            overrides=Overrides(
+                preconditioner=make_preconditioner(context),
+                damping_metric=make_damping_metric(context),
+            ),
+            structural=StructuralDamping(
+                modules=self._hidden_modules, coefficient=options.structural_damping * state.damping
+            )
+            if options.structural_damping
+            else None,
         )
 
     def _solves_rows(self) -> bool:

@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from ray_nodes import ROOT, forget_cluster, own_cluster
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 SECRET = "tracking.tags.api_token=hidden-7"
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -55,7 +56,7 @@ def command(home: Path) -> Command:
             [sys.executable, "-m", "hfdist", *arguments],
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=600,
             cwd=home,
             env=environment | more,
         )
@@ -166,6 +167,53 @@ def test_a_job_from_submission_to_its_continuation(
     assert left == ["one"]
 
 
+def test_jobs_that_wait_say_their_place_and_why_and_go_by_priority(
+    command: Command, dashboard: str, project: Path
+) -> None:
+    at = ("--address", dashboard)
+    changes = ("steps=2000", "launch.cpus_per_worker=1", "tracking.enabled=false")
+
+    def submit(name: str, *options: str) -> None:
+        answer = command(
+            "submit", str(project / "job.yaml"), *changes, "--run-id", name, *options, *at
+        )
+        assert answer.returncode == 0, answer.stderr
+
+    def queue(condition: Callable[[dict[str, dict[str, Any]]], bool]) -> dict[str, dict[str, Any]]:
+        deadline = time.monotonic() + 400
+        while True:
+            answer = command("jobs", "list", "--queue", "--json", *at)
+            found = {job["id"]: job for job in json.loads(answer.stdout)}
+            if condition(found):
+                return found
+            assert time.monotonic() < deadline, found
+            time.sleep(1.0)
+
+    submit("first", "--label", "q")
+    queue(lambda jobs: jobs["first"]["state"] == "running")
+    submit("second")
+    submit("third", "--priority", "5")
+    submit("fourth", "--priority", "9", "--label", "q", "--at-most", "1")
+    reasons = {"second": "before it", "third": "CPU", "fourth": "at most 1 jobs of label q"}
+    found = queue(lambda jobs: all(words in jobs[n]["reason"] for n, words in reasons.items()))
+    assert list(found) == ["first", "fourth", "third", "second"]
+    assert [job["place"] for job in found.values()] == [None, 1, 2, 3]
+    assert "third (priority 5) is before it" in found["second"]["reason"]
+    shown = command("jobs", "list", "--queue", *at).stdout
+    assert "second: place 3 of 3 in the queue: third (priority 5) is before it" in shown
+    assert "place 3 of 3" in command("jobs", "status", "second", *at).stdout
+    assert "place 3 of 3" in command("jobs", "logs", "second", *at).stdout
+    for name in ("fourth", "first"):  # one that waits, and the one that runs
+        stopped = command("jobs", "stop", name, *at, "--json")
+        assert json.loads(stopped.stdout)["status"] == "STOPPED"
+    found = queue(lambda jobs: jobs["third"]["state"] == "running")
+    assert found["second"]["state"] == "waiting"
+    for name in ("second", "third"):
+        command("jobs", "stop", name, *at)
+    assert queue(lambda jobs: not jobs) == {}
+    assert not (project / "runs" / "second" / "metrics.jsonl").exists()
+
+
 def test_a_mistake_in_a_job(command: Command, dashboard: str, project: Path) -> None:
     at = ("--address", dashboard)
     job = str(project / "job.yaml")
@@ -211,7 +259,7 @@ def test_jobs_that_ray_itself_cannot_name_are_deleted(
         env=environment | {"HOME": str(home), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
     ).stdout
     for line in said.splitlines():
         assert len(line.partition(" says: ")[2]) > 10, said  # never empty, nor a stop
@@ -279,7 +327,7 @@ def test_two_users_of_one_machine_have_a_cluster_each(project: Path, tmp_path: P
             job = str(project / "job.yaml")
             submitted = cluster("submit", job, "--address", cluster.dashboard, *changes)
             assert submitted.returncode == 0, submitted.stderr
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 600
         found: list[str] = []
         while len(found) < 2 or "RUNNING" in found or "PENDING" in found:
             assert time.monotonic() < deadline, found

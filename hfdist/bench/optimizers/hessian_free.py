@@ -15,7 +15,6 @@ from hfdist.config.job import RunConfig
 from hfdist.config.tracking import TrackingConfig
 from hfdist.devices import resolve
 from hfdist.optim.options import HFOptions
-from hfdist.optim.report import StepReport
 from hfdist.optim.step import HFState
 from hfdist.rundir.stop import StopRequest
 from hfdist.training.coordinator import Progress
@@ -23,9 +22,6 @@ from hfdist.training.display import QuietDisplay
 from hfdist.training.worker import Job, Worker
 
 NAME = "Hessian-free"
-GRADIENTS_PER_PRODUCT = 4 / 3
-"""Matrix products of a Gauss-Newton product on kept activations, 4 a layer, in those of a gradient, 3."""
-GRADIENTS_PER_LOSS = 1 / 3
 
 
 def hessian_free(config: RunConfig) -> Run:
@@ -56,16 +52,4 @@ def _updates(worker: Worker) -> Iterator[Update]:
     progress = Progress(state=HFState(damping=worker.config.optim.damping))
     while True:
         report = worker.step(progress)
-        yield Update(loss=report.loss, work=_work(report))
-
-
-def _work(report: StepReport) -> float:
-    """Gradient-equivalents of the step."""
-    counted = getattr(report, "work", None)
-    if counted is not None:
-        return counted
-    return (
-        1.0
-        + GRADIENTS_PER_PRODUCT * report.num_products
-        + GRADIENTS_PER_LOSS * report.num_loss_evaluations
-    )
+        yield Update(loss=report.loss, work=report.work)

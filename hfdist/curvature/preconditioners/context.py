@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from hfdist.curvature.microbatch import Microbatch
 from hfdist.curvature.objective import Problem
+from hfdist.curvature.preconditioners.memory import PreconditionerMemory
 from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
 from hfdist.tasks.task import Batch, Task
@@ -32,3 +33,9 @@ class Context:
     gradient: Sequence[tuple[Microbatch, Batch]] = ()
     """This rank's microbatches of the gradient role, and their examples; with task and model, None where
     only functions of the microbatches are known."""
+    sees_all_examples: bool = True
+    """Whether the gradient's are all that there are; otherwise statistics may be averaged over steps."""
+    damping: float = 1.0
+    """lambda of the step."""
+    memory: PreconditionerMemory = field(default_factory=PreconditionerMemory)
+    """What earlier steps left; the run's."""

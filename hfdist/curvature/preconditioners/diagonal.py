@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from hfdist.curvature.objective import Problem
-from hfdist.curvature.preconditioners.kronecker import RELATIVE_FLOOR
+
+RELATIVE_FLOOR = 1e-3
+"""Least element of a metric's diagonal, in units of the mean over its parameter tensor."""
 
 
 class DiagonalPreconditioner:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import backpack_squares
 from hfdist.curvature.preconditioners.stateless import UntouchedModel, untouched
+from hfdist.devices import rng_states, seeded, set_rng_states
 from hfdist.tasks.task import Batch, Outputs, Weighted, num_examples
 
 _log = logging.getLogger(__name__)
@@ -64,28 +65,28 @@ def sum_of_squared_gradients(
     """
     model = getattr(model, "_orig_mod", model)  # torch.func cannot look into compiled code
     n = num_examples(batch)
-    states = _RandomState(params.device)
-    with states.kept(), untouched(model, forward) as pure:
-        start = states.read()
+    device = params.device
+    with seeded(device), untouched(model, forward) as pure:
+        start = rng_states(device)
         outputs = pure.record(batch)
-        is_random = not states.equals(start)
+        is_random = any(not torch.equal(s, start[k]) for k, s in rng_states(device).items())
         squares = _Squares(params, pure, loss_fn, reduction, n)
         whole = squares.cotangents(outputs, batch, n)
 
         def accumulate(method: Callable[..., list[Tensor | None]], size: int) -> Tensor:
             total = params.zeros()
             part_of = _Slicer(batch, n)
-            states.write(start)
+            set_rng_states(device, start)
             for low in range(0, n, size):
                 high = min(low + size, n)
                 part = batch if size >= n else part_of(low, high)
-                before = states.read()
+                before = rng_states(device)
                 if not is_random or size >= n:
                     c = [w[low:high] for w in whole] if whole is not None else None
                 else:  # the masks of this part decide its outputs, hence its cotangents
                     with torch.no_grad():
                         c = squares.cotangents(pure(model, part), part, high - low)
-                    states.write(before)
+                    set_rng_states(device, before)
                 total += params.flatten(method(part, c, high - low))
             return total
 
@@ -291,31 +292,6 @@ class _Slicer:
 
     def __call__(self, low: int, high: int) -> Batch:
         return self.rebuild([row[low:high] for row in self.rows])
-
-
-class _RandomState:
-    """The global generators of the CPU and of the parameters' device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device if device.type == "cuda" else None
-
-    def read(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self._device is not None:
-            states.append(torch.cuda.get_rng_state(self._device))
-        return states
-
-    def write(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if self._device is not None:
-            torch.cuda.set_rng_state(states[1], self._device)
-
-    def equals(self, states: list[Tensor]) -> bool:
-        return all(torch.equal(a, b) for a, b in zip(self.read(), states))
-
-    def kept(self) -> Any:
-        devices = [] if self._device is None else [self._device]
-        return torch.random.fork_rng(devices)
 
 
 def _at_most(n: int, max_bytes: int, bytes_each: int) -> int:

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from hfdist.errors import ConfigError, first_line
+from hfdist.errors import ConfigError, WorkerError, first_line
 from hfdist.launch.ray.loopback import is_closed, on_loopback
-from hfdist.launch.ray.nodes import head_here
+from hfdist.launch.ray.nodes import TOO_SLOW, head_here
 from hfdist.launch.ray.placement import Demand
 from hfdist.launch.ray.token import (
     private_token,
@@ -26,6 +26,8 @@ from hfdist.launch.ray.token import (
 
 logger = logging.getLogger(__name__)
 
+_START_TRIES = 3
+"""Times that a node is started which is too slow for Ray: it waits half a minute, and not a second more."""
 _OBJECT_STORE = 128 * 1024 * 1024  # bytes; nothing but the job and its events passes through it
 
 QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
@@ -145,13 +147,7 @@ def _private() -> Iterator[None]:
     try:
         with _environment(environment), on_loopback():
             read_authentication_again()
-            ray.init(
-                "local",
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE,
-                _temp_dir=folder,
-                **QUIET,
-            )
+            _start(folder)
             try:
                 yield
             finally:
@@ -159,6 +155,36 @@ def _private() -> Iterator[None]:
         read_authentication_again()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: str) -> None:
+    import psutil
+    import ray
+
+    before = set(psutil.Process().children(recursive=True))
+    for left in reversed(range(_START_TRIES)):
+        try:
+            ray.init(
+                "local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                _temp_dir=folder,
+                **QUIET,
+            )
+            return
+        except Exception as error:  # of many kinds: ports, memory, a machine that is too busy
+            ray.shutdown()
+            # It forgets the processes of a node that it gave up.
+            family = set(psutil.Process().children(recursive=True)) - before
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(family, timeout=10)
+            if not left or TOO_SLOW not in str(error):
+                raise WorkerError(
+                    f"Ray does not start on this machine: {first_line(error)}"
+                ) from error
+            logger.info("Ray's node did not start in time: trying again")
 
 
 @contextmanager
@@ -180,6 +206,20 @@ def node_resources() -> list[dict[str, float]]:
     import ray
 
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def free_resources() -> list[dict[str, float]]:
+    """What each node that is alive has free; of all nodes together where Ray does not say."""
+    import ray
+
+    try:
+        from ray._private.state import available_resources_per_node
+
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        free = available_resources_per_node()
+        return [dict(resources) for node, resources in free.items() if node in alive]
+    except (ImportError, AttributeError):  # private to Ray
+        return [dict(ray.available_resources())]
 
 
 def scales_itself() -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfdist.errors import ConfigError, first_line
+from hfdist.launch.ray import queue
 from hfdist.launch.ray.package import copy_files, files_of
 from hfdist.launch.ray.token import use_token
 from hfdist.rundir.locations import check_run_id, folder_of_runs, is_address, is_run_id
@@ -46,7 +47,8 @@ _AGENT_WAIT = 120.0  # seconds that a new head's agent may take to come up
 _CREDENTIALS = ("MLFLOW_TRACKING_", "AWS_", "MLFLOW_S3_", "HFDIST_NOTIFY_")
 _OF_CLIENTS = ("MLFLOW_WORKSPACE",)
 """Other variables that go with a job."""
-_DESCRIBED = ("task", "steps", "experiment")
+_DESCRIBED = ("task", "steps", "experiment", "priority", "label", "at_most", "user")
+_PLACE = ("queue", "priority", "label", "at_most", "user", "turn_at")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -57,6 +59,7 @@ class Submission:
 
     run_id: str
     run_dir: str
+    job_id: str = ""
     job: str | None = None
     """The job file in the package; None to go on with the run."""
     overrides: list[str] = field(default_factory=list)
@@ -127,6 +130,7 @@ def submit(
     config: RunConfig,
     folder: Path,
     max_size: int = MAX_SIZE,
+    place: Mapping[str, str] | None = None,
 ) -> Submitted:
     """Submit a run.
 
@@ -138,6 +142,7 @@ def submit(
         config: The job as it resolves here.
         folder: The user's folder: what .gitignore does not ignore travels with the job.
         max_size: Bytes that may.
+        place: In the queue, see `queue.metadata`.
 
     Raises:
         ConfigError: The run's name is none, the folder is too large, or the cluster refuses.
@@ -151,6 +156,7 @@ def submit(
     submission = Submission(
         run_id=run_id,
         run_dir=f"{output}/{run_id}",
+        job_id=run_id,
         job=str(job.resolve().relative_to(folder.resolve())),
         overrides=[*overrides, f"output={output}"],
         environment=_credentials() | {SOURCE_VARIABLE: json.dumps(code)},
@@ -159,6 +165,7 @@ def submit(
         "task": config.task.rpartition("/")[2],
         "steps": str(config.steps),
         "experiment": config.tracking.experiment,
+        **(queue.metadata() if place is None else place),
     }
     with tempfile.TemporaryDirectory(prefix="hfdist-job-") as package:
         size = copy_files(folder, files, Path(package), max_size)
@@ -204,10 +211,15 @@ def resume(
     if run_dir is None:
         raise ConfigError(f"the cluster at {address} knows no run {run_id}: see `hfdist jobs list`")
     numbers = [int(m[1]) for d in known if (m := re.search(r"-r(\d+)$", d.submission_id or ""))]
+    job_id = f"{run_id}-r{max(numbers, default=1) + 1}"
     submission = Submission(
-        run_id=run_id, run_dir=run_dir, overrides=list(overrides), environment=_credentials()
+        run_id=run_id,
+        run_dir=run_dir,
+        job_id=job_id,
+        overrides=list(overrides),
+        environment=_credentials(),
     )
-    described = {key: metadata[key] for key in _DESCRIBED if key in metadata}
+    described = queue.metadata() | {k: metadata[k] for k in _DESCRIBED if k in metadata}
     for override in overrides:
         key, _, value = override.partition("=")
         if key in ("steps", "task"):
@@ -215,7 +227,7 @@ def resume(
     with tempfile.TemporaryDirectory(prefix="hfdist-job-") as package:
         return _send(
             submission,
-            f"{run_id}-r{max(numbers, default=1) + 1}",
+            job_id,
             Path(package),
             address,
             described,
@@ -299,6 +311,18 @@ def describe(details: JobDetails) -> dict[str, Any]:
         "run_dir": metadata.get("run_dir"),
         "mlflow": metadata.get("mlflow"),
     }
+
+
+def list_queue(address: str) -> list[dict[str, Any]]:
+    """The jobs that have not ended: those that run, then those that wait, in their order; see
+    `queue.listed`."""
+    with jobs_of(address) as client:
+        found = [
+            describe(d) | {"queue": {k: v for k, v in (d.metadata or {}).items() if k in _PLACE}}
+            for d in client.list_jobs()
+            if d.submission_id
+        ]
+    return queue.listed(found)
 
 
 def list_jobs(address: str) -> list[dict[str, Any]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,8 +18,13 @@ from hfdist.errors import ConfigError, WorkerError
 from hfdist.launch.ray.loopback import VARIABLE, is_loopback
 from hfdist.launch.ray.token import token_path, write_token
 
-_START_SECONDS = 60.0
+_START_SECONDS = 120.0
+_START_TRIES = 3
+"""Times that a node is started which is too slow for Ray, which waits half a minute."""
+TOO_SLOW = "timed out during startup"
+"""What Ray says of such a node."""
 _STOP_SECONDS = 5.0
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # Ray's own defaults take half a minute to see that a node is gone.
 _DETECTION = {
     "RAY_health_check_period_ms": "1000",
@@ -127,24 +134,16 @@ def _start(
         environment[VARIABLE] = "0"
     program = "hfdist.launch.ray.loopback" if loopback else "ray.scripts.scripts"
     command = [sys.executable, "-m", program, "start", "--block", *arguments]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, *size.arguments()],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + _START_SECONDS
-    while "Ray runtime started" not in (text := log.read_text()):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.terminate()
-            words = [line for line in text.strip().splitlines() if line.strip()]
-            raise ConfigError(
-                f"the node does not start: {words[-1] if words else 'no word'} ({log})"
-            )
-        time.sleep(0.2)
+    for left in reversed(range(_START_TRIES)):
+        process = _begin([*command, *size.arguments()], log, environment)
+        text = _word_of(process, log)
+        if text is None:
+            break
+        if left and TOO_SLOW in text:
+            continue
+        words = [line for line in _COLOUR.sub("", text).splitlines() if line.strip()]
+        said = words[-1].strip() if words else "no word"
+        raise ConfigError(f"the node does not start: {said} ({log})")
     import psutil
 
     node = Node(
@@ -156,6 +155,35 @@ def _start(
     )
     (folder / f"node-{node.pid}.json").write_text(json.dumps(asdict(node)))
     return node
+
+
+def _begin(
+    command: list[str], log: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    with log.open("w") as file:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def _word_of(process: subprocess.Popen[bytes], log: Path) -> str | None:
+    """What a node says that does not start, which is then ended; None once it has started."""
+    deadline = time.monotonic() + _START_SECONDS
+    while "Ray runtime started" not in log.read_text(errors="replace"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.terminate()
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            return log.read_text(errors="replace")
+        time.sleep(0.2)
+    return None
 
 
 def nodes_here() -> list[Node]:

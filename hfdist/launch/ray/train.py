@@ -18,12 +18,14 @@ from hfdist.launch.failures import record_cause
 from hfdist.launch.last_words import last_words
 from hfdist.launch.ray.cluster import (
     connected,
+    free_resources,
     node_resources,
     resources_in_use,
     room_asked_for,
     scales_itself,
 )
 from hfdist.launch.ray.placement import Demand, suggest_fix, what_is_missing
+from hfdist.launch.ray.queue import JOB_VARIABLE, Queue
 from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address
 from hfdist.rundir.stop import SignalCount, signals_counted
@@ -93,6 +95,7 @@ class _Driver:
         self._display = display
         self._home = home_of(config.output, run_dir)
         self._signals = SignalCount()
+        self._queue = Queue(job) if (job := os.environ.get(JOB_VARIABLE)) else None
         self._has_begun = False
         self._groups = 0
         self._is_down = False
@@ -113,6 +116,10 @@ class _Driver:
         (self._run_dir / files.STOP_FILE).unlink(missing_ok=True)
         try:
             with signals_counted() as self._signals:
+                if self._queue is not None:
+                    self._queue.wait(
+                        self._what_is_taken, self._display.message, lambda: self._signals.number > 0
+                    )
                 self._wait_for_resources()
                 beside = NodeAffinitySchedulingStrategy(
                     ray.get_runtime_context().get_node_id(), soft=False
@@ -128,6 +135,13 @@ class _Driver:
             (self._run_dir / files.STOP_FILE).unlink(missing_ok=True)
 
     # -- placement -------------------------------------------------------------------------------
+
+    def _what_is_taken(self) -> str | None:
+        """What the workers lack of what is free now; None also where the cluster would have to grow."""
+        nodes = node_resources()
+        if what_is_missing(self._demand(nodes), nodes) is not None:
+            return None
+        return what_is_missing(self._demand(nodes), free_resources())
 
     def _wait_for_resources(self) -> None:
         """Return once the cluster can hold the fewest workers that the run may start with."""
@@ -324,6 +338,8 @@ class _Driver:
             if method in ("start", "step") and is_address(self._config.output):
                 (self._run_dir / files.METRICS).touch()  # that it grows, where others write it
             if method == "start":
+                if self._queue is not None and not self._has_begun:
+                    self._queue.begin()
                 self._is_down = False
                 self._has_begun = True
             getattr(self._display, method)(*arguments)
@@ -410,7 +426,7 @@ def _per_worker(config: RunConfig, nodes: list[dict[str, float]]) -> dict[str, f
                 f"launch.gpus_per_worker is {gpus:g} but device is cpu: set device=cuda"
             )
         gpus = 0.0
-    elif config.device.startswith("cuda"):
+    elif config.device != "auto":
         if gpus == 0:
             raise ConfigError(f"device is {config.device} but launch.gpus_per_worker is 0")
         gpus = 1.0 if gpus is None else gpus

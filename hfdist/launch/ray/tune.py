@@ -1,9 +1,10 @@
-"""Grids of runs through Ray Tune: as many at a time as the cluster can hold."""
+"""Sweeps of runs through Ray Tune: as many at a time as the cluster can hold."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfdist.errors import ConfigError, UserError, WorkerError
+from hfdist.errors import ConfigError, WorkerError
 from hfdist.launch.ray.cluster import connected, node_resources
 from hfdist.launch.ray.placement import Demand, suggest_fix, what_is_missing
 from hfdist.rundir import files
@@ -27,11 +28,14 @@ if TYPE_CHECKING:
 _PARENT_SECONDS = 20.0
 """Seconds that the parent run has to get its identifier; without it the runs are not nested."""
 _FOR_TRIALS = ("MLFLOW_", "HFDIST_")
+_ENDED = ("FINISHED", "FAILED")
+_PLAN_FILE = "plan.json"
+_RANDOM = re.compile(r"(uniform|loguniform|randint)\(([^,()]+),([^,()]+)\)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One point of the grid."""
+    """One point of the sweep."""
 
     run_id: str
     values: Mapping[str, str]
@@ -42,6 +46,33 @@ class Trial:
     def run_dir(self) -> Path:
         """Its run's folder."""
         return Path(self.config.output) / self.run_id
+
+    def status(self, folder: Path) -> str:
+        """How its run ended: PENDING while it has not, STOPPED if it was by halving."""
+        return str(_row(self, folder)["status"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A sweep."""
+
+    sweep_id: str
+    """Its name, and that of its folder."""
+    config: RunConfig
+    """The job without what is varied: where the runs are recorded, and the cluster."""
+    trials: Sequence[Trial]
+    halving: int | None = None
+    """Steps after which runs are compared first, then after `eta` times as many, and so on (ASHA, Li et
+    al., A system for massively parallel hyperparameter tuning, 2020); None: all run to their end."""
+    eta: int = 3
+    """Of the runs that are compared one in so many goes on."""
+    metric: str | None = None
+    """Of metrics.jsonl, the lower the better; by default the held-out loss, or else the loss."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the sweep, beside its runs."""
+        return Path(self.config.output) / self.sweep_id
 
 
 def split_grid(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -68,24 +99,118 @@ def split_grid(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]
     return fixed, grid
 
 
+def samples(space: Mapping[str, Sequence[str]], count: int, seed: int) -> list[dict[str, str]]:
+    """Random points: each key's value is one of its list, or drawn by Ray Tune from its range,
+    `uniform(0,1)`, `loguniform(1e-3,10)` or `randint(1,100)`.
+
+    Raises:
+        ConfigError: A range that is none.
+    """
+    import numpy
+    from ray import tune
+
+    domains: dict[str, Any] = {}
+    for key, values in space.items():
+        found = _RANDOM.fullmatch(values[0].replace(" ", "")) if len(values) == 1 else None
+        if found is None:
+            domains[key] = tune.choice(list(values))
+            continue
+        kind, low, high = found.groups()
+        try:
+            limits = [int(x) if kind == "randint" else float(x) for x in (low, high)]
+        except ValueError as error:
+            raise ConfigError(f"{key}={values[0]}: {error}") from error
+        if not limits[0] < limits[1] or (kind == "loguniform" and limits[0] <= 0):
+            raise ConfigError(
+                f"{key}={values[0]}: write the smaller number first"
+                + (", both above 0" if kind == "loguniform" else "")
+            )
+        domains[key] = getattr(tune, kind)(*limits)
+    random = numpy.random.RandomState(seed)  # what Ray Tune takes
+    return [
+        {key: _text(d.sample(random_state=random)) for key, d in domains.items()}
+        for _ in range(count)
+    ]
+
+
+def is_random(text: str) -> bool:
+    """Whether a value is a range to draw from."""
+    return _RANDOM.fullmatch(text.replace(" ", "")) is not None
+
+
+def _text(value: Any) -> str:
+    value = value.item() if hasattr(value, "item") else value
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def save(plan: Plan, job: Path, fixed: Sequence[str]) -> None:
+    """Write the sweep down, so that it can be gone on with; without its secrets."""
+    from hfdist.config.redaction import masked_override
+    from hfdist.rundir.files import write_json
+
+    write_json(
+        plan.folder / _PLAN_FILE,
+        {
+            "sweep_id": plan.sweep_id,
+            "job": str(job.resolve()),
+            "fixed": [masked_override(override) for override in fixed],
+            "runs": {trial.run_id: dict(trial.values) for trial in plan.trials},
+            "halving": plan.halving,
+            "eta": plan.eta,
+            "metric": plan.metric,
+        },
+    )
+
+
+def load(folder: Path, overrides: Sequence[str] = ()) -> Plan:
+    """The sweep of a folder, with changes of all its runs.
+
+    Raises:
+        ConfigError: There is none, or the job has changed so that it is not valid.
+    """
+    from hfdist.config.job import load_config
+
+    try:
+        said = json.loads((folder / _PLAN_FILE).read_text())
+        job, runs = Path(said["job"]), dict(said["runs"])
+        fixed = [*said["fixed"], *overrides, f"output={folder.resolve().parent}"]
+        return Plan(
+            sweep_id=folder.resolve().name,
+            config=load_config(job, fixed),
+            trials=[
+                Trial(
+                    run_id=run_id,
+                    values=point,
+                    config=load_config(job, [*fixed, *(f"{k}={v}" for k, v in point.items())]),
+                )
+                for run_id, point in runs.items()
+            ],
+            halving=said["halving"],
+            eta=said["eta"],
+            metric=said["metric"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{folder} is no sweep to go on with: name the folder that `hfdist sweep` made, with "
+            f"its {_PLAN_FILE}"
+        ) from error
+
+
 def points(grid: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     """All combinations, the last key's values running fastest."""
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
-def run(
-    sweep_id: str, config: RunConfig, trials: Sequence[Trial], tell: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Run a grid, as nested runs of one MLflow run.
+def run(plan: Plan, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Run a sweep, or go on with it, as nested runs of one MLflow run.
 
     Args:
-        sweep_id: Name of the sweep, and of its folder.
-        config: The job without the grid: where the runs are recorded, and the cluster.
-        trials: The points.
+        plan: The sweep.
         tell: Gets a line when a run ends.
 
     Returns:
-        result.json of each trial with its `values`; of one that failed, `status` and `error`.
+        result.json of each trial with its `values`; of one that failed, `status` and `error`; of one that
+        halving has stopped, `status` STOPPED.
 
     Raises:
         UserError: There is no cluster, or a trial cannot be placed on it.
@@ -93,9 +218,9 @@ def run(
     from hfdist.rundir.files import write_json
     from hfdist.tracking import Status
 
-    folder = Path(config.output) / sweep_id
+    folder, config = plan.folder, plan.config
     with connected(config.launch.address):
-        for trial in trials:
+        for trial in plan.trials:
             nodes = node_resources()
             demand = Demand(num_workers=1, per_worker=_resources(trial.config))
             if missing := what_is_missing(demand, nodes):
@@ -103,11 +228,13 @@ def run(
                     f"a run cannot be placed: {missing}; {suggest_fix(demand, nodes)}"
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        tracker = _parent(sweep_id, config, trials, folder)
+        for path in folder.glob("*.error"):  # a sweep that goes on tries them again
+            path.unlink()
+        tracker = _parent(plan)
         rows: list[dict[str, Any]] = []
         try:
-            rows = _Sweep(trials, folder, tracker.tracked_as, config, tell).run()
-            write_json(folder / "sweep.json", {"sweep_id": sweep_id, "runs": rows})
+            rows = _Sweep(plan, tracker.tracked_as, tell).run()
+            write_json(folder / "sweep.json", {"sweep_id": plan.sweep_id, "runs": rows})
             tracker.log_artifact(folder / "sweep.json")
             losses = [row["final_loss"] for row in rows if row.get("final_loss") is not None]
             if losses:
@@ -125,16 +252,9 @@ def run(
 class _Sweep:
     """Ray Tune in a thread, and what is said meanwhile."""
 
-    def __init__(
-        self,
-        trials: Sequence[Trial],
-        folder: Path,
-        parent: str | None,
-        config: RunConfig,
-        tell: Callable[[str], None],
-    ) -> None:
-        self._trials, self._folder, self._tell = trials, folder, tell
-        self._parent, self._config = parent, config
+    def __init__(self, plan: Plan, parent: str | None, tell: Callable[[str], None]) -> None:
+        self._plan, self._trials, self._folder = plan, plan.trials, plan.folder
+        self._parent, self._tell = parent, tell
         self._signals = SignalCount()
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -165,30 +285,37 @@ class _Sweep:
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # it prints even where it is told not to
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-        from ray import tune
+        from hfdist.launch.ray.trial import tuner
 
+        # A trial whose process is lost is told, and tried again: no traceback of Ray's own besides.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        plan = self._plan
         assignment = {
-            "trials": list(self._trials),
+            "trials": list(plan.trials),
+            "metric": plan.metric,
             "parent": self._parent,
             "folder": str(self._folder),
             "cwd": str(Path.cwd()),
             "environment": {k: v for k, v in os.environ.items() if k.startswith(_FOR_TRIALS)},
         }
+        # Of a sweep that goes on; halving wants to know of those that have ended, too.
+        numbers = [
+            k
+            for k, trial in enumerate(plan.trials)
+            if plan.halving is not None or trial.status(self._folder) not in _ENDED
+        ]
         try:
-            resources = {k.lower(): v for k, v in _resources(self._trials[0].config).items()}
-            tune.Tuner(
-                tune.with_resources(tune.with_parameters(_trial, assignment=assignment), resources),
-                param_space={"number": tune.grid_search(list(range(len(self._trials))))},
-                tune_config=tune.TuneConfig(trial_name_creator=lambda t: t.trial_id),
-                run_config=tune.RunConfig(
-                    name="tune",
-                    storage_path=str(self._folder / "ray"),
-                    verbose=0,
-                    failure_config=tune.FailureConfig(
-                        max_failures=max(1, self._config.launch.max_failures)
-                    ),
-                ),
-            ).fit()
+            if numbers:
+                tuner(
+                    assignment,
+                    numbers,
+                    _resources(plan.trials[0].config),
+                    folder=self._folder / "ray",
+                    max_failures=max(1, plan.config.launch.max_failures),
+                    max_steps=max(trial.config.steps for trial in plan.trials),
+                    halving=plan.halving,
+                    eta=plan.eta,
+                ).fit()
         except BaseException as error:
             self._error = error
         finally:
@@ -208,53 +335,23 @@ class _Sweep:
             )
 
 
-def _trial(space: dict[str, Any], assignment: dict[str, Any]) -> None:
-    """One run, in a process of the cluster."""
-    import sys
-
-    from ray import tune
-
-    from hfdist.launch.start import start
-
-    os.environ.update(assignment["environment"])
-    if os.path.isdir(assignment["cwd"]):
-        os.chdir(assignment["cwd"])
-        sys.path.insert(0, assignment["cwd"])
-    trial: Trial = assignment["trials"][space["number"]]
-    folder = Path(assignment["folder"])
-    if (folder / files.STOP_FILE).exists():
-        return
-    config = trial.config
-    if assignment["parent"]:
-        config = config.model_copy(
-            update={
-                "tracking": _replaced(config.tracking, parent_run=assignment["parent"]),
-            }
-        )
-    before = trial.run_dir.exists()  # this trial's process died: it goes on
-    try:
-        result = start(config, run_dir=trial.run_dir, resume=before, display="quiet")
-        tune.report({"final_loss": result["final_loss"]})
-    except UserError as error:  # the other points of the grid go on
-        (folder / f"{trial.run_id}.error").write_text(str(error))
-
-
-def _parent(sweep_id: str, config: RunConfig, trials: Sequence[Trial], folder: Path) -> Tracker:
+def _parent(plan: Plan) -> Tracker:
     """The MLflow run that holds the others."""
     from hfdist.tracking import RunInfo, make_tracker
 
+    config = plan.config
     quiet = _replaced(config.tracking, system_metrics=False, log_model=False)
     tracker = make_tracker(quiet, Path(config.output))
     grid: dict[str, list[str]] = {}
-    for trial in trials:
+    for trial in plan.trials:
         for key, value in trial.values.items():
             if value not in grid.setdefault(key, []):
                 grid[key].append(value)
     tracker.start(
         RunInfo(
-            run_id=sweep_id,
+            run_id=plan.sweep_id,
             name=config.name,
-            run_dir=folder,
+            run_dir=plan.folder,
             params={**config.flatten(), **{key: ", ".join(v) for key, v in grid.items()}},
             tags={"hfdist.sweep": ", ".join(grid)},
         )
@@ -277,6 +374,8 @@ def _row(trial: Trial, folder: Path) -> dict[str, Any]:
             row |= json.loads(path.read_text())
         if error.exists():
             row |= {"status": "FAILED", "error": error.read_text()}
+        elif row["status"] == "KILLED" and (folder / f"{trial.run_id}.stopped").exists():
+            row["status"] = "STOPPED"
     except (OSError, ValueError):
         pass  # being written
     return row
@@ -288,7 +387,7 @@ def _resources(config: RunConfig) -> dict[str, float]:
     if launch.backend == "ray":
         return {"CPU": 0.0}
     workers = launch.max_workers
-    gpus = launch.gpus_per_worker or (1.0 if config.device.startswith("cuda") else 0.0)
+    gpus = launch.gpus_per_worker or (0.0 if config.device in ("auto", "cpu") else 1.0)
     found = {"CPU": workers * launch.cpus_per_worker}
     return found | ({"GPU": workers * gpus} if gpus else {})
 

@@ -79,6 +79,7 @@ class FailureWatch(UserCallback):
 
         failures: dict[int, tuple[Failed, float]] = ray.get(self._relay.failures.remote())
         nodes: dict[int, str] = ray.get(self._relay.nodes.remote())
+        _GroupBackend.has_failed = True
         cause = first_failure(failures, worker_exceptions, nodes)
         ray.get(self._relay.down.remote(cause))
         for failed, _ in failures.values():
@@ -90,7 +91,11 @@ _Backend: Any = TorchConfig().backend_cls
 
 
 class _GroupBackend(_Backend):
+    has_failed = False
+    """Whether a worker of the present group has; in the controller's process there is one group at a time."""
+
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        _GroupBackend.has_failed = False
         module: Any = torch_config
         ordinary = module._setup_torch_process_group
         module._setup_torch_process_group = set_up_group  # what workers are told to call
@@ -100,6 +105,9 @@ class _GroupBackend(_Backend):
             module._setup_torch_process_group = ordinary
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        if _GroupBackend.has_failed:
+            # Survivors wait for the lost one when they leave the group: seconds, and they end anyway.
+            return
         try:
             super().on_shutdown(worker_group, backend_config)
         except RayError as error:
@@ -222,15 +230,17 @@ def _device(job: Assignment) -> torch.device:
     import torch
     from ray.train.torch import get_device
 
+    from hfdist.devices import is_accelerator, use
+
     if not job.gpus_per_worker:
         return torch.device("cpu")
     device = get_device()
-    if device.type != "cuda":
+    if not is_accelerator(device):
         raise ConfigError(
             "Ray gave this worker a GPU that torch does not see: install a torch that supports it, or "
             "set device=cpu"
         )
-    torch.cuda.set_device(device)
+    use(device)
     return device
 
 

@@ -69,6 +69,9 @@ FACTOR = 4.0
 """Between the lambdas of neighbouring candidates."""
 RUNGS = 16
 """Candidates on each side of the step's lambda, at most."""
+WORTH = 2.0
+"""A product must buy this much more of the decrease than the step so far did on average: the next step, with
+a new gradient and the last step beside it, buys more than the average."""
 NOTHING = 1e-6
 """Part of the last step's curvature outside the space under which it has nothing outside."""
 SAME = 1e-2
@@ -401,4 +404,4 @@ def _is_worth_it(space: KrylovSpace, costs: Costs) -> bool:
     quadratic, k = space.quadratic, space.dim
     average = -quadratic[-1] / costs.step(k + (space.last is not None), losses=3)
     recent = min(2, k)
-    return (quadratic[-1 - recent] - quadratic[-1]) / (recent * costs.product) >= average
+    return (quadratic[-1 - recent] - quadratic[-1]) / (recent * costs.product) >= WORTH * average

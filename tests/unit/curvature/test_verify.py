@@ -174,10 +174,22 @@ def exp_in_place(z: Tensor) -> Tensor:
     return ce(z).exp_()
 
 
+def one_call_an_example(z: Tensor) -> Tensor:
+    """Several calls, each of which sees another piece of the outputs."""
+    return torch.stack([F.cross_entropy(row, y) for row, y in zip(z.unbind(), data()[1])]).mean()
+
+
 @pytest.mark.parametrize(
-    "loss", [halved_in_place, masked_in_place, writes_into_outputs, exp_in_place],
+    "loss",
+    [
+        halved_in_place,
+        masked_in_place,
+        writes_into_outputs,
+        exp_in_place,
+        one_call_an_example,
+    ],
     ids=lambda f: f.__name__,
-)  # fmt: skip
+)
 def test_arithmetic_in_place_on_losses_and_outputs(loss: Any) -> None:
     model = Net()
     x, _ = data()
@@ -334,6 +346,71 @@ def test_a_padding_row_raises_no_alarm() -> None:
         model[0].weight[0] = 1.0
     ids = torch.tensor([[0, 1], [2, 0], [3, 4], [1, 1], [0, 2]])
     problem_of(model, ce, lambda: model(ids)).loss_and_gradient()
+
+
+def mask_hook(model: Net) -> None:
+    model.a.weight.register_hook(lambda g: g * torch.eye(4, 3, dtype=g.dtype))
+
+
+@pytest.mark.parametrize("curvature_opt", ["ggn", "hessian"])
+def test_a_hook_that_drops_entries_of_a_gradient_is_an_error(curvature_opt: Any) -> None:
+    model = Net()
+    mask_hook(model)
+    with pytest.raises(TaskError, match="gradient and loss disagree"):
+        problem_of(model, ce, curvature_opt=curvature_opt).loss_and_gradient()
+
+
+@pytest.mark.parametrize("curvature_opt", ["ggn", "hessian"])
+def test_a_gradient_that_is_a_little_off_is_an_error(curvature_opt: Any) -> None:
+    def slightly(x: Tensor) -> Tensor:
+        h = x.sin()
+        h.register_hook(lambda g: 1.0005 * g)
+        return h
+
+    with pytest.raises(TaskError, match="gradient and loss disagree"):
+        problem_of(Net(slightly), ce, curvature_opt=curvature_opt).loss_and_gradient()
+
+
+def test_what_does_not_fit_the_memory_is_checked_too() -> None:
+    engine = ProductEngine(memory_budget=1)
+    with pytest.raises(TaskError, match=r"custom autograd functions|once_differentiable"):
+        problem_of(Net(ByNumpy.apply), ce, engine=engine).loss_and_gradient()
+
+
+KINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "leaky_relu": lambda h: F.leaky_relu(h, 0.1),
+    "clamp": lambda h: h.clamp(min=0.0),
+    "where": lambda h: torch.where(h > 0, h, 0.0 * h),
+    "hardtanh": lambda h: F.hardtanh(h, 0.0, 1.0),
+    "maximum": lambda h: torch.maximum(h, torch.zeros_like(h)),
+}
+
+
+@pytest.mark.parametrize("curvature_opt", ["ggn", "hessian"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", KINKS)
+def test_a_kink_at_the_parameters_raises_no_alarm(
+    name: str, dtype: torch.dtype, curvature_opt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Zero inputs and zero biases: half of what comes to the function is exactly zero."""
+    model = Net(KINKS[name]).to(dtype)
+    nn.init.zeros_(model.a.bias)
+    x = data()[0].to(dtype)
+    x[::2] = 0.0
+    problem_of(model, ce, lambda: model(x), curvature_opt=curvature_opt).loss_and_gradient()
+    assert not caplog.records
+
+
+def test_a_saturated_softmax_raises_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    """Its Hessian is nothing but rounding."""
+    problem_of(Net(), lambda z: ce(1e3 * z)).loss_and_gradient()
+    model = Net()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(50.0)
+    problem_of(model, ce).loss_and_gradient()
+    assert not caplog.records
 
 
 # -- what is checked when

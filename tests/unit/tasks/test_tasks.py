@@ -129,3 +129,15 @@ def test_rosenbrock_is_rosenbrocks() -> None:
 def test_bad_arguments_are_named(spec: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(TaskError, match="task_args"):
         load_task(spec, arguments)
+
+
+def test_the_digits_are_scikit_learns() -> None:
+    from sklearn.datasets import load_digits
+
+    from hfdist.tasks.digits import _digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    ours, numbers = _digits()
+    assert torch.equal(ours, torch.tensor(pixels / 16.0, dtype=torch.float32))
+    assert torch.equal(numbers, torch.tensor(labels))
+    assert numbers.dtype == torch.int64

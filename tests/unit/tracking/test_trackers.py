@@ -107,6 +107,35 @@ def test_mlflow_is_loaded_by_the_first_run_only(tmp_path):
         "print([m for m in ('mlflow', 'matplotlib', 'psutil') if m in sys.modules])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, cwd=tmp_path
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_new_store_is_mlflows_own_whether_made_or_taken_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sqlite3
+
+    from hfdist.tracking.client import connect
+
+    def content(path: Path) -> tuple[list[str], list[str]]:
+        with sqlite3.connect(path) as store:
+            names = sorted(
+                str(row) for row in store.execute("SELECT type, name FROM sqlite_master")
+            )
+            return names, [str(row) for row in store.execute("SELECT * FROM alembic_version")]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    connect(f"sqlite:///{tmp_path}/made.db")
+    (kept,) = (tmp_path / "cache" / "hfdist").iterdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    client = connect(f"sqlite:///{tmp_path}/taken.db")
+    assert content(tmp_path / "made.db") == content(tmp_path / "taken.db")
+    client.create_run(client.create_experiment("e"))
+    assert client.get_experiment("0").artifact_location == f"{tmp_path}/elsewhere/mlruns/0"
+    kept.write_bytes(b"no database")  # it is not relied upon
+    connect(f"sqlite:///{tmp_path}/again.db")
+    assert content(tmp_path / "made.db") == content(tmp_path / "again.db")

@@ -1,0 +1,244 @@
+"""A block-diagonal matrix of the layers' statistics, damped, and its inverse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hfdist.comm.balance import balanced
+from hfdist.curvature.kronecker.factors import (
+    Factor,
+    inverse,
+    multiply_left,
+    multiply_right,
+    packed,
+    shifted,
+    unpacked,
+)
+from hfdist.curvature.kronecker.keys import BlockPlan, LayerBlock
+from hfdist.curvature.kronecker.statistics import Statistics
+from hfdist.curvature.objective import Problem
+
+
+class Part(Protocol):
+    """A block: a product with it, or with its inverse."""
+
+    matrices: list[Tensor]
+    """Symmetric, [.., m, m]; the inverse block has their inverses."""
+
+    def apply(self, matrices: Sequence[Tensor], v: list[Tensor], out: list[Tensor]) -> None:
+        """Write the product into this block's pieces of `out`.
+
+        Args:
+            matrices: `self.matrices`, or their inverses.
+            v, out: Vectors in pieces shaped like the parameters.
+        """
+        ...
+
+
+@dataclass
+class LayerPart:
+    """V [out, in] -> G V A of a weight, with the bias as V's last column."""
+
+    block: LayerBlock
+    matrices: list[Tensor]
+    """G, A as damped: [groups, number, m, m]."""
+
+    def apply(self, matrices: Sequence[Tensor], v: list[Tensor], out: list[Tensor]) -> None:
+        key, bias = self.block.keys[0], self.block.bias
+        G, A = matrices
+        V = self._of_groups(v)
+        if bias is not None:
+            b = v[bias.index].reshape(-1)[bias.start : bias.stop]
+            V = torch.cat((V, b.view(key.groups, -1, 1)), 2)
+        R = multiply_right(multiply_left(G, V), A)
+        if bias is not None:
+            own = out[bias.index].view(-1)[bias.start : bias.stop]
+            own.view(key.groups, -1).copy_(R[:, :, -1])
+            R = R[:, :, :-1]
+        self._of_groups(out).copy_(R)
+
+    def _of_groups(self, pieces: list[Tensor]) -> Tensor:
+        """The weight's rows as [groups, out, in]; a view."""
+        key = self.block.keys[0]
+        W = pieces[key.rows.index][key.rows.start : key.rows.stop]
+        W = W.view(key.groups, W.shape[0] // key.groups, -1)
+        return W.mT if key.input_first else W
+
+
+@dataclass
+class VectorPart:
+    """A full matrix over the numbers of some parameters, or one for the k numbers of each channel."""
+
+    params: tuple[int, ...]
+    matrices: list[Tensor]
+    """[1, m, m], or [C, k, k]."""
+
+    def apply(self, matrices: Sequence[Tensor], v: list[Tensor], out: list[Tensor]) -> None:
+        (M,) = matrices
+        parts = [v[k].reshape(-1) for k in self.params]
+        if M.shape[-1] == 1:
+            results = [(M.view(-1) * part) for part in parts]
+        elif len(M) == 1:
+            results = list((M[0] @ torch.cat(parts)).split([len(part) for part in parts]))
+        else:
+            results = list((M @ torch.stack(parts, 1)[:, :, None])[:, :, 0].unbind(1))
+        for k, result in zip(self.params, results):
+            out[k].copy_(result.view(out[k].shape))
+
+
+class BlockDiagonal:
+    """The damped matrix C and its inverse, of whole vectors [P].
+
+    Args:
+        problem: Its parameters, L2 term and damping metric count.
+        plan: The blocks.
+        statistics: What they are made of.
+        damping: lambda; None: C is a metric.
+        relative: What a metric adds to each factor, and to each block without factors, in units of its mean
+            diagonal element.
+
+    Collective: each rank inverts some of the matrices.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        plan: BlockPlan,
+        statistics: Statistics,
+        damping: float | None,
+        relative: float = 0.0,
+    ) -> None:
+        self._params = problem.params
+        self._parts = _Damping(problem, damping, relative).parts(plan, statistics)
+        self._inverses = _inverted(problem, [part.matrices for part in self._parts])
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """C^-1 v."""
+        return self._apply(self._inverses, v)
+
+    def product(self, v: Tensor) -> Tensor:
+        """C v."""
+        return self._apply([part.matrices for part in self._parts], v)
+
+    def _apply(self, matrices: Sequence[Sequence[Tensor]], v: Tensor) -> Tensor:
+        out = torch.empty_like(v)
+        given, results = self._params.pieces(v), self._params.pieces(out)
+        for part, own in zip(self._parts, matrices):
+            part.apply(own, given, results)
+        return out
+
+
+class _Damping:
+    """How much is added to which factor."""
+
+    def __init__(self, problem: Problem, damping: float | None, relative: float) -> None:
+        self._params = problem.params
+        self._shift = problem.regularisation.shift(damping or 0.0)
+        self._relative = relative
+        self._typical = 1.0
+
+    def parts(self, plan: BlockPlan, statistics: Statistics) -> list[Part]:
+        """The blocks with damping."""
+        factors = [_factors(layer, statistics) for layer in plan.layers]
+        vectors = [(key.params, statistics.vectors[key]) for key in plan.vectors]
+        for index, keys in plan.biases.items():
+            diagonal = sum(statistics.layers[key][1].diagonal().flatten() for key in keys)
+            vectors.append(((index,), diagonal[:, None, None]))  # type: ignore[index]
+        means = [float((G.means() * A.means()).mean()) for G, A in factors]
+        means += [float(_diagonal(blocks).double().mean()) for _, blocks in vectors]
+        others = {k: float(mean) for k, mean in statistics.others.items()}
+        positive = [mean for mean in [*means, *others.values()] if mean > 0.0]
+        # A block without curvature (nothing depends on it, or not in this sample) has the others' scale.
+        self._typical = sum(positive) / len(positive) if positive else 1.0
+        parts: list[Part] = []
+        for layer, (G, A) in zip(plan.layers, factors):
+            parts.append(LayerPart(layer, self._layer(layer, G, A)))
+        for params, blocks in vectors:
+            parts.append(VectorPart(params, [self._vector(params, blocks)]))
+        for k in plan.others:
+            mean = others[k] + self._shift_of([k])
+            full = torch.full_like(statistics.others[k].view(1, 1, 1), mean or self._typical)
+            parts.append(VectorPart((k,), [full]))
+        return parts
+
+    def _layer(self, layer: LayerBlock, G: Factor, A: Factor) -> list[Tensor]:
+        """Factored Tikhonov damping (Martens & Grosse 2015, section 6.3): the shift s of the block adds
+        sqrt(s) / pi to G and pi sqrt(s) to A, with pi^2 the ratio of A's mean to G's."""
+        shift = self._shift_of([layer.keys[0].rows.index])
+        g, a = G.means(), A.means()  # [groups]
+        pi = torch.where((g > 0) & (a > 0), (a / g).sqrt(), 1.0)
+        add_g, add_a = math.sqrt(shift) / pi, math.sqrt(shift) * pi
+        is_empty = (g * a == 0) & (shift == 0.0)
+        add_G = (add_g + self._relative * g)[:, None].expand(-1, G.n).clone()
+        add_A = (add_a + self._relative * a)[:, None].expand(-1, A.n).clone()
+        if layer.bias is not None and self._relative:
+            # The 1 beside the inputs has units of its own: rescaled inputs must not change its share.
+            inputs = A.diagonal().double()
+            add_A[:, :-1] = (add_a + self._relative * inputs[:, :-1].mean(1))[:, None]
+            add_A[:, -1] = add_a + self._relative * inputs[:, -1]
+        add_G[is_empty] = add_A[is_empty] = math.sqrt(self._typical)
+        return [shifted(G, add_G), shifted(A, add_A)]
+
+    def _vector(self, params: tuple[int, ...], blocks: Tensor) -> Tensor:
+        shift = self._shift_of(params)
+        mean = float(_diagonal(blocks).double().mean())
+        shift = shift + self._relative * mean or self._typical
+        return blocks + shift * torch.eye(
+            blocks.shape[-1], dtype=blocks.dtype, device=blocks.device
+        )
+
+    def _shift_of(self, params: Sequence[int]) -> float:
+        """Mean of L2 and damping over some parameters."""
+        if not isinstance(self._shift, Tensor):
+            return self._shift
+        pieces = self._params.pieces(self._shift)
+        return float(torch.cat([pieces[k].reshape(-1) for k in params]).double().mean())
+
+
+def _diagonal(blocks: Tensor) -> Tensor:
+    return blocks.diagonal(dim1=-2, dim2=-1)
+
+
+def _factors(layer: LayerBlock, statistics: Statistics) -> tuple[Factor, Factor]:
+    """G and A of a weight, as its first key counts outputs and inputs.
+
+    Of a weight that is used both ways round the block is the sum of Kronecker products; the product here has
+    the sum's partial traces.
+    """
+    found = []
+    for key in layer.keys:
+        A, G = statistics.layers[key]
+        if layer.bias is None and not key.is_one_hot:
+            A = A.without_last()
+        found.append((G, A) if key.input_first == layer.keys[0].input_first else (A, G))
+    if len(found) == 1:
+        return found[0]
+    traces = [(G.means() * G.n, A.means() * A.n) for G, A in found]  # each [groups]
+    total = sum(g * a for g, a in traces)
+    G, A = found[0][0].times(traces[0][1]), found[0][1].times(traces[0][0])
+    for (G2, A2), (g, a) in zip(found[1:], traces[1:]):
+        G, A = G.plus(G2.times(a)), A.plus(A2.times(g))
+    safe = torch.where(total > 0, total, 1.0)  # type: ignore[arg-type]
+    return G, A.times(1.0 / safe)
+
+
+def _inverted(problem: Problem, parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Inverses of all matrices, each computed by one rank."""
+    comm = problem.comm
+    flat = [matrix for matrices in parts for matrix in matrices]
+    large = [k for k, matrix in enumerate(flat) if matrix.shape[-1] > 1]
+    found = {k: flat[k].reciprocal() for k in range(len(flat)) if flat[k].shape[-1] == 1}
+    costs = [float(flat[k].numel() * flat[k].shape[-1]) for k in large]
+    mine = {large[i] for i in balanced(costs, comm.world_size)[comm.rank]}
+    own = [inverse(flat[k]) if k in mine else torch.zeros_like(flat[k]) for k in large]
+    if comm.world_size > 1 and own:
+        own = unpacked(comm.all_reduce(packed(own)), own)
+    found.update(zip(large, own))
+    rest = iter(range(len(flat)))
+    return [[found[next(rest)] for _ in matrices] for matrices in parts]

@@ -1,0 +1,179 @@
+"""Statistics of layers over examples, microbatches and ranks: one forward and half a backward pass each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hfdist.curvature.kronecker.calls import LayerSums, vector_blocks, vector_rows
+from hfdist.curvature.kronecker.factors import Factor, packed, unpacked
+from hfdist.curvature.kronecker.keys import BlockPlan, KroneckerKey, Seen, VectorKey, plan_blocks
+from hfdist.curvature.kronecker.passes import Pulled, WatchedPass
+from hfdist.curvature.kronecker.watch import Shared
+from hfdist.curvature.microbatch import Microbatch
+from hfdist.curvature.objective import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How much is looked at."""
+
+    share: float = 1.0
+    """Of the gradient's examples."""
+    samples: int = 1
+    """Random vectors an example, of which each costs a backward pass."""
+    shared: Shared = "expand"
+    """See `LayerWatch`."""
+
+
+@dataclass(kw_only=True)
+class Statistics:
+    """Curvature by blocks, in units of the objective's."""
+
+    layers: dict[KroneckerKey, tuple[Factor, Factor]]
+    """A, a mean over uses whose last row is the 1's, and G."""
+    vectors: dict[VectorKey, Tensor]
+    """See `vector_blocks`."""
+    others: dict[int, Tensor]
+    """Of a parameter of no known layer, the mean of the diagonal [1]."""
+
+    def averaged(self, old: Statistics, mass: float) -> Statistics:
+        """The mean of this and an older one that counts `mass` times; what only one of them has stays."""
+
+        def mean(new: Tensor, before: Tensor) -> Tensor:
+            # What no example went through this time says nothing.
+            is_empty = (new.diagonal(dim1=-2, dim2=-1) if new.ndim > 1 else new).sum() == 0
+            return torch.where(is_empty, before, (new + mass * before) / (1.0 + mass))
+
+        def factors(key: KroneckerKey) -> tuple[Factor, Factor]:
+            pairs = zip(self.layers[key], old.layers.get(key, self.layers[key]))
+            A, G = (Factor(blocks=mean(a.blocks, b.blocks), n=a.n) for a, b in pairs)
+            return A, G
+
+        return Statistics(
+            layers={key: factors(key) for key in self.layers},
+            vectors={k: mean(t, old.vectors.get(k, t)) for k, t in self.vectors.items()},
+            others={k: mean(t, old.others.get(k, t)) for k, t in self.others.items()},
+        )
+
+
+def take_statistics(
+    problem: Problem, sampling: Sampling, agreed: Seen | None = None
+) -> tuple[BlockPlan, Statistics, Seen]:
+    """Statistics of a step. Collective: one reduction; an exchange first, where a rank has seen what is not
+    in `agreed`.
+
+    Args:
+        problem: The objective, after its gradient.
+        sampling: How much is looked at.
+        agreed: What any rank has seen in earlier steps, the same on all of them.
+
+    Returns:
+        The blocks, their statistics, and what any rank has seen by now.
+
+    Raises:
+        DataError: The weights of the examples add up to nothing.
+    """
+    sums = _LocalSums(problem.params.zeros()[:0])
+    for microbatch in problem.roles.gradient:
+        part = microbatch if microbatch.part is None else microbatch.part(sampling.share)
+        try:
+            sums.add_microbatch(problem, part, sampling)
+        except (RuntimeError, ValueError, IndexError):
+            if part is microbatch:
+                raise
+            # A loss that brings data of its own, of all examples, takes no part of them.
+            sums.add_microbatch(problem, microbatch, sampling)
+    while True:
+        if agreed is None:
+            agreed = Seen()
+            for seen in problem.comm.all_gather_object(sums.seen):
+                agreed.update(seen)
+        plan = plan_blocks(agreed, problem.params.tensors)
+        found = _reduced(problem, plan, sums, sampling.samples, not agreed.includes(sums.seen))
+        if found is not None:
+            return plan, found, agreed
+        agreed = None
+
+
+def _reduced(
+    problem: Problem, plan: BlockPlan, sums: _LocalSums, samples: int, is_new: bool
+) -> Statistics | None:
+    """Sums over the ranks, normalised; None if any of them has seen something that is not in the plan."""
+    like = sums.like
+    layers = [sums.layers.get(key) or LayerSums.zeros(key, like) for key in plan.keys]
+    vectors = [
+        sums.vectors[key] if key in sums.vectors else vector_blocks(key, like)
+        for key in plan.vectors
+    ]
+    others = [
+        sums.others.get(k, like.new_zeros(samples, *problem.params.tensors[k].shape)).view(-1)
+        for k in plan.others
+    ]
+    ends = torch.tensor([sums.weight, float(is_new)], dtype=like.dtype, device=like.device)
+    tensors = [t for layer in layers for t in layer.tensors] + vectors + others + [ends]
+    if problem.comm.world_size > 1:
+        tensors = unpacked(problem.comm.all_reduce(packed(tensors)), tensors)
+    weight, num_new = tensors[-1].tolist()
+    if num_new > 0:
+        return None
+    problem.count_statistics(weight)
+    scale = problem.scale(weight) / samples
+    rest = iter(tensors)
+    result = Statistics(layers={}, vectors={}, others={})
+    for key, layer in zip(plan.keys, layers):
+        A, G, uses = next(rest), next(rest), next(rest)
+        result.layers[key] = (
+            Factor(blocks=A / uses.clamp(min=1.0), n=layer.A.n),
+            Factor(blocks=G * scale, n=layer.G.n),
+        )
+    for vector in plan.vectors:
+        result.vectors[vector] = next(rest) * scale
+    for k in plan.others:
+        # Signs of different examples are independent: in the mean, the square of the sum is the sum of
+        # the squares.
+        result.others[k] = next(rest).square().mean().reshape(1) * (scale * samples)
+    return result
+
+
+@dataclass
+class _LocalSums:
+    """Sums over this rank's examples."""
+
+    like: Tensor
+    """Of the dtype and on the device of the sums."""
+    seen: Seen = field(default_factory=Seen)
+    layers: dict[KroneckerKey, LayerSums] = field(default_factory=dict)
+    vectors: dict[VectorKey, Tensor] = field(default_factory=dict)
+    others: dict[int, Tensor] = field(default_factory=dict)
+    """J's of the parameters that no layer was seen of, [samples, *shape]."""
+    weight: float = 0.0
+
+    def add_microbatch(self, problem: Problem, microbatch: Microbatch, sampling: Sampling) -> None:
+        """A forward pass, and a backward pass a sample."""
+        watched = WatchedPass(problem, microbatch, sampling.shared)
+        self.weight += watched.weight
+        for layer in watched.layers:
+            self.seen.add(layer.key, layer.bias)
+        self.seen.vectors.update(vector.key for vector in watched.vectors)
+        for sample in range(sampling.samples):
+            pulled = watched.pull(watched.draw(sample))
+            with torch.no_grad():
+                self._add(pulled, sample, sampling.samples)
+
+    def _add(self, pulled: Pulled, sample: int, samples: int) -> None:
+        for layer, g in pulled.layers:
+            if layer.key not in self.layers:
+                self.layers[layer.key] = LayerSums.zeros(layer.key, self.like)
+            for x, gx in layer.uses(g):
+                self.layers[layer.key].add(layer.key, x, gx)
+        for key, rows in vector_rows(pulled.vectors).items():
+            if key not in self.vectors:
+                self.vectors[key] = vector_blocks(key, self.like)
+            rows.add_to(self.vectors[key], key)
+        for k, v in pulled.others:
+            if k not in self.others:
+                self.others[k] = self.like.new_zeros(samples, *v.shape)
+            self.others[k][sample] += v

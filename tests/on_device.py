@@ -1,0 +1,207 @@
+"""What is computed on a device and on the CPU alike, to be compared: functions of (device, ..) -> numbers.
+
+They run in other processes (see `devices.on`), so arguments and results are picklable, tensors the host's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from cases import named, num_rows, rows
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+import hfdist.api
+from hfdist.comm import Communicator, SerialCommunicator
+from hfdist.curvature.engines import ProductEngine
+from hfdist.curvature.fixed_randomness import FixedRandomness
+from hfdist.curvature.layout import make_layout
+from hfdist.curvature.microbatch import from_task
+from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
+from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.preconditioners import Context, make_preconditioner
+from hfdist.hessian_free import HessianFree
+from hfdist.optim.options import HFOptions
+from hfdist.optim.step import HFState, hf_step
+
+Values = dict[str, Any]
+JOBS = Path(__file__).parents[1] / "deploy" / "jobs"
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The tensors in a pytree, on the device."""
+    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, value)
+
+
+def problem_of(
+    device: torch.device,
+    name: str,
+    options: HFOptions,
+    sizes: tuple[int, ...] = (),
+    engine: ProductEngine | None = None,
+    model: nn.Module | None = None,
+    comm: Communicator | None = None,
+    first: int = 0,
+) -> Problem:
+    """A case's problem on the device, in microbatches of these sizes from the `first` example on."""
+    case = named([name])[0]
+    model = case.model().to(device) if model is None else model
+    comm = comm or SerialCommunicator(device)
+    batch, task, low = case.data(), case.task(), first
+    parts = []
+    for k, size in enumerate(sizes or (num_rows(batch),)):
+        part = moved(rows(batch, low, low + size), device)
+        parts.append((from_task(task, model, part, seed=11 + k), part))
+        low += size
+    role = [microbatch for microbatch, _ in parts]
+    context = Context(task=task, model=model, gradient=parts, options=options)
+    params = ParameterVector(p for p in model.parameters() if p.requires_grad)
+    return Problem(
+        params=params,
+        comm=comm,
+        layout=make_layout(params, comm, options),
+        roles=Roles(gradient=role, curvature=role, loss=role),
+        reduction=case.reduction,
+        curvature_opt=options.curvature_opt,
+        regularisation=Regularisation(weight_decay=options.weight_decay),
+        frozen=FixedRandomness(device, model),
+        engine=engine or ProductEngine(requested=options.product_engine),
+        overrides=Overrides(preconditioner=make_preconditioner(context)),
+    )
+
+
+def products(
+    device: torch.device,
+    name: str,
+    curvature: Literal["ggn", "hessian"] = "ggn",
+    engine: str = "linearize",
+    sizes: tuple[int, ...] = (),
+) -> Values:
+    """Loss, gradient and two products of a case."""
+    options = HFOptions(curvature_opt=curvature, product_engine=engine, weight_decay=0.3)
+    problem = problem_of(device, name, options, sizes)
+    loss, g = problem.loss_and_gradient()
+    B = problem.curvature(0.1)
+    v = torch.randn(2, problem.numel, dtype=g.dtype, generator=torch.Generator().manual_seed(3))
+    found = torch.stack([B(row.to(device)).clone() for row in v])
+    assert found.device == device
+    return {"loss": loss, "gradient": g.cpu(), "products": found.cpu()}
+
+
+def products_of(device: torch.device, names: list[str], *settings: Any) -> Values:
+    """`products` of several cases."""
+    return {name: products(device, name, *settings) for name in names}
+
+
+def steps_of(device: torch.device, name: str, changes: list[dict[str, Any]]) -> list[Values]:
+    """`steps` of a case under several sets of options."""
+    return [steps(device, name, 3, **these) for these in changes]
+
+
+def steps(device: torch.device, name: str, number: int, **changes: Any) -> Values:
+    """Whole steps of a case: the report of each, the parameters and buffers after them; or the error."""
+    try:
+        options = HFOptions(**{"damping": 0.1, "cg_max_iter": 8, "weight_decay": 1e-3, **changes})
+    except ValueError as error:
+        return {"error": str(error)}
+    case = named([name])[0]
+    model = case.model().to(device)
+    state = HFState(damping=options.damping)
+    engine = ProductEngine(requested=options.product_engine)
+    reports = []
+    for _ in range(number):
+        problem = problem_of(device, name, options, (4, 2), engine, model)
+        report, state = hf_step(problem, state, options)
+        assert state.x0 is None or state.x0.device.type == device.type
+        reports.append(
+            {
+                key: getattr(report, key)
+                for key in ("loss", "final_loss", "accepted", "alpha", "next_damping", "grad_norm")
+            }
+        )
+    found: Values = {"reports": reports}
+    found |= {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    return found
+
+
+def steps_of_rank(comm: Communicator, changes: dict[str, Any]) -> Values:
+    """Steps of one of two ranks, with examples of its own."""
+    options = HFOptions(**{"damping": 0.1, "cg_max_iter": 8, "weight_decay": 1e-3, **changes})
+    case = named(["linear-ce"])[0]
+    model = case.model().to(comm.device)
+    state = HFState(damping=options.damping)
+    found: Values = {"losses": []}
+    for _ in range(2):
+        problem = problem_of(
+            comm.device, "linear-ce", options, (2, 1), model=model, comm=comm, first=3 * comm.rank
+        )
+        report, state = hf_step(problem, state, options)
+        found["losses"].append(report.final_loss)
+    return found | {key: value.detach().cpu() for key, value in model.state_dict().items()}
+
+
+def own_loop(device: torch.device, **settings: Any) -> Values:
+    """`HessianFree` in a loop of one's own, saved and loaded on the way."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.2), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.randint(3, (12,))
+    model, x, y = model.to(device), x.to(device), y.to(device)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        outputs = model(x)
+        return nn.functional.cross_entropy(outputs, y), outputs
+
+    optimizer = HessianFree(model.parameters(), damping=0.1, **settings)
+    losses = [optimizer.step(forward) for _ in range(2)]
+    saved = optimizer.state_dict()
+    optimizer = HessianFree(model.parameters(), damping=0.1, **settings)
+    optimizer.load_state_dict(saved)
+    losses += [optimizer.step(forward) for _ in range(2)]
+    pairs = [(x[:7], y[:7]), (x[7:], y[7:])]
+    losses.append(optimizer.acc_step(model, nn.functional.cross_entropy, pairs))
+    return {"losses": losses, **{k: v.detach().cpu() for k, v in model.state_dict().items()}}
+
+
+def train(device: torch.device, job: str, folder: str, *changes: str) -> Values:
+    """A job in float64, stopped and resumed half way, evaluated; its folder stays."""
+    given = [f"output={folder}", f"device={device.type}", "dtype=float64", "steps=2", *changes]
+    first = hfdist.train(JOBS / f"{job}.yaml", [*given, "tracking.enabled=false"])
+    run_dir = Path(folder) / first["run_id"]
+    result = hfdist.api.resume(run_dir, ["steps=4"])
+    return {
+        "final_loss": result["final_loss"],
+        "evaluation": result.get("evaluation"),
+        "run_dir": str(run_dir),
+    }
+
+
+def resume(device: torch.device, run_dir: str, steps: int) -> Values:
+    """A run that goes on for so many steps in all."""
+    result = hfdist.api.resume(Path(run_dir), [f"steps={steps}", f"device={device.type}"])
+    return {"final_loss": result["final_loss"]}
+
+
+def nothing(device: torch.device) -> None:
+    """Starts the device's process."""
+
+
+def difference(a: Any, b: Any) -> float:
+    """Greatest difference of two results, relative to the greatest number of each tensor or list."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max([difference(a[key], b[key]) for key in a], default=0.0)
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        return max([difference(x, y) for x, y in zip(a, b)], default=0.0)
+    if isinstance(a, str | bool) or a is None:
+        return 0.0 if a == b else float("inf")
+    x, y = (torch.as_tensor(t).double() for t in (a, b))
+    assert x.shape == y.shape, f"{list(x.shape)} and {list(y.shape)}"
+    if x.numel() == 0 or torch.equal(x, y):
+        return 0.0
+    if not torch.equal(x.isfinite(), y.isfinite()):
+        return float("inf")
+    x, y = (t[x.isfinite()] for t in (x, y))
+    return float((x - y).abs().max() / x.abs().max().clamp(min=1e-300))
