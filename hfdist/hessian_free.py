@@ -192,7 +192,9 @@ class HessianFree(torch.optim.Optimizer):
         Args:
             forward: Returns (loss, outputs), with `outputs` the model's outputs (any pytree) for the
                 GGN, or None for the Hessian. On several ranks: the loss of the rank's own shard, and
-                as a third value the shard's weight (its number of examples) if shards are uneven.
+                as a third value the shard's weight (its number of examples) if shards are uneven. A
+                closure for torch's optimizers, which returns the loss alone and calls backward(), does,
+                too, where the loss is made of torch's losses or squares.
             grad: Gradient [P] over the trainable parameters, instead of the derivative of the loss.
             mvp: Product with the undamped curvature matrix, v [P] -> Bv [P], instead of autograd's.
             M_func: Preconditioner in place of the option's: of CG, approximating the inverse of the damped

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from hfdist.curvature.dispatch import Watch
@@ -318,18 +319,34 @@ def is_linear(loss: Tensor, output: Tensor) -> bool:
     return slope is not None and not (slope.requires_grad and is_reached(slope, [output]))
 
 
-def from_closure(forward: Callable[[], Sequence[Any]], seed: int) -> Microbatch:
+class _BackwardLeftOut(TorchFunctionMode):
+    """backward() does nothing inside: closures written for torch's optimizers call it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.backward:
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def from_closure(forward: Callable[[], Any], seed: int) -> Microbatch:
     """Microbatch of a closure that returns (loss, outputs), or (loss, outputs, weight) with the loss
-    a mean of the given weight (the number of this rank's examples, say)."""
+    a mean of the given weight (the number of this rank's examples, say).
+
+    A closure for torch's optimizers returns the loss alone, and calls backward(), which is left out: the
+    arguments of losses, squares and other known functions then stand for the outputs."""
 
     def evaluate(traits: LossTraits | None, recorder: Watch | None = None) -> Evaluation:
         watch = LossWatch()
-        with watch if traits else nullcontext(), recorder or nullcontext():
+        with watch if traits else nullcontext(), recorder or nullcontext(), _BackwardLeftOut():
             result = forward()
+        if isinstance(result, Tensor):
+            result = (result, None)
         if not isinstance(result, (tuple, list)) or len(result) not in (2, 3):
             raise TypeError(
-                "forward() must return (loss, outputs) or (loss, outputs, weight), and leave "
-                f"backward() to the optimizer; it returned {type(result).__name__}"
+                "forward() must return (loss, outputs), (loss, outputs, weight) or the loss alone; it "
+                f"returned {type(result).__name__}"
             )
         loss, outputs = result[0], result[1]
         if not isinstance(loss, Tensor) or loss.numel() != 1:

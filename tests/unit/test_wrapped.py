@@ -145,7 +145,20 @@ def test_the_same_setting_in_every_group_is_used() -> None:
     assert optimizer.report.alpha == 0.5
 
 
-def test_torchs_own_kind_of_closure_is_told_apart() -> None:
-    model = net()
-    with pytest.raises(TypeError, match="leave backward\\(\\) to the optimizer"):
-        HessianFree(model.parameters()).step(lambda: closure(model)()[0])
+def test_torchs_own_kind_of_closure_takes_the_same_step() -> None:
+    finals = []
+    for is_torchs in (False, True):
+        model = net()
+        optimizer = HessianFree(model.parameters())
+
+        def forward(model: Any = model, optimizer: Any = optimizer, own: bool = is_torchs) -> Any:
+            loss, outputs = closure(model)()
+            if not own:
+                return loss, outputs
+            optimizer.zero_grad()
+            loss.backward()
+            return loss
+
+        finals.append([optimizer.step(forward) for _ in range(2)])
+        assert all(p.grad is None for p in model.parameters())
+    assert finals[1] == pytest.approx(finals[0], rel=1e-6)
