@@ -27,7 +27,8 @@ class BatchesConfig:
     curvature: int | float | Literal["auto"] | None = "auto"
     """Examples of the curvature products: a number, or a fraction (0.25) of the gradient's. Those are the
     first of the gradient's examples. auto: a fraction that grows as far as the steps need it, for the
-    solver krylov. null: the gradient's."""
+    solver krylov; with `loaders` and for streams, which are read ahead, the gradient's. null: the
+    gradient's."""
     line_search: int | None = None
     """Examples of backtracking and line search, none of them the gradient's where the data allows; null:
     the gradient's."""

@@ -87,7 +87,7 @@ class HuggingFaceStream(HuggingFace):
 JOB = """
 name: data
 steps: 5
-batches: {gradient: 8, line_search: 2}
+batches: {gradient: 8, curvature: null, line_search: 2}
 optim: {damping: 0.1, cg_max_iter: 4}
 checkpoint: {every: 1, asynchronous: false}
 tracking: {enabled: false}
