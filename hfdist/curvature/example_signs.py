@@ -39,7 +39,9 @@ def signs_like(x: Tensor, seeds: Tensor, salt: int) -> Tensor:
         seeds, n = seeds[:1], 1
     m = x.numel() // n
     counter = torch.arange(-(-m // 64), device=x.device) + (salt + 1) * 2**40
-    words = _scrambled(seeds.to(x.device)[:, None] + counter * _GOLDEN)  # [n, ceil(m / 64)]
+    words = _scrambled(
+        seeds.to(x.device, non_blocking=True)[:, None] + counter * _GOLDEN
+    )  # [n, ceil(m / 64)]
     shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
     bits = (words.view(torch.uint8)[:, :, None] >> shifts) & 1  # [n, 8 * words, 8]
     bits = bits.view(n, -1)[:, :m].reshape(x.shape)

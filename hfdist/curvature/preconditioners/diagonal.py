@@ -55,7 +55,9 @@ def fisher_metric(problem: Problem, squares: Tensor) -> DiagonalPreconditioner:
     for piece, mean in zip(params.pieces(F), means):
         piece.add_(RELATIVE_FLOOR * (mean or typical or 1.0))
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (params.numel,), generator=generator).mul_(2).sub_(1)
+    signs = (
+        torch.randint(0, 2, (params.numel,), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+    )
     v = problem.part_of(F.rsqrt().mul_(signs.to(F)))
     Bv = problem.curvature()(v) - problem.shift_part() * v
     c = float(problem.total(torch.dot(v.double(), Bv.double()))) / params.numel
