@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import standin
 import torch
 from cases import named, num_rows, rows
 from torch import Tensor, nn
@@ -22,11 +23,14 @@ from hfdist.curvature.microbatch import from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
+from hfdist.curvature.verify import Verifier
 from hfdist.hessian_free import HessianFree
 from hfdist.optim.options import HFOptions
 from hfdist.optim.step import HFState, hf_step
+from hfdist.tasks.task import Task
 
 Values = dict[str, Any]
+EXAMPLES = 500
 JOBS = Path(__file__).parents[1] / "deploy" / "jobs"
 
 
@@ -140,6 +144,81 @@ def steps_of_rank(comm: Communicator, changes: dict[str, Any]) -> Values:
         report, state = hf_step(problem, state, options)
         found["losses"].append(report.final_loss)
     return found | {key: value.detach().cpu() for key, value in model.state_dict().items()}
+
+
+def counted_step(device: torch.device, sizes: tuple[int, ...], changes: dict[str, Any]) -> Values:
+    """What the third step of a model of many parameters and few examples asks of the stand-in."""
+    options = HFOptions(
+        **{
+            "damping": 1.0,
+            "weight_decay": 1e-3,
+            "verify": "off",
+            "adapt_damping": False,
+            "cg_stop": "residual",
+            "cg_tol": 0.0,
+            "use_cg_backtracking": False,
+            **changes,
+        }
+    )
+    torch.manual_seed(0)
+    task = SquaredError()
+    model = task.model().to(device)
+    x, y = (torch.randn(6, 40, dtype=torch.float64).to(device) for _ in range(2))
+    params = ParameterVector(model.parameters())
+    engine = ProductEngine(requested=options.product_engine, verifier=Verifier(mode="off"))
+    state = HFState(damping=1.0)
+    for _ in range(3):
+        parts, low = [], 0
+        for k, size in enumerate(sizes):
+            part = (x[low : low + size], y[low : low + size])
+            parts.append((from_task(task, model, part, seed=k), part))
+            low += size
+        role = [microbatch for microbatch, _ in parts]
+        context = Context(task=task, model=model, gradient=parts, options=options)
+        problem = Problem(
+            params=params,
+            roles=Roles(gradient=role, curvature=role, loss=role),
+            regularisation=Regularisation(weight_decay=options.weight_decay),
+            frozen=FixedRandomness(device, model),
+            engine=engine,
+            overrides=Overrides(preconditioner=make_preconditioner(context)),
+        )
+        del parts, part, context
+        held = torch.accelerator.memory_allocated()
+        torch.accelerator.reset_peak_memory_stats()
+        with standin.counted() as counts:
+            report, state = hf_step(problem, state, options)
+        peak = torch.accelerator.max_memory_allocated() - held
+        del problem, role
+    large = params.numel * 8
+    return {
+        **counts.counts,
+        "iterations": report.cg_iterations,
+        "large": sum(size >= large for size in counts.allocations),
+        "peak": peak / large,
+        "solver_bytes": report.solver_bytes / large,
+    }
+
+
+class SquaredError(Task):
+    """A loss whose curvature depends on no value."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 40)).double()
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(outputs, batch[1])
+
+
+def counted_run(device: torch.device, job: str, folder: str, steps: int) -> Values:
+    """What a run of so many steps asks of the stand-in."""
+    changes = [
+        *(f"output={folder}", f"device={device.type}", f"steps={steps}"),
+        *("evaluate.every=0", f"batches.gradient={EXAMPLES}", f"batches.curvature={EXAMPLES}"),
+    ]
+    with standin.counted() as counts:
+        hfdist.api.train(JOBS / f"{job}.yaml", [*changes, "tracking.enabled=false"])
+    return counts.counts
 
 
 def own_loop(device: torch.device, **settings: Any) -> Values:

@@ -33,7 +33,7 @@ def signs_like(x: Tensor, seeds: Tensor, salt: int) -> Tensor:
     """
 
     def signs(x: Tensor, n: int) -> Tensor:
-        own = seeds[:n].to(x.device)
+        own = seeds[:n].to(x.device, non_blocking=True)
         m = x.numel() // n
         counter = torch.arange(-(-m // 64), device=x.device) + (salt + 1) * 2**32
         words = _scrambled(own[:, None] + counter * _GOLDEN)  # [n, ceil(m / 64)]

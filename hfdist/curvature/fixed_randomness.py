@@ -50,7 +50,7 @@ class FixedRandomness:
         self._objects: dict[_Key, Tensor] = {}  # the buffers themselves
         self._versions: dict[_Key, int] = {}
         self._sum: dict[_Key, Tensor] = {}  # weighted sum of the recorded values, float64
-        self._weight = 0.0
+        self._weight: float | Tensor = 0.0
         self._has_rnn = False
         self._wrappers: dict[DistributedDataParallel, tuple[bool, bool]] = {}  # their own settings
         if model is not None:
@@ -117,9 +117,9 @@ class FixedRandomness:
         wrapper.require_backward_grad_sync = False
         wrapper.require_forward_param_sync = False
 
-    def record(self, weight: float) -> None:
+    def record(self, weight: float | Tensor) -> None:
         """Remember the buffers as they are now, with a weight (the pass's number of examples)."""
-        self._weight += weight
+        self._weight = self._weight + weight
         for module, name in self._moving():
             value = module._buffers[name].detach().double() * weight  # type: ignore[union-attr]
             key = (module, name)
@@ -160,7 +160,7 @@ class FixedRandomness:
             else torch.zeros_like(self._start[key], dtype=torch.float64).reshape(-1)
             for key in keys
         ]
-        weight = torch.tensor([self._weight], dtype=torch.float64, device=parts[0].device)
+        weight = torch.zeros(1, dtype=torch.float64, device=parts[0].device) + self._weight
         return torch.cat([*parts, weight])
 
     @torch.no_grad()

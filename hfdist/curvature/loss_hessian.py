@@ -294,8 +294,11 @@ def _cross_entropy(
             count = own.sum()
         s = s * factor / (count if reduction == "mean" else 1.0)
         s = s.unsqueeze(axis)
-        uniform_weight = s.numel() > 0 and bool((s == s.reshape(-1)[0]).all())
-        return p, float(s.reshape(-1)[0]) if uniform_weight else s
+        # A number is a cheaper factor, but the host would have to wait for a device to know it.
+        is_known = s.device.type == "cpu" and s.numel() > 0
+        if is_known and bool((s == s.reshape(-1)[0]).all()):
+            return p, float(s.reshape(-1)[0])
+        return p, s
 
     def diagonal(factor: Tensor) -> Diagonal:
         p, scale = parts(factor)

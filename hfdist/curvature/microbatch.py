@@ -147,7 +147,7 @@ def rows_of(batch: Batch, n: int, kept: Tensor) -> Batch:
 
     def rows(leaf: Any) -> Any:
         has_rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == n
-        return leaf[kept.to(leaf.device)] if has_rows else leaf
+        return leaf[kept.to(leaf.device, non_blocking=True)] if has_rows else leaf
 
     return tree_map(rows, batch)
 

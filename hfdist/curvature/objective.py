@@ -86,13 +86,13 @@ class Regularisation:
         """Whether there is an L2 term."""
         return isinstance(self.weight_decay, Tensor) or self.weight_decay != 0.0
 
-    def loss(self, theta: Tensor) -> float:
-        """sum_i weight_decay_i theta_i^2 / 2."""
+    def loss(self, theta: Tensor) -> Tensor:
+        """sum_i weight_decay_i theta_i^2 / 2, a float64 scalar on the device."""
         if isinstance(self.weight_decay, Tensor):
-            return 0.5 * float(torch.dot(self.weight_decay * theta, theta).double())
+            return 0.5 * torch.dot(self.weight_decay * theta, theta).double()
         if self.weight_decay == 0.0:
-            return 0.0
-        return 0.5 * self.weight_decay * float(torch.dot(theta, theta).double())
+            return torch.zeros((), dtype=torch.float64, device=theta.device)
+        return 0.5 * self.weight_decay * torch.dot(theta, theta).double()
 
     def shift(self, damping: float) -> float | Tensor:
         """weight_decay + damping * damping_scale: what both add to the diagonal of the curvature."""
@@ -280,7 +280,7 @@ class Problem:
                 self.params.add(g, gradient)
             sums += _as_sums(evaluation, sums)
         self.comm.all_reduce(sums)
-        loss_sum, weight = sums.tolist()
+        loss_sum, weight, penalty = torch.cat((sums, self._start_penalty().reshape(1))).tolist()
         _check_weight(weight, "gradient")
         self._reference_weight = weight
         scale = self._scale(weight)
@@ -297,7 +297,7 @@ class Problem:
         if system is not None:
             system.close(1.0 / scale)
             self._system, self._product_weight = system, weight
-        self._gradient_loss = loss_sum * scale + self._start_penalty()
+        self._gradient_loss = loss_sum * scale + penalty
         if self.roles.loss is self.roles.gradient:
             self._start_loss = self._gradient_loss
         return self._gradient_loss, g
@@ -512,7 +512,7 @@ class Problem:
         if self._trial is None:  # not before CG's vectors are gone
             self._trial = self.params.zeros()
         sums: list[Tensor] = []
-        penalties: list[float] = []
+        penalties: list[Tensor] = []
         last: tuple[Tensor, Tensor] | None = None
         for alpha, delta in steps:
             if last is None or last[0] is not delta:
@@ -530,18 +530,18 @@ class Problem:
             sums += _as_sums(self._evaluate(microbatch), sums)
         return sums
 
-    def _values(self, sums: Sequence[Tensor], penalties: Sequence[float]) -> list[float]:
-        rows = self.comm.all_reduce(torch.stack(list(sums))).tolist()
-        for _, weight in rows:
+    def _values(self, sums: Sequence[Tensor], penalties: Sequence[Tensor]) -> list[float]:
+        summed = self.comm.all_reduce(torch.stack(list(sums)))
+        # The host looks at all of them once: every look waits for the device.
+        rows = torch.cat((summed, torch.stack(list(penalties)).unsqueeze(1)), 1).tolist()
+        for _, weight, _ in rows:
             _check_weight(weight, "line_search")
         self._loss_weight = rows[0][1]
-        return [
-            loss_sum * self._scale(weight) + penalty
-            for (loss_sum, weight), penalty in zip(rows, penalties)
-        ]
+        return [loss_sum * self._scale(weight) + penalty for loss_sum, weight, penalty in rows]
 
-    def _start_penalty(self) -> float:
-        return self.regularisation.loss(self.params.read()) if self.regularisation else 0.0
+    def _start_penalty(self) -> Tensor:
+        theta = self.params.read() if self.regularisation else self.params.tensors[0]
+        return self.regularisation.loss(theta)
 
     # -- the rest --------------------------------------------------------------------------------
 
@@ -591,14 +591,18 @@ class Problem:
         ):
             evaluation = microbatch.evaluate(self.engine.traits if split else None, recorder)
             if record:
-                self._fixed.record(float(evaluation.weight))
+                self._fixed.record(evaluation.weight)
             return evaluation
 
 
 def _as_sums(e: Evaluation, like: Tensor) -> Tensor:
     """[2] float64: sum of the losses, weight."""
-    weight = torch.as_tensor(e.weight, dtype=torch.float64)
-    return torch.stack((e.loss_sum.detach().to(like), weight.reshape(()).to(like)))
+    weight = e.weight
+    if isinstance(weight, Tensor):
+        weight = weight.reshape(()).to(like)
+    else:  # filled in there: a copy from the host would wait for what the device has to do
+        weight = like.new_full((), weight)
+    return torch.stack((e.loss_sum.detach().to(like), weight))
 
 
 def _check_weight(weight: float, role: str) -> None:

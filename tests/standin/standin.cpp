@@ -511,8 +511,10 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
     counters().add("to_host", int64_t(from.nbytes()));
     if (!non_blocking) counters().add("host_read");
   } else if (!is_ours(from) && is_ours(to)) {
-    // From memory that is not pinned, a device copies before the host goes on.
-    counters().add(from.is_pinned() && non_blocking ? "to_device_in_background" : "to_device", int64_t(from.nbytes()));
+    // From memory that is not pinned the host waits, unless it is little (CUDA programming guide, "Concurrent
+    // execution between host and device").
+    const bool waits = !non_blocking || (from.nbytes() > (64 << 10) && !from.is_pinned());
+    counters().add(waits ? "to_device" : "to_device_in_background", int64_t(from.nbytes()));
   }
   Tensor target = is_ours(to) ? views.host(to) : to;
   target.copy_(is_ours(from) ? views.host(from) : from);

@@ -25,7 +25,7 @@ from hfdist.curvature.kronecker.statistics import Statistics
 from hfdist.curvature.objective import Problem
 
 LEAST_DAMPING = 1e-4
-"""What is no metric adds to each factor, in units of its mean diagonal element, where it has no other damping."""
+"""What is no metric adds to each factor, in units of its mean diagonal element, where nothing else damps it."""
 
 
 class Part(Protocol):

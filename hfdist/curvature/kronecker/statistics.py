@@ -112,7 +112,7 @@ def _reduced(
         sums.others.get(k, like.new_zeros(samples, *problem.params.tensors[k].shape)).view(-1)
         for k in plan.others
     ]
-    ends = torch.tensor([sums.weight, float(is_new)], dtype=like.dtype, device=like.device)
+    ends = torch.cat([like.new_full((1,), sums.weight), like.new_full((1,), float(is_new))])
     tensors = [t for layer in layers for t in layer.tensors] + vectors + others + [ends]
     if problem.comm.world_size > 1:
         tensors = unpacked(problem.comm.all_reduce(packed(tensors)), tensors)

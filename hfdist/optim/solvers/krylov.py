@@ -13,7 +13,7 @@ for u = C^-1 g. Scaling the loss or (in a metric that follows it) a layer's weig
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -74,6 +74,8 @@ WORTH = 2.0
 a new gradient and the last step beside it, buys more than the average."""
 NOTHING = 1e-6
 """Part of the last step's curvature outside the space under which it has nothing outside."""
+ROWS = 4
+"""Vectors that a basis takes memory for at a time."""
 SAME = 1e-2
 """Candidates whose steps differ by less, in the metric and relative to their length, are one."""
 
@@ -155,36 +157,52 @@ def _nearest(dampings: Sequence[float], damping: float) -> int:
 class Basis:
     """Vectors [n], one a row, and what is done with all of them at once.
 
+    Memory is taken for a few vectors at a time: how many there will be is not known, and a device gives at
+    once what it is asked for, used or not.
+
     Args:
-        rows: Most vectors.
         like: One of them [n].
         kept: "full", "bfloat16" or "host".
         space: How vectors lie over ranks.
     """
 
-    def __init__(self, rows: int, like: Tensor, kept: str, space: Space) -> None:
+    def __init__(self, like: Tensor, kept: str, space: Space) -> None:
         self._like, self._space = like, space
         self._is_matrix = kept == "full"
-        dtype = torch.bfloat16 if kept == "bfloat16" else like.dtype
-        device = torch.device("cpu") if kept == "host" else like.device
-        self._rows = torch.empty((rows, like.numel()), dtype=dtype, device=device)
+        self._dtype = torch.bfloat16 if kept == "bfloat16" else like.dtype
+        self._device = torch.device("cpu") if kept == "host" else like.device
+        self._blocks: list[Tensor] = []  # [ROWS, n] each
         self.size = 0
 
     @property
     def num_bytes(self) -> int:
         """On the vectors' device."""
-        return self._rows.nbytes if self._rows.device == self._like.device else 0
+        on_device = (b.nbytes for b in self._blocks if b.device == self._like.device)
+        return sum(on_device)
 
-    def append(self, v: Tensor) -> Tensor:
-        """Keep a vector; returns it as it is kept."""
-        self._rows[self.size].copy_(v)
+    def append(self, v: Tensor, divisor: Tensor) -> Tensor:
+        """Keep v / divisor; returns it as it is kept."""
+        if self.size == ROWS * len(self._blocks):
+            shape = (ROWS, self._like.numel())
+            self._blocks.append(torch.empty(shape, dtype=self._dtype, device=self._device))
+        row = self._blocks[-1][self.size % ROWS]
+        if self._is_matrix:
+            torch.div(v, divisor.to(v.dtype), out=row)
+        else:
+            row.copy_(v / divisor.to(v.dtype))
         self.size += 1
         return self._row(self.size - 1)
+
+    def _used(self) -> Iterator[tuple[int, Tensor]]:
+        """(number of its first vector, vectors) of each block."""
+        for k, block in enumerate(self._blocks):
+            if k * ROWS < self.size:
+                yield k * ROWS, block[: self.size - k * ROWS]
 
     def dots(self, v: Tensor, *scalars: Tensor) -> Tensor:
         """Each vector's product with v, float64 [size], followed by more scalars: one reduction."""
         if self._is_matrix:
-            local = (self._rows[: self.size] @ v).double()
+            local = torch.cat([rows @ v for _, rows in self._used()]).double()
         else:
             local = torch.stack([torch.dot(self._row(i), v).double() for i in range(self.size)])
         return self._space.total(torch.cat((local, *(s.double().reshape(1) for s in scalars))))
@@ -197,7 +215,9 @@ class Basis:
         """v -= sum_i factors_i row_i, in place."""
         factors = factors.to(v.dtype)
         if self._is_matrix:
-            torch.addmv(v, self._rows[: self.size].T, factors, alpha=-1.0, out=v)
+            for first, rows in self._used():
+                own = factors[first : first + len(rows)]
+                torch.addmv(v, rows.T, own, alpha=-1.0, out=v)
         else:
             for i in range(self.size):
                 v.addcmul_(self._row(i), factors[i], value=-1.0)
@@ -205,11 +225,11 @@ class Basis:
     def combine(self, y: Vector) -> Tensor:
         """sum_i y_i row_i [n]."""
         out = torch.zeros_like(self._like)
-        self.subtract(out, torch.from_numpy(-y).to(out.device))
+        self.subtract(out, torch.from_numpy(-y).to(out.device, non_blocking=True))
         return out
 
     def _row(self, i: int) -> Tensor:
-        return self._rows[i].to(self._like)
+        return self._blocks[i // ROWS][i % ROWS].to(self._like)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,8 +323,8 @@ def build(system: System, options: KrylovOptions) -> KrylovSpace:
     B = system.curvature(0.0)
     max_dim = min(options.krylov_max_dim, vectors.numel(system.b))
     space = KrylovSpace(
-        U=Basis(max_dim, system.b, options.krylov_basis, vectors),
-        V=Basis(max_dim, system.b, options.krylov_basis, vectors),
+        U=Basis(system.b, options.krylov_basis, vectors),
+        V=Basis(system.b, options.krylov_basis, vectors),
     )
     lagged = system.b.device.type != "cpu"
     y = system.b.clone()  # [n]; this rank's part, as all vectors here
@@ -315,8 +335,8 @@ def build(system: System, options: KrylovOptions) -> KrylovSpace:
         space.stop = Stop.ZERO_GRADIENT if squared == 0.0 else Stop.NON_FINITE
         return space
     norm = torch.full((), squared, dtype=torch.float64, device=y.device).sqrt()
-    space.V.append(y / norm.to(y.dtype))
-    kept = space.U.append(u / norm.to(u.dtype))
+    space.V.append(y, norm)
+    kept = space.U.append(u, norm)
     if system.start is not None and options.krylov_momentum:
         _add_last_step(space, B, system)
     _follow(space, system.damping)
@@ -332,7 +352,7 @@ def build(system: System, options: KrylovOptions) -> KrylovSpace:
             to_last = torch.dot(kept, last.Bd), space.V.dot(-1, last.d)
         scalars = space.U.dots(w, *to_last, vectors.read_signal(w))
         h = scalars[: space.U.size]
-        y = w.clone()
+        y.copy_(w)
         space.V.subtract(y, h)
         space.V.subtract(y, space.U.dots(y))
         u = y if M is None else M(y)
@@ -340,8 +360,8 @@ def build(system: System, options: KrylovOptions) -> KrylovSpace:
         norm = rest[0].clamp_min(torch.finfo(torch.float64).tiny).sqrt()
         more = space.dim + 1 < max_dim
         if more:
-            space.V.append(y / norm.to(y.dtype))
-            kept = space.U.append(u / norm.to(u.dtype))
+            space.V.append(y, norm)
+            kept = space.U.append(u, norm)
             if lagged:
                 w = B(kept)
                 space.num_products += 1
