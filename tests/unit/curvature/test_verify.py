@@ -128,7 +128,16 @@ def test_gradients_are_whole_and_curvature_is_semidefinite(name: str, by: str) -
     x, y = data()
     g = torch.autograd.grad(loss(model, model(x)), tensors, allow_unused=True)
     if by == "acc_step":
-        optimizer = HessianFree(tensors, cg_max_iter=1, use_linesearch=False, damping=1e6, lr=1e-3)
+        # With so much damping and no metric, a step goes along the gradient.
+        optimizer = HessianFree(
+            tensors,
+            solver="cg",
+            preconditioner="none",
+            cg_max_iter=1,
+            use_linesearch=False,
+            damping=1e6,
+            lr=1e-3,
+        )
         before = ParameterVector(tensors).read()
         optimizer.acc_step(model, lambda z, _: loss(model, z), [(x, y)])
         moved = before - ParameterVector(tensors).read()
@@ -147,6 +156,16 @@ def test_gradients_are_whole_and_curvature_is_semidefinite(name: str, by: str) -
     torch.testing.assert_close(G, G.T, rtol=1e-9, atol=1e-12)
     if name != "target":  # which is not convex in the outputs
         assert float(torch.linalg.eigvalsh(G).min()) > -1e-10 * float(G.norm())
+
+
+def test_a_loss_with_data_of_its_own_trains_with_the_default_solver() -> None:
+    """It takes no part of the examples, which statistics of a metric are made of."""
+    model = Net()
+    x, y = data()
+    optimizer = HessianFree(model.parameters())
+    before = float(DIRECT["second-call"](model, model(x)).detach())
+    after = optimizer.acc_step(model, lambda z, _: DIRECT["second-call"](model, z), [(x, y)])
+    assert after < before
 
 
 # -- recognised losses, changed afterwards
