@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -164,8 +165,7 @@ class HessianFree(torch.optim.Optimizer):
             self._given: set[str] = given
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["damping_scale"] < 0:
-            raise ValueError(f"damping_scale is {group['damping_scale']}: it must be at least 0")
+        _check_damping_scale(group)
         for p in group["params"]:
             # In the parameter's own dtype, as load_state_dict will cast it.
             self.state[p]["x0"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
@@ -195,8 +195,8 @@ class HessianFree(torch.optim.Optimizer):
                 as a third value the shard's weight (its number of examples) if shards are uneven.
             grad: Gradient [P] over the trainable parameters, instead of the derivative of the loss.
             mvp: Product with the undamped curvature matrix, v [P] -> Bv [P], instead of autograd's.
-            M_func: Preconditioner of CG, approximating the inverse of the damped curvature matrix;
-                see `get_preconditioner`.
+            M_func: Preconditioner in place of the option's: of CG, approximating the inverse of the damped
+                curvature matrix (see `get_preconditioner`); of a Krylov space, the inverse of its metric.
             test_deterministic: Check that two evaluations of loss and product agree; warn otherwise.
             closure: `forward` by torch's name for it, as wrappers of optimizers call it.
 
@@ -233,7 +233,7 @@ class HessianFree(torch.optim.Optimizer):
             loss_datalist: (inputs, targets) pairs for backtracking and line search.
             grad_datalist: Pairs for the gradient; by default those of the loss.
             mvp_datalist: Pairs for the curvature; by default those of the loss.
-            M_func: Preconditioner of CG.
+            M_func: As in `step`.
             reduction: How `loss_func` reduces over a minibatch ("mean" counts torch's class weights
                 and ignored targets rightly).
             test_deterministic: As in `step`.
@@ -270,6 +270,8 @@ class HessianFree(torch.optim.Optimizer):
         model: Callable[[Any], Any] | None = None,
     ) -> float:
         options = self.options
+        for group in self.param_groups:
+            _check_damping_scale(group)
         params = self._trainable()
         if options.damping_metric != "identity":
             raise ValueError("damping_metric needs the model and data of a task: use hfdist.train")
@@ -574,7 +576,8 @@ class HessianFree(torch.optim.Optimizer):
 
         found = []
         for number, (pair, n) in enumerate(zip(pairs, sizes)):
-            seeds = example_seeds(seed, torch.arange(first, first + n))
+            # As `step` draws for the examples of one rank's outputs.
+            seeds = example_seeds(mixed(seed, 0), torch.arange(first, first + n))
             found.append(microbatch(number, pair, seeds))
             first += n
         if not found and comm.world_size == 1:  # of several ranks, one may have nothing
@@ -629,6 +632,21 @@ def newton_gradient(optimizer: HessianFree, *args: Any, **kwargs: Any) -> float:
 def _module(model: Any) -> nn.Module | None:
     """None where the modules are to be found while they run."""
     return model if isinstance(model, nn.Module) else None
+
+
+def _check_damping_scale(group: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: It is negative; or zero, where it scales the metric of a Krylov space.
+    """
+    scale, solver = group["damping_scale"], group["solver"]
+    if not 0.0 <= scale < math.inf:
+        raise ValueError(f"damping_scale is {scale}: it must be at least 0, and finite")
+    if scale == 0.0 and solver in ("auto", "krylov", "metric") and not group["frozen"]:
+        raise ValueError(
+            f"damping_scale is 0: solver={solver!r} measures steps by it, so it must be above 0 there; give "
+            "a small factor, or choose solver='cg'"
+        )
 
 
 def _differing(key: str, first: Any, other: Any) -> ValueError:

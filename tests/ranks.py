@@ -20,7 +20,7 @@ def on_ranks(
     world_size: int,
     function: Callable[..., Any],
     *arguments: Any,
-    timeout: float = 60.0,
+    timeout: float = 240.0,
     kind: str = "cpu",
 ) -> list[Any]:
     """Call `function(comm, *arguments)` on ranks 0 .. W-1 of a new group.

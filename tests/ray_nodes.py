@@ -63,7 +63,7 @@ class Nodes:
         command += ["--address", self.address, "--node-id", node.node_id]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         command += ["--deadline-remaining-seconds", str(int(seconds))]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        subprocess.run(command, check=True, capture_output=True, timeout=240)
 
     def pause(self, node: Any) -> None:
         """Cut a node off: its raylet and all workers are there and answer nobody."""
@@ -202,7 +202,7 @@ class OwnCluster:
             command,
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=600,
             cwd=self.home,
             env={**self.environment, **more},
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,25 +27,36 @@ def signs_like(x: Tensor, seeds: Tensor, salt: int) -> Tensor:
     """Independent +1 and -1 in the shape of x.
 
     Args:
-        x: A tensor of n examples: [n, ..], flattened [n * T, ..], or [T, n, ..].
-        seeds: One an example, [n]; a tensor of another shape gets signs from the first alone.
+        x: A tensor of n examples (see `of_examples`).
+        seeds: One an example, [n].
         salt: Tells apart the tensors of one step.
     """
-    n = len(seeds)
+
+    def signs(x: Tensor, n: int) -> Tensor:
+        own = seeds[:n].to(x.device)
+        m = x.numel() // n
+        counter = torch.arange(-(-m // 64), device=x.device) + (salt + 1) * 2**32
+        words = _scrambled(own[:, None] + counter * _GOLDEN)  # [n, ceil(m / 64)]
+        shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
+        bits = (words.view(torch.uint8)[:, :, None] >> shifts) & 1  # [n, 8 * words, 8]
+        return bits.view(n, -1)[:, :m].reshape(x.shape).to(x.dtype).mul_(2).sub_(1)
+
+    return of_examples(x, len(seeds), signs)
+
+
+def of_examples(x: Tensor, n: int, make: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """A tensor in the shape of x that is made example by example.
+
+    Args:
+        x: Of n examples: [n, ..], flattened [n * T, ..], or [T, n, ..]; another shape counts as one example.
+        n: Number of the examples.
+        make: (x with the examples in front, or one after the other, their number) -> a tensor of its shape.
+    """
     if x.numel() == 0 or n == 0:
         return torch.ones_like(x)
-    is_second = x.ndim > 1 and x.shape[0] != n and x.shape[1] == n
-    if is_second:
-        return signs_like(x.transpose(0, 1), seeds, salt).transpose(0, 1)
-    if x.ndim == 0 or x.shape[0] % n:
-        seeds, n = seeds[:1], 1
-    m = x.numel() // n
-    counter = torch.arange(-(-m // 64), device=x.device) + (salt + 1) * 2**40
-    words = _scrambled(seeds.to(x.device)[:, None] + counter * _GOLDEN)  # [n, ceil(m / 64)]
-    shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
-    bits = (words.view(torch.uint8)[:, :, None] >> shifts) & 1  # [n, 8 * words, 8]
-    bits = bits.view(n, -1)[:, :m].reshape(x.shape)
-    return bits.to(x.dtype).mul_(2).sub_(1)
+    if x.ndim > 1 and x.shape[0] != n and x.shape[1] == n:
+        return make(x.transpose(0, 1), n).transpose(0, 1)
+    return make(x, 1 if x.ndim == 0 or x.shape[0] % n else n)
 
 
 def _scrambled(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ S instead). Linear in the loss's scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 
-from hfdist.curvature.example_signs import example_seeds, signs_like
+from hfdist.curvature.example_signs import example_seeds, of_examples, signs_like
 from hfdist.curvature.loss_hessian import ByDoubleBackward, derivatives_in
 from hfdist.curvature.microbatch import Evaluation
 from hfdist.curvature.outputs import Edge, edge, is_reached
@@ -24,7 +24,11 @@ from hfdist.curvature.outputs import Edge, edge, is_reached
 NUM_PROBES = 4
 
 
-class Draw:
+Draw = Callable[[Tensor], Tensor]
+"""x -> u of its shape; called for one tensor after another."""
+
+
+class Random:
     """u for one tensor after another: signs that belong to examples.
 
     Args:
@@ -34,7 +38,7 @@ class Draw:
     """
 
     def __init__(self, seeds: Tensor | None, seed: int, sample: int = 0) -> None:
-        self._seeds, self._seed, self._salt = seeds, seed, sample << 16
+        self._seeds, self._seed, self._salt = seeds, seed, (sample + 1) << 16
 
     def __call__(self, x: Tensor) -> Tensor:
         seeds = self._seeds
@@ -45,8 +49,40 @@ class Draw:
         return signs_like(x, seeds, self._salt)
 
 
-def loss_root(e: Evaluation, draw: Draw) -> list[tuple[Edge, Tensor]]:
+class Column:
+    """u of each example is one and the same unit vector: over all of them the columns of S, one by one.
+
+    Args:
+        num_examples: n; None: the first axis.
+        number: Of the column, counted over the tensors.
+    """
+
+    def __init__(self, num_examples: int | None, number: int) -> None:
+        self._n, self._number = num_examples, number
+        self.count = 0
+        """Columns that the tensors so far have."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        n = self._n if self._n is not None else x.shape[0] if x.ndim else 1
+        return of_examples(x, n, self._unit)
+
+    def _unit(self, x: Tensor, n: int) -> Tensor:
+        u = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        size = x.numel() // max(1, n)
+        place = self._number - self.count
+        self.count += size
+        if 0 <= place < size:
+            u.view(n, size)[:, place] = 1.0
+        return u
+
+
+def loss_root(e: Evaluation, draw: Draw, probe: Draw) -> list[tuple[Edge, Tensor]]:
     """Tensors of an evaluation's graph and the parts of s in them.
+
+    Args:
+        e: A forward pass.
+        draw: u.
+        probe: Random signs for the estimate.
 
     Known losses (cross entropy, with logits, squared error) have S in closed form. For others H_L is taken
     for its diagonal, by Hutchinson's estimate d = |mean of u * H_L u|: exact where the loss adds up
@@ -60,7 +96,7 @@ def loss_root(e: Evaluation, draw: Draw) -> list[tuple[Edge, Tensor]]:
         known = _of_calls(e, draw)
         if known is not None:
             return known
-    return _by_probes(e, draw)
+    return _by_probes(e, draw, probe)
 
 
 def _of_calls(e: Evaluation, draw: Draw) -> list[tuple[Edge, Tensor]] | None:
@@ -83,7 +119,7 @@ def _of_calls(e: Evaluation, draw: Draw) -> list[tuple[Edge, Tensor]] | None:
     return pairs
 
 
-def _by_probes(e: Evaluation, draw: Draw) -> list[tuple[Edge, Tensor]]:
+def _by_probes(e: Evaluation, draw: Draw, probe: Draw) -> list[tuple[Edge, Tensor]]:
     if not e.loss_inputs:
         return []
     gradient = grad(
@@ -95,7 +131,7 @@ def _by_probes(e: Evaluation, draw: Draw) -> list[tuple[Edge, Tensor]]:
     inputs = [e.loss_inputs[k].detach() for k in H.curved]
     diagonal = [torch.zeros_like(x) for x in inputs]
     for _ in range(NUM_PROBES):
-        u = [draw(x) for x in inputs]
+        u = [probe(x) for x in inputs]
         for d, ux, Hu in zip(diagonal, u, H(u)):
             d.addcmul_(ux, Hu.detach(), value=1.0 / NUM_PROBES)
     return [

@@ -137,10 +137,11 @@ def _schedule(outcome: Outcome, options: DampingOptions) -> float:
 
 
 def _chosen(outcome: Outcome, options: DampingOptions) -> float:
-    """A rejected step raises lambda as the candidates would have: fourfold."""
+    """A rejected step, of none of the candidates, raises the step's own lambda: the last one tried is far
+    off, and the next step looks at all sizes."""
     damping = outcome.damping if outcome.candidate_damping is None else outcome.candidate_damping
     if not outcome.accepted:
-        damping = 4.0 * max(damping, outcome.damping)
+        damping = 4.0 * outcome.damping
     return min(max(damping, options.damping_min), options.damping_max)
 
 
@@ -165,7 +166,9 @@ DAMPING_RULES: dict[str, Callable[[Outcome, DampingOptions], float]] = {
 
 
 def next_damping(outcome: Outcome, options: DampingOptions, default: str) -> float:
-    """The next lambda by the options' rule; `default` is what "auto" means."""
+    """The next lambda by the options' rule; `default` is what "auto" means. Zero stays zero."""
+    if outcome.damping == 0.0:
+        return 0.0
     return DAMPING_RULES[rule_of(options, default)](outcome, options)
 
 

@@ -76,10 +76,10 @@ class PreconditionerOptions(OptionGroup):
 
     RANGES: ClassVar[dict[str, tuple[float, float]]] = {
         "preconditioner_exponent": (0.0, 1.0),
-        "kfac_examples": (1e-6, 1.0),
-        "kfac_samples": (1, 1000),
-        "kfac_refresh": (1, 10**9),
-        "kfac_decay": (0.0, 0.9999),
+        "preconditioner_examples": (1e-6, 1.0),
+        "preconditioner_samples": (1, 1000),
+        "preconditioner_refresh": (1, 10**9),
+        "preconditioner_decay": (0.0, 0.9999),
     }
 
     preconditioner: Literal["none", "empirical_fisher", "kfac"] = "kfac"
@@ -87,13 +87,13 @@ class PreconditionerOptions(OptionGroup):
     blocks (Martens & Grosse 2015)."""
     preconditioner_exponent: float = 0.75
     """Exponent of the diagonal preconditioner of `cg` and `steihaug`."""
-    kfac_examples: float = 0.25
+    preconditioner_examples: float = 0.25
     """Share of the gradient's examples that the statistics of `kfac` are taken from."""
-    kfac_samples: int = 1
+    preconditioner_samples: int = 1
     """Random vectors an example for these statistics; each is a backward pass."""
-    kfac_refresh: int = 1
+    preconditioner_refresh: int = 1
     """New statistics are taken every so many steps."""
-    kfac_decay: float | None = None
+    preconditioner_decay: float | None = None
     """Weight of what earlier steps saw in the moving average of the statistics, a factor a refresh; null: 0
     where a step sees all examples, 0.9 otherwise."""
     kfac_shared: Literal["expand", "reduce"] = "expand"

@@ -249,7 +249,7 @@ def hf_step(
         x0=start if keep_start else None,
         step=state.step + 1,
         explore=not accepted,
-        curvature_seen=curvature * alpha**2 if accepted else None,
+        curvature_seen=curvature * alpha**2 if accepted and math.isfinite(curvature) else None,
         curvature_share=state.curvature_share.after(ratio, undamped_ratio, accepted, share),
     )
     return report, next_state
@@ -373,4 +373,7 @@ def _no_step(
         num_loss_evaluations=0,
         seconds=clock.total(),
     )
-    return report, replace(state, damping=following, x0=None, step=state.step + 1)
+    following_state = replace(
+        state, damping=following, x0=None, curvature_seen=None, step=state.step + 1
+    )
+    return report, following_state

@@ -13,7 +13,7 @@ from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.errors import ReplicaError
 from hfdist.training.consistency import check_replicas
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
 
 P = 103  # a multiple of no world size
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hfdist.comm import Communicator
 from hfdist.hessian_free import HessianFree
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
 
 N = 23
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
+from rules import CG, DEFAULT
 from torch import Tensor
 
 from hfdist.checkpoint import CheckpointStore
@@ -18,11 +19,13 @@ from hfdist.config.job import RunConfig, from_dict
 from hfdist.training.display import QuietDisplay
 from hfdist.training.worker import Job, run
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
 
 STEPS = 20
 CASES: dict[str, dict[str, Any]] = {
     "mlp": {"task": "rank_tasks:Mlp"},
+    "mlp_default": {"task": "rank_tasks:Mlp", "optim": DEFAULT, "batches": {"curvature": "auto"}},
+    "conv_default": {"task": "rank_tasks:Conv", "optim": DEFAULT},
     "mlp_hessian": {"task": "rank_tasks:Mlp", "optim": {"curvature_opt": "hessian"}},
     "mlp_preconditioned": {
         "task": "rank_tasks:Mlp",
@@ -51,7 +54,7 @@ def config_of(case: str, output: str, **changes: Any) -> RunConfig:
         "dtype": "float64",
         "output": output,
         # Few iterations: long solves amplify the rounding of another order of summation.
-        "optim": {"cg_max_iter": 6, "weight_decay": 1e-3},
+        "optim": {**CG, "cg_max_iter": 6, "krylov_max_dim": 6, "weight_decay": 1e-3},
         "batches": {"gradient": 23, "curvature": 10, "line_search": 13},
         "checkpoint": {"every": 100},
         "tracking": {"enabled": False},
@@ -117,7 +120,9 @@ def test_ranks_follow_the_serial_trajectory(
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("case", ["mlp", "mlp_preconditioned", "conv"])
+@pytest.mark.parametrize(
+    "case", ["mlp", "mlp_default", "conv_default", "mlp_preconditioned", "conv"]
+)
 def test_shards_follow_the_serial_trajectory(
     case: str, world_size: int, serial: Any, tmp_path: Path
 ) -> None:
@@ -177,15 +182,18 @@ def test_candidates_that_are_evaluated_together_share_a_reduction(
     assert found[8][1] < 0.4 * found[1][1]
 
 
-def test_sharded_memory_and_reductions(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"cg_max_iter": 20, "cg_stop": "residual", "cg_tol": 0.0},
+        {**DEFAULT, "krylov_length": "full", "krylov_max_dim": 20},
+    ],
+    ids=["cg", "krylov"],
+)
+def test_sharded_memory_and_reductions(rules: dict[str, Any], tmp_path: Path) -> None:
     found = {}
     for world_size, is_sharded in ((1, False), (2, False), (2, True), (4, True)):
-        optim = {
-            "cg_max_iter": 20,
-            "cg_stop": "residual",
-            "cg_tol": 0.0,
-            "shard_solver_state": is_sharded,
-        }
+        optim = {**rules, "shard_solver_state": is_sharded}
         config = config_of("conv", str(tmp_path), steps=3, optim=optim)
         run_dir = tmp_path / f"{world_size}{is_sharded}"
         run_dir.mkdir()
@@ -196,25 +204,29 @@ def test_sharded_memory_and_reductions(tmp_path: Path) -> None:
     assert found[4, True] <= 1.2 / 4 * found[1, False]
 
 
-@pytest.mark.parametrize(("first", "second"), [(3, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(
+    ("first", "second", "case"),
+    [(3, 1, "mlp"), (1, 2, "mlp"), (2, 4, "mlp"), (2, 1, "mlp_default"), (1, 2, "mlp_default")],
+)
 def test_a_run_goes_on_at_another_world_size(
-    first: int, second: int, serial: Any, tmp_path: Path
+    first: int, second: int, case: str, serial: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    half = config_of("mlp", str(tmp_path), steps=9)
+    half = config_of(case, str(tmp_path), steps=9)
     on_ranks(first, train, half, tmp_path / "run")
-    whole = config_of("mlp", str(tmp_path))
+    whole = config_of(case, str(tmp_path))
     on_ranks(second, train, whole, tmp_path / "run", True)
-    assert distance(serial("mlp"), parameters(whole, tmp_path / "run")) < 1e-10
+    assert distance(serial(case), parameters(whole, tmp_path / "run")) < 1e-10
     assert [r["step"] for r in records(tmp_path / "run")] == list(range(STEPS))
 
 
-def test_more_ranks_than_examples(tmp_path: Path, serial: Any) -> None:
+@pytest.mark.parametrize("case", ["mlp", "mlp_default"])
+def test_more_ranks_than_examples(case: str, tmp_path: Path, serial: Any) -> None:
     """Ranks with nothing take part, and change nothing."""
     results = []
     for world_size in (1, 4):
         config = config_of(
-            "mlp",
+            case,
             str(tmp_path),
             steps=5,
             batches={"gradient": 3, "curvature": 2, "line_search": None},

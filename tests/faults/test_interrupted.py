@@ -55,14 +55,14 @@ def result_of(run_dir: Path) -> dict[str, object]:
 
 def wait_for_steps(process: subprocess.Popen[str], run_dir: Path, number: int) -> None:
     log = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if log.exists() and log.read_text().count("\n") >= number:
             return
         time.sleep(0.01)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_killed_at_any_moment_it_resumes_to_the_same_parameters(job: Path) -> None:
     runs = job.parent / "runs"
     end(start("train", str(job), "--run-id", "whole", "--quiet"), 90)
@@ -98,7 +98,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_parameters(job: Path) -> No
 @pytest.mark.parametrize(
     "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
 )
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_interrupted_it_saves_says_so_and_goes_on(job: Path, number: signal.Signals) -> None:
     runs = job.parent / "runs"
     changes = ["steps=400", "checkpoint.every=100"]
@@ -142,7 +142,7 @@ NOTICE = (
 )
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_machine_that_is_taken_back_leaves_a_checkpoint_inside_its_notice(tmp_path: Path) -> None:
     """SIGTERM in the middle of a pass that takes longer than the notice, then SIGKILL."""
     (tmp_path / "later.py").write_text(PREEMPTED_TASK)
@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_message_and_leaves_a_checkpoint(job: Path) -> None:
         [sys.executable, "-c", code, "train", str(job), "--run-id", "full", "--quiet"],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=360,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 2, run.stderr

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
 
 HERE = Path(__file__).parent
 MARK = "HFDIST_TEST_FOLDER"
@@ -48,7 +48,7 @@ def job(tmp_path: Path) -> Path:
 
 
 def hfdist(
-    *arguments: str, timeout: float = 90, **environment: str
+    *arguments: str, timeout: float = 360, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     mark = {MARK: str(Path(arguments[1]).parent)}
     return subprocess.run(
@@ -142,7 +142,7 @@ def torchrun(job: Path, *arguments: str, **environment: str) -> subprocess.Compl
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=480,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
 
@@ -183,7 +183,7 @@ def test_workers_that_disagree_are_told_in_what(job: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=480,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert run.returncode != 0

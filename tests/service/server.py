@@ -31,7 +31,7 @@ class MlflowServer:
             self.port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
 
-    def start(self, timeout: float = 60.0) -> None:
+    def start(self, timeout: float = 240.0) -> None:
         """Start it and wait until it answers."""
         store = f"sqlite:///{self._folder}/server.db"
         arguments = command(store, host="127.0.0.1", port=self.port)

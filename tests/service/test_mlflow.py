@@ -20,7 +20,7 @@ from torch import nn
 from hfdist.config.tracking import TrackingConfig
 from hfdist.tracking import RunInfo, Status, Tracker, make_tracker, sync
 
-pytestmark = [pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.timeout(600)]
 
 HERE = Path(__file__).parent
 LONGEST_CALL = 0.050  # seconds that a step may wait for its tracker
@@ -348,7 +348,7 @@ def test_a_client_that_is_killed_leaves_a_record_without_gaps_and_doubles(server
     assert run.info.status == "FAILED"  # nobody said how it ended: it did not end well
 
     last = run_client(*arguments, steps[-1] - 5, steps[-1] + 20, "FINISHED")
-    last.communicate(timeout=60)
+    last.communicate(timeout=240)
     assert last.returncode == 0
     [run] = runs_of(client, "crash", "crash")
     assert run.info.status == "FINISHED"
@@ -436,7 +436,7 @@ def test_a_model_of_a_task_file_predicts_in_another_process(
         [sys.executable, "-c", LOAD, server.uri, address],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         cwd=tmp_path,
         env={
             **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},

@@ -14,7 +14,7 @@ from server import MlflowServer
 import hfdist
 from hfdist import api
 
-pytestmark = [pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.timeout(600)]
 
 JOB = """
 name: page

@@ -155,7 +155,7 @@ def test_a_secret_address_is_written_nowhere(
     [
         "notify.url=http://127.0.0.1:9/nobody",
         "notify.command=exit 3",
-        "notify.command=sleep 60",
+        "notify.command=sleep 900",
         "notify.command=/no/such/program",
     ],
 )
@@ -165,7 +165,7 @@ def test_a_notice_that_is_not_taken_fails_nothing(
     began = time.monotonic()
     result = hfdist.train(job, [change, "notify.timeout_seconds=1"])
     assert result["status"] == "FINISHED"
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 300
     key = change.partition("=")[0]
     assert f"{key} does not take the notice 'finished'" in caplog.text
 

@@ -30,7 +30,7 @@ from hfdist.errors import ConfigError, StorageError
 from hfdist.rundir.locations import scratch
 from hfdist.training.worker import evaluate_run
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 OUTPUT = "s3://runs/team"
 JOB = """
@@ -253,7 +253,7 @@ def test_on_a_cluster(bucket: Any, job: Path, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_nodes_that_share_no_folder(bucket: Any, apart: OwnCluster, job: Path) -> None:
     arguments = ["train", str(job), "--json", "--run-id", "ray", "steps=500", "launch.workers=2"]
     with on(apart, *arguments) as program:
@@ -279,7 +279,7 @@ def test_nodes_that_share_no_folder(bucket: Any, apart: OwnCluster, job: Path) -
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_mistake_that_shows_late_leaves_the_checkpoints(
     bucket: Any, apart: OwnCluster, job: Path, tmp_path: Path
 ) -> None:
@@ -296,7 +296,7 @@ def test_a_mistake_that_shows_late_leaves_the_checkpoints(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_submitted_job_brings_its_code_to_every_node(
     bucket: Any, apart: OwnCluster, job: Path, tmp_path: Path
 ) -> None:
@@ -339,7 +339,7 @@ def test_an_output_that_cannot_be_used_is_one_message(
         [sys.executable, "-c", program, "train", str(job), f"output={output}", "--run-id", "bad"],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
     )
     assert answer.returncode == 2, answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr

@@ -63,7 +63,7 @@ def open_to_others(sockets: dict[str, list[str]]) -> dict[str, list[str]]:
     return {name: each for name, each in opened.items() if each}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_cluster_of_this_machine_is_closed_to_others(tmp_path: Path, job: Path) -> None:
     """Two nodes, a submitted job's ports and a run's workers included."""
     (tmp_path / "home").mkdir()
@@ -87,7 +87,7 @@ def test_a_cluster_of_this_machine_is_closed_to_others(tmp_path: Path, job: Path
         assert stopped.returncode == 0, stopped.stderr
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_a_private_cluster_is_closed_to_others(tmp_path: Path, job: Path) -> None:
     arguments = ["train", str(job), "--json", "--run-id", "private"]
     with hfdist(*arguments, environment={"OMP_NUM_THREADS": "1"}, cwd=tmp_path) as program:

@@ -14,7 +14,7 @@ from ray_nodes import Nodes, hfdist, nodes, workers_of
 from hfdist import api
 from hfdist.errors import ConfigError, DataError
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 JOB = """
 name: digits

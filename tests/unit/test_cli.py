@@ -99,7 +99,7 @@ def run(*arguments: Any, cwd: Path | None = None, **changes: str) -> subprocess.
         env=environment(**changes),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
     )
 
 
@@ -252,7 +252,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_exit_code_130(job: Path, call: Any) -> N
             if line.startswith("step"):
                 break
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=240)
     finally:
         process.kill()
     run_dir = job.parent / "runs" / "stopped"
@@ -378,7 +378,7 @@ def test_init_makes_a_project_that_trains_and_tests_itself(tmp_path: Path, call:
         env=environment(PYTHONPATH=str(Path(hfdist.__file__).parents[1])),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
     )
     assert tested.returncode == 0, tested.stdout
     assert "1 passed" in tested.stdout

@@ -14,6 +14,7 @@ from hfdist.config.job import RunConfig
 from hfdist.curvature.microbatch import as_sum
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import plan_step
+from hfdist.data.stream import is_stream
 from hfdist.devices import resolve
 from hfdist.errors import ConfigError
 from hfdist.tasks.task import Batch, num_examples
@@ -52,6 +53,10 @@ class Arena:
         data = self.task.train_data()
         if data is None:
             raise ConfigError(f"{config.task} has no data: there is no batch to compare on")
+        if is_stream(data):
+            raise ConfigError(
+                f"{config.task} trains on a stream: give its data a length to compare on"
+            )
         self.num_examples = len(data)  # type: ignore[arg-type]
         if (config.batches.gradient or self.num_examples) < self.num_examples:
             raise ConfigError(

@@ -19,7 +19,9 @@ CHUNK = 2**24
 MAX_VECTOR = 512
 """Most numbers of gains and biases whose block is a full matrix."""
 
-Pairs = Iterator[tuple[Tensor, Tensor]]
+Uses = Iterator[tuple[Tensor, Tensor]]
+"""Inputs and g of a layer's uses, T of each of n examples: [n, T, groups * in] and [n, T, groups * out]; of
+one-hot inputs the indices [n, T]."""
 
 
 @dataclass(kw_only=True)
@@ -52,9 +54,9 @@ class LayerSums:
         return [self.A.blocks, self.G.blocks, self.uses]
 
     def add(self, key: KroneckerKey, x: Tensor, g: Tensor) -> None:
-        """Add uses with inputs x [R, groups * in], or indices [R], and g [R, groups * out]."""
+        """Add uses (see `Uses`)."""
         dtype = self.uses.dtype
-        g = g.to(dtype)
+        x, g = x.flatten(0, 1), g.flatten(0, 1).to(dtype)
         # What nothing depends on (padding) has no part in the curvature.
         counts = (g != 0).any(1).to(dtype)  # [R]
         if key.is_one_hot:
@@ -74,8 +76,8 @@ class LayerCall:
     key: KroneckerKey
     bias: Rows | None
     output: Edge
-    pairs: Callable[[Tensor], Pairs]
-    """g -> what `LayerSums.add` takes, in one or several pieces."""
+    uses: Callable[[Tensor], Uses]
+    """g -> the call's uses, in one or several pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ class VectorRows:
             for (squares,) in self.calls:
                 blocks.view(-1).add_(squares.reshape(-1).to(blocks))
             return
-        for rows in _summed(self.calls):
+        for rows in summed(self.calls):
             flat = [row.to(blocks) for row in rows]  # each [N, numel]
             if len(blocks) == 1:
                 J = torch.cat(flat, 1)
@@ -119,7 +121,15 @@ class VectorRows:
                 blocks.add_(J.mT @ J)
 
 
-def _summed(calls: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+def vector_rows(pulled: Sequence[tuple[VectorCall, Tensor]]) -> dict[VectorKey, VectorRows]:
+    """Rows of calls and g, by key."""
+    found: dict[VectorKey, VectorRows] = {}
+    for call, g in pulled:
+        found.setdefault(call.key, VectorRows()).calls.append(call.rows(g))
+    return found
+
+
+def summed(calls: Sequence[list[Tensor]]) -> list[list[Tensor]]:
     """Rows of calls on equally many examples, added."""
     found: dict[int, list[Tensor]] = {}
     for rows in calls:
@@ -128,79 +138,77 @@ def _summed(calls: Sequence[list[Tensor]]) -> list[list[Tensor]]:
     return list(found.values())
 
 
-# -- rows of layers ----------------------------------------------------------------------------------
+# -- uses of layers ----------------------------------------------------------------------------------
 
 
-def linear_pairs(x: Tensor) -> Callable[[Tensor], Pairs]:
+def by_example(t: Tensor, n: int | None, time_first: bool = False) -> Tensor:
+    """[.., C] as [n, T, C]: examples are the first axis, or the second one, or runs of the first one; as
+    [1, T, C] where none of that fits.
+
+    Args:
+        t: Of uses.
+        n: Number of the examples; None: the first axis.
+        time_first: The first axis is time, or runs over the examples at each time.
+    """
+    if time_first and n and t.ndim == 2 and t.shape[0] % n == 0:
+        t = t.unflatten(0, (-1, n))
+    if t.ndim > 2 and n is not None and (time_first or t.shape[0] != n) and t.shape[1] == n:
+        t = t.transpose(0, 1)
+    rows = t.shape[0] if n is None else n
+    if t.ndim < 2 or rows == 0 or t.shape[0] % rows:
+        rows = 1
+    return t.reshape(rows, -1, t.shape[-1])
+
+
+def linear_uses(x: Tensor, n: int | None, time_first: bool = False) -> Callable[[Tensor], Uses]:
     """Inputs [.., in] and g [.., out]."""
 
-    def pairs(g: Tensor) -> Pairs:
-        yield x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    def uses(g: Tensor) -> Uses:
+        yield by_example(x, n, time_first), by_example(g, n, time_first)
 
-    return pairs
+    return uses
 
 
-def embedding_pairs(ids: Tensor, padding_idx: int | None) -> Callable[[Tensor], Pairs]:
+def embedding_uses(ids: Tensor, padding_idx: int | None, n: int | None) -> Callable[[Tensor], Uses]:
     """Indices [..] and g [.., out]; the row of the padding has no gradient."""
 
-    def pairs(g: Tensor) -> Pairs:
-        g = g.reshape(-1, g.shape[-1])
-        flat = ids.reshape(-1)
+    def uses(g: Tensor) -> Uses:
         if padding_idx is not None:
-            g = g * (flat != padding_idx)[:, None].to(g.dtype)
-        yield flat, g
+            g = g * (ids != padding_idx)[..., None].to(g.dtype)
+        yield by_example(ids[..., None], n)[..., 0], by_example(g, n)
 
-    return pairs
+    return uses
 
 
-def reduced(
-    pairs: Callable[[Tensor], Pairs], x: Tensor, n: int | None
-) -> Callable[[Tensor], Pairs]:
+def reduced(uses: Callable[[Tensor], Uses]) -> Callable[[Tensor], Uses]:
     """The setting "reduce": of an example's uses, the mean input and the sum of g."""
 
-    def mean_pairs(g: Tensor) -> Pairs:
-        if n is None or x.shape[0] != n or x.ndim < 3:
-            yield from pairs(g)
-            return
-        for a, b in pairs(g):
-            examples = n if len(a) % n == 0 else len(a)
-            yield (
-                a.view(examples, -1, a.shape[-1]).mean(1),
-                b.view(examples, -1, b.shape[-1]).sum(1),
-            )
+    def mean_uses(g: Tensor) -> Uses:
+        for a, y in uses(g):
+            yield a.mean(1, keepdim=True), y.sum(1, keepdim=True)
 
-    return mean_pairs
+    return mean_uses
 
 
-def convolution_pairs(
-    x: Tensor, window: Window, groups: int, *, per_example: bool = False
-) -> Callable[[Tensor], Pairs]:
-    """Patches of x [N, in, ..] and g [N, out, ..], a row a position."""
+def convolution_uses(x: Tensor, window: Window, groups: int) -> Callable[[Tensor], Uses]:
+    """Patches of x [N, in, ..] and g [N, out, ..]; a use is a position."""
 
-    def pairs(g: Tensor) -> Pairs:
+    def uses(g: Tensor) -> Uses:
         for low, high in window.chunks(x):
-            patches = window.patches(x[low:high], groups)  # [n, L, groups * in * K]
-            y = g[low:high].flatten(2).mT  # [n, L, out]
-            if per_example:
-                yield patches.mean(1), y.sum(1)
-            else:
-                yield patches.flatten(0, 1), y.flatten(0, 1)
+            yield window.patches(x[low:high], groups), g[low:high].flatten(2).mT
 
-    return pairs
+    return uses
 
 
-def transposed_convolution_pairs(
-    x: Tensor, window: Window, groups: int
-) -> Callable[[Tensor], Pairs]:
-    """x [N, in, ..], a row a position, and the patches of g [N, out, ..] that it is written to."""
+def transposed_convolution_uses(x: Tensor, window: Window, groups: int) -> Callable[[Tensor], Uses]:
+    """x [N, in, ..], and the patches of g [N, out, ..] that a position of it is written to."""
 
-    def pairs(g: Tensor) -> Pairs:
+    def uses(g: Tensor) -> Uses:
         for low, high in window.chunks(g):
             places = x[low:high].flatten(2).mT  # [n, L, in]
-            patches = window.patches(g[low:high], groups, count=x.shape[2:])
-            yield places.flatten(0, 1), patches.flatten(0, 1)
+            yield places, window.patches(g[low:high], groups, count=x.shape[2:])
 
-    return pairs
+    return uses
 
 
 @dataclass(frozen=True, kw_only=True)

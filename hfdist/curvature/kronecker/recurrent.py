@@ -66,9 +66,8 @@ def _layer(cell: Cell, is_lstm: bool = False) -> Callable[..., Any]:
             sizes = batch_sizes.tolist()
         else:
             x, states, weights, has_biases, layers, dropout, train, both, batch_first = args
-            x = x.transpose(0, 1) if batch_first else x  # [T, N, in]
-            sizes = [x.shape[1]] * x.shape[0]
-            x = x.flatten(0, 1)
+            x = x if batch_first else x.transpose(0, 1)  # [N, T, in]
+            sizes = None
         states = (states,) if isinstance(states, Tensor) else tuple(states)
         directions = 2 if both else 1
         each = len(weights) // (layers * directions)
@@ -89,9 +88,8 @@ def _layer(cell: Cell, is_lstm: bool = False) -> Callable[..., Any]:
             if dropout and train and layer < layers - 1:
                 x = F.dropout(x, dropout)
         last = tuple(torch.stack(parts) for parts in zip(*ends))
-        if not is_packed:
-            x = x.unflatten(0, (len(sizes), -1))
-            x = x.transpose(0, 1) if batch_first else x
+        if not is_packed and not batch_first:
+            x = x.transpose(0, 1)
         return (x, *last)
 
     return run
@@ -105,17 +103,24 @@ def _projected(cell: Cell, is_lstm: bool, weights: Sequence[Tensor], has_biases:
 def _direction(
     cell: Cell,
     x: Tensor,
-    sizes: Sequence[int],
+    sizes: Sequence[int] | None,
     state: State,
     weights: Sequence[Tensor],
     has_biases: bool,
     backwards: bool,
 ) -> tuple[Tensor, State]:
-    """One layer in one direction: (outputs, last state); sizes[t] sequences reach step t, longest first."""
+    """One layer in one direction: (outputs, last state).
+
+    Args:
+        x: [N, T, in]; of sequences of different length, the steps' inputs one after the other.
+        sizes: Then, how many sequences reach each step, longest first.
+    """
     W_i, W_h, *rest = weights
     b_i = rest.pop(0) if has_biases else None
     hidden = [W_h, *rest]
-    steps = list(F.linear(x, W_i, b_i).split(list(sizes)))
+    projected, is_packed = F.linear(x, W_i, b_i), sizes is not None
+    steps = projected.split(list(sizes)) if sizes is not None else projected.unbind(1)
+    sizes = [len(x)] * len(steps) if sizes is None else sizes
     outputs: list[Tensor] = [x] * len(steps)
     finished: list[State] = []
     now = tuple(s[: sizes[-1] if backwards else sizes[0]] for s in state)
@@ -129,7 +134,7 @@ def _direction(
         now = cell(steps[t], now, hidden)
         outputs[t] = now[0]
     ends = tuple(torch.cat(parts) for parts in zip(now, *reversed(finished)))
-    return torch.cat(outputs), ends
+    return torch.cat(outputs) if is_packed else torch.stack(outputs, 1), ends
 
 
 # -- cells -------------------------------------------------------------------------------------------

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from hfdist.curvature.kronecker.calls import LayerSums, VectorRows, vector_blocks
+from hfdist.curvature.kronecker.calls import LayerSums, vector_blocks, vector_rows
 from hfdist.curvature.kronecker.factors import Factor, packed, unpacked
 from hfdist.curvature.kronecker.keys import BlockPlan, KroneckerKey, Seen, VectorKey, plan_blocks
-from hfdist.curvature.kronecker.watch import LayerWatch, Shared
-from hfdist.curvature.loss_root import Draw, loss_root, pulled_back
+from hfdist.curvature.kronecker.passes import Pulled, WatchedPass
+from hfdist.curvature.kronecker.watch import Shared
 from hfdist.curvature.microbatch import Microbatch
 from hfdist.curvature.objective import Problem
-from hfdist.curvature.outputs import Edge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,13 @@ def take_statistics(
     sums = _LocalSums(problem.params.zeros()[:0])
     for microbatch in problem.roles.gradient:
         part = microbatch if microbatch.part is None else microbatch.part(sampling.share)
-        sums.add_microbatch(problem, part, sampling)
+        try:
+            sums.add_microbatch(problem, part, sampling)
+        except (RuntimeError, ValueError, IndexError):
+            if part is microbatch:
+                raise
+            # A loss that brings data of its own, of all examples, takes no part of them.
+            sums.add_microbatch(problem, microbatch, sampling)
     while True:
         if agreed is None:
             agreed = Seen()
@@ -149,47 +153,27 @@ class _LocalSums:
 
     def add_microbatch(self, problem: Problem, microbatch: Microbatch, sampling: Sampling) -> None:
         """A forward pass, and a backward pass a sample."""
-        tensors, seeds = problem.params.tensors, microbatch.example_seeds
-        watch = LayerWatch(tensors, None if seeds is None else len(seeds), sampling.shared)
-        e = problem.evaluate_split(microbatch, watch)
-        self.weight += float(e.weight)
-        inside: set[int] = set()
-        for layer in watch.layers:
+        watched = WatchedPass(problem, microbatch, sampling.shared)
+        self.weight += watched.weight
+        for layer in watched.layers:
             self.seen.add(layer.key, layer.bias)
-            inside.add(layer.key.rows.index)
-            inside.update(() if layer.bias is None else (layer.bias.index,))
-        for vector in watch.vectors:
-            self.seen.vectors.add(vector.key)
-            inside.update(vector.key.params)
-        others = [k for k in range(len(tensors)) if k not in inside]
-        edges = [layer.output for layer in watch.layers] + [v.output for v in watch.vectors]
-        inputs: list[Tensor | Edge] = [*edges, *(tensors[k] for k in others)]
+        self.seen.vectors.update(vector.key for vector in watched.vectors)
         for sample in range(sampling.samples):
-            root = loss_root(e, Draw(seeds, microbatch.seed, sample))
-            found = pulled_back(
-                root, inputs, keep=sample + 1 < sampling.samples or bool(watch.vectors)
-            )
+            pulled = watched.pull(watched.draw(sample))
             with torch.no_grad():
-                self._add(watch, found)
-                for k, v in zip(others, found[len(edges) :]):
-                    if v is not None:
-                        if k not in self.others:
-                            self.others[k] = self.like.new_zeros(sampling.samples, *v.shape)
-                        self.others[k][sample] += v
+                self._add(pulled, sample, sampling.samples)
 
-    def _add(self, watch: LayerWatch, found: Sequence[Tensor | None]) -> None:
-        """The calls' parts, from the derivatives in their results."""
-        rows: dict[VectorKey, VectorRows] = {}
-        for layer, g in zip(watch.layers, found):
+    def _add(self, pulled: Pulled, sample: int, samples: int) -> None:
+        for layer, g in pulled.layers:
             if layer.key not in self.layers:
                 self.layers[layer.key] = LayerSums.zeros(layer.key, self.like)
-            if g is not None:
-                for x, gx in layer.pairs(g):
-                    self.layers[layer.key].add(layer.key, x, gx)
-        for vector, g in zip(watch.vectors, found[len(watch.layers) :]):
-            if g is not None:
-                rows.setdefault(vector.key, VectorRows()).calls.append(vector.rows(g))
-        for key, of_calls in rows.items():
+            for x, gx in layer.uses(g):
+                self.layers[layer.key].add(layer.key, x, gx)
+        for key, rows in vector_rows(pulled.vectors).items():
             if key not in self.vectors:
                 self.vectors[key] = vector_blocks(key, self.like)
-            of_calls.add_to(self.vectors[key], key)
+            rows.add_to(self.vectors[key], key)
+        for k, v in pulled.others:
+            if k not in self.others:
+                self.others[k] = self.like.new_zeros(samples, *v.shape)
+            self.others[k][sample] += v

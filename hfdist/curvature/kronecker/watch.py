@@ -14,15 +14,15 @@ from torch.overrides import TorchFunctionMode
 from hfdist.curvature.kronecker import recurrent
 from hfdist.curvature.kronecker.calls import (
     LayerCall,
-    Pairs,
+    Uses,
     VectorCall,
     Window,
-    convolution_pairs,
-    embedding_pairs,
-    linear_pairs,
+    convolution_uses,
+    embedding_uses,
+    linear_uses,
     per_example,
     reduced,
-    transposed_convolution_pairs,
+    transposed_convolution_uses,
 )
 from hfdist.curvature.kronecker.keys import KroneckerKey, Rows, VectorKey
 from hfdist.curvature.outputs import edge
@@ -51,13 +51,14 @@ class LayerWatch(TorchFunctionMode):
         self._tensors = tensors
         self._index = {id(t): k for k, t in enumerate(tensors)}
         self._n, self._shared = num_examples, shared
+        self._is_time_first = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
-            with self, _without_overrides():
+            with self, self._time_first(), _without_overrides():
                 return func(*args, **kwargs)
         parts = recurrent.PARTS.get(func)
         if parts is not None and torch.is_grad_enabled():
@@ -69,6 +70,15 @@ class LayerWatch(TorchFunctionMode):
             with torch.no_grad():
                 note(self, func, out, *args, **kwargs)
         return out
+
+    @contextmanager
+    def _time_first(self) -> Iterator[None]:
+        """Inside attention, whose inputs are [T, N, C] or rows of that."""
+        self._is_time_first = True
+        try:
+            yield
+        finally:
+            self._is_time_first = False
 
     # -- which parameter a tensor is ---------------------------------------------------------------
 
@@ -115,9 +125,11 @@ class LayerWatch(TorchFunctionMode):
         out: Tensor,
         key: KroneckerKey,
         bias: Rows | None,
-        pairs: Callable[[Tensor], Pairs],
+        uses: Callable[[Tensor], Uses],
     ) -> None:
-        self.layers.append(LayerCall(key=key, bias=bias, output=edge(out), pairs=pairs))
+        if self._shared == "reduce" and not key.is_one_hot:
+            uses = reduced(uses)
+        self.layers.append(LayerCall(key=key, bias=bias, output=edge(out), uses=uses))
 
     def _linear(
         self, func: Any, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -128,11 +140,9 @@ class LayerWatch(TorchFunctionMode):
             return
         rows, is_transposed = found
         x = input.detach()
-        pairs = linear_pairs(x)
-        if self._shared == "reduce":
-            pairs = reduced(pairs, x, self._n)
+        uses = linear_uses(x, self._n, self._is_time_first)
         key = KroneckerKey(rows, x.shape[-1], out.shape[-1], input_first=is_transposed)
-        self._layer(out, key, self._bias(bias), pairs)
+        self._layer(out, key, self._bias(bias), uses)
 
     def _matmul(self, func: Any, out: Tensor, input: Any, other: Any, **_: Any) -> None:
         """y = x W."""
@@ -172,12 +182,12 @@ class LayerWatch(TorchFunctionMode):
         others = [axis for axis in x if axis != i]  # the order of the rows
         order = [result.index(axis) for axis in others] + [result.index(o)]
 
-        def pairs(g: Tensor) -> Pairs:
-            yield from linear_pairs(input)(g.permute(order))
+        def uses(g: Tensor) -> Uses:
+            yield from linear_uses(input, self._n)(g.permute(order))
 
         sizes = input.shape[-1], out.shape[result.index(o)]
         key = KroneckerKey(rows, *sizes, input_first=is_transposed != (weight[0] == i))
-        self._layer(out, key, None, pairs)
+        self._layer(out, key, None, uses)
 
     def _embedding(
         self,
@@ -195,10 +205,10 @@ class LayerWatch(TorchFunctionMode):
             return
         if padding_idx is not None and padding_idx < 0:
             padding_idx = padding_idx + len(weight) if func is F.embedding else None
-        pairs = embedding_pairs(input, padding_idx)
+        uses = embedding_uses(input, padding_idx, self._n)
         num_inputs, num_outputs = weight.shape
         key = KroneckerKey(found[0], num_inputs, num_outputs, input_first=True, is_one_hot=True)
-        self._layer(out, key, None, pairs)
+        self._layer(out, key, None, uses)
 
     def _getitem(self, func: Any, out: Tensor, input: Any, index: Any) -> None:
         """W[indices]."""
@@ -234,12 +244,12 @@ class LayerWatch(TorchFunctionMode):
         else:
             around = [(p, p) for p in _each(padding, dims)]
         window = Window(size=size, stride=_each(stride, dims), padding=around, dilation=dilation)
-        pairs = convolution_pairs(x, window, groups, per_example=self._shared == "reduce")
+        uses = convolution_uses(x, window, groups)
         if not has_batch:
-            pairs = _with_batch(pairs)
+            uses = _with_batch(uses)
         sizes = weight[0].numel(), weight.shape[0] // groups
         key = KroneckerKey(Rows(index, 0, weight.shape[0]), *sizes, groups=groups)
-        self._layer(out, key, self._bias(bias), pairs)
+        self._layer(out, key, self._bias(bias), uses)
 
     def _transposed_convolution(
         self,
@@ -265,11 +275,11 @@ class LayerWatch(TorchFunctionMode):
             padding=[(p, p) for p in _each(padding, dims)],
             dilation=_each(dilation, dims),
         )
-        pairs = transposed_convolution_pairs(input.detach(), window, groups)
+        uses = transposed_convolution_uses(input.detach(), window, groups)
         sizes = weight.shape[0] // groups, weight[0].numel()
         rows = Rows(index, 0, weight.shape[0])
         key = KroneckerKey(rows, *sizes, input_first=True, groups=groups)
-        self._layer(out, key, None, pairs)
+        self._layer(out, key, None, uses)
 
     # -- element-wise operations -----------------------------------------------------------------------
 
@@ -453,8 +463,8 @@ class LayerWatch(TorchFunctionMode):
         )
 
 
-def _with_batch(pairs: Callable[[Tensor], Pairs]) -> Callable[[Tensor], Pairs]:
-    return lambda g: pairs(g[None])
+def _with_batch(uses: Callable[[Tensor], Uses]) -> Callable[[Tensor], Uses]:
+    return lambda g: uses(g[None])
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def _needed(steps: Sequence[Step], results: Sequence[int | None]) -> list[Step]:
     for step in reversed(steps):
         if not wanted.isdisjoint(step.outputs):
             wanted.update(step.inputs)
-            kept.append(step)
+            kept.append(replace(step))  # what is free and dead differs from program to program
     return kept[::-1]
 
 

@@ -22,13 +22,13 @@ RELATIVE_DAMPING = 0.1
 element, times the root of the step's lambda: two factors add a part of lambda's own to their product. Early
 steps, of a large lambda, have no use for what the metric says of flat directions; late ones need it."""
 STOCHASTIC_DECAY = 0.9
-"""`kfac_decay` where a step does not see all examples."""
+"""`preconditioner_decay` where a step does not see all examples."""
 
 
 def kfac(context: Context) -> Builder:
     """Blocks of layers; multiples of the identity elsewhere."""
     options = context.options
-    decay = options.kfac_decay
+    decay = options.preconditioner_decay
     if decay is None:
         decay = 0.0 if context.sees_all_examples else STOCHASTIC_DECAY
     taken: list[tuple[BlockPlan, Statistics]] = []  # once a step, whatever its dampings
@@ -37,11 +37,11 @@ def kfac(context: Context) -> Builder:
         if not taken:
             memory = context.memory.statistics
             sampling = Sampling(
-                share=max(options.kfac_examples, _share_of_full_rank(problem)),
-                samples=options.kfac_samples,
+                share=max(options.preconditioner_examples, _share_of_full_rank(problem)),
+                samples=options.preconditioner_samples,
                 shared=options.kfac_shared,
             )
-            taken.append(memory.take(problem, sampling, decay, options.kfac_refresh))
+            taken.append(memory.take(problem, sampling, decay, options.preconditioner_refresh))
         plan, statistics = taken[0]
         relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5 if damping is None else 0.0
         return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping, relative))

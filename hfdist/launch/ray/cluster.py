@@ -158,8 +158,10 @@ def _private() -> Iterator[None]:
 
 
 def _start(folder: str) -> None:
+    import psutil
     import ray
 
+    before = set(psutil.Process().children(recursive=True))
     for left in reversed(range(_START_TRIES)):
         try:
             ray.init(
@@ -172,6 +174,12 @@ def _start(folder: str) -> None:
             return
         except Exception as error:  # of many kinds: ports, memory, a machine that is too busy
             ray.shutdown()
+            # It forgets the processes of a node that it gave up.
+            family = set(psutil.Process().children(recursive=True)) - before
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(family, timeout=10)
             if not left or TOO_SLOW not in str(error):
                 raise WorkerError(
                     f"Ray does not start on this machine: {first_line(error)}"

@@ -109,6 +109,19 @@ class TuneTrial(tune.Trainable):
         return (self._folder / files.STOP_FILE).exists()
 
 
+class _StopRequest(tune.Stopper):
+    """Ends the sweep once somebody has asked for it: what runs is stopped, what waits is not begun."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._file.exists()
+
+
 def tuner(
     assignment: Mapping[str, Any],
     numbers: Sequence[int],
@@ -157,6 +170,11 @@ def tuner(
             name="tune",
             storage_path=str(folder),
             verbose=0,
+            stop=_StopRequest(Path(assignment["folder"]) / files.STOP_FILE),
             failure_config=tune.FailureConfig(max_failures=max_failures),
+            # Checkpoints are the run's own.
+            checkpoint_config=tune.CheckpointConfig(
+                checkpoint_frequency=0, checkpoint_at_end=False
+            ),
         ),
     )

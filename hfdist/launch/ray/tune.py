@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -286,6 +287,8 @@ class _Sweep:
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         from hfdist.launch.ray.trial import tuner
 
+        # A trial whose process is lost is told, and tried again: no traceback of Ray's own besides.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         plan = self._plan
         assignment = {
             "trials": list(plan.trials),

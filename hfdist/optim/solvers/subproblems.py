@@ -93,8 +93,7 @@ def trust_region(projected: Projected, shift: float, factor: float) -> Small:
     if size(edge) <= radius:
         # The hard case: b has nothing along the lowest curvature, and the boundary is reached along it.
         y = b / _positive(theta + edge)
-        y[0] += np.copysign(np.sqrt(max(radius**2 - float(y @ y), 0.0)), y[0] or 1.0)
-        return Small(projected.S @ y, edge)
+        return Small(projected.S @ _lengthened(y, radius), edge)
     low, high = edge, least + float(np.linalg.norm(b)) / radius
     for _ in range(200):  # size falls in mu; halving in the logarithm where the ends are far apart
         mu = np.sqrt(low * high) if low > 0.0 and high > 4.0 * low else 0.5 * (low + high)
@@ -125,9 +124,7 @@ def cubic(projected: Projected, shift: float, factor: float) -> Small:
         if least == 0.0:
             return Small(_filtered(projected, 1.0 / _positive(theta + low)), low)
         y = b / _positive(theta + low)
-        missing = max((low / sigma) ** 2 - float(y @ y), 0.0)
-        y[0] += np.copysign(np.sqrt(missing), y[0] or 1.0)
-        return Small(projected.S @ y, low)
+        return Small(projected.S @ _lengthened(y, low / sigma), low)
     high = 2.0 * low + shift * factor
     while excess(high) < 0.0:
         high *= 2.0
@@ -159,6 +156,13 @@ SUBPROBLEMS: dict[str, Subproblem] = {
     "minres": minres,
 }
 """By their names in `krylov_subproblem`."""
+
+
+def _lengthened(y: Vector, length: float) -> Vector:
+    """y with as much of the first eigenvector as gives it the length, in the direction that it has."""
+    rest = float(y[1:] @ y[1:])
+    y[0] = np.copysign(np.sqrt(max(length**2 - rest, 0.0)), y[0])
+    return y
 
 
 def _filtered(projected: Projected, factors: Vector) -> Vector:

@@ -199,12 +199,13 @@ def test_inputs_and_derivatives_add_up_to_the_parameters_own(name: str) -> None:
     noted = [torch.zeros_like(p) for p in parameters]
     for layer, g in zip(watch.layers, found):
         rows = layer.key.rows
-        for inputs, gx in layer.pairs(g):
+        for inputs, gx in layer.uses(g):
+            inputs, gx = inputs.flatten(0, 1), gx.flatten(0, 1)
             noted[rows.index][rows.start : rows.stop].flatten(1).add_(
                 of_weight(layer.key, inputs, gx)
             )
         if layer.bias is not None:
-            total = sum(gx.sum(0) for _, gx in layer.pairs(g))
+            total = sum(gx.sum((0, 1)) for _, gx in layer.uses(g))
             noted[layer.bias.index][layer.bias.start : layer.bias.stop] += total
     for vector, g in zip(watch.vectors, found[len(watch.layers) :]):
         if vector.key.is_diagonal:

@@ -46,7 +46,7 @@ def problem_of(case_name: str, name: str, sizes: tuple[int, ...], scale: float =
         parts.append((from_task(task, model, part, 0, seeds), part))
         low += size
     role = [microbatch for microbatch, _ in parts]
-    options = HFOptions(preconditioner=name, kfac_examples=1.0)
+    options = HFOptions(preconditioner=name, preconditioner_examples=1.0)
     context = Context(task=task, model=model, gradient=parts, options=options)
     return Problem(
         params=ParameterVector(p for p in model.parameters() if p.requires_grad),

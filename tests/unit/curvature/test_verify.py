@@ -174,10 +174,22 @@ def exp_in_place(z: Tensor) -> Tensor:
     return ce(z).exp_()
 
 
+def one_call_an_example(z: Tensor) -> Tensor:
+    """Several calls, each of which sees another piece of the outputs."""
+    return torch.stack([F.cross_entropy(row, y) for row, y in zip(z.unbind(), data()[1])]).mean()
+
+
 @pytest.mark.parametrize(
-    "loss", [halved_in_place, masked_in_place, writes_into_outputs, exp_in_place],
+    "loss",
+    [
+        halved_in_place,
+        masked_in_place,
+        writes_into_outputs,
+        exp_in_place,
+        one_call_an_example,
+    ],
     ids=lambda f: f.__name__,
-)  # fmt: skip
+)
 def test_arithmetic_in_place_on_losses_and_outputs(loss: Any) -> None:
     model = Net()
     x, _ = data()

@@ -103,7 +103,7 @@ class Slurm:
                 },
             )
 
-    def end(self, timeout: float = 90.0) -> int:
+    def end(self, timeout: float = 360.0) -> int:
         """Wait for the script; returns its exit status."""
         assert self._process is not None
         try:

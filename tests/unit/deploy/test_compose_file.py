@@ -136,7 +136,7 @@ def cluster(
         env=found,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
     )
 
 
@@ -182,6 +182,6 @@ def test_compose_accepts_it() -> None:
         ["docker-compose", "-f", str(DOCKER / "compose.yaml"), "config", "--quiet"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 def write(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, str(ROOT / "docker" / "requirements.py"), *arguments]
-    return subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=30)
+    return subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 def lines(folder: Path, name: str) -> list[str]:

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.skipif(
 
 def render(folder: Path) -> list[dict[str, Any]]:
     found = subprocess.run(
-        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60
+        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=240
     )
     assert found.returncode == 0, found.stderr
     return [each for each in yaml.safe_load_all(found.stdout) if each]
@@ -268,7 +268,7 @@ def test_parameters_and_probes_are_rays() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_probes_are_answered_and_the_rest_is_not() -> None:
     """A head started with the file's parameters, and a token as KubeRay sets it."""
@@ -303,7 +303,7 @@ def test_probes_are_answered_and_the_rest_is_not() -> None:
     finally:
         family = psutil.Process(program.pid).children(recursive=True)
         program.terminate()
-        for each in psutil.wait_procs([psutil.Process(program.pid), *family], timeout=20)[1]:
+        for each in psutil.wait_procs([psutil.Process(program.pid), *family], timeout=80)[1]:
             each.kill()
         program.wait(5)
         shutil.rmtree(folder, ignore_errors=True)
@@ -380,7 +380,7 @@ def test_a_job_that_comes_back_goes_on(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
     def said() -> list[str]:
-        return subprocess.check_output(words, env=environment, text=True, timeout=20).splitlines()
+        return subprocess.check_output(words, env=environment, text=True, timeout=80).splitlines()
 
     run = f"{tmp_path}/runs/digits"
     cluster = ["launch.backend=ray", "launch.address=auto", "--plain"]

@@ -63,7 +63,7 @@ def result(run_dir: Path) -> dict[str, Any]:
 
 
 def wait_for_steps(run_dir: Path, number: int, slurm: Slurm) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 360
     path = run_dir / "metrics.jsonl"
     while not path.exists() or len(path.read_text().splitlines()) < number:
         assert time.monotonic() < deadline, slurm.log
@@ -86,7 +86,7 @@ def test_shell_scripts_are_clean() -> None:
     program = which("shellcheck", path=str(Path(sys.executable).parent)) or which("shellcheck")
     assert program, "shellcheck is not installed: make install"
     files = [*SCRIPTS, ROOT / "deploy" / "kuberay" / "job" / "train"]
-    found = subprocess.run([program, *map(str, files)], capture_output=True, text=True, timeout=60)
+    found = subprocess.run([program, *map(str, files)], capture_output=True, text=True, timeout=240)
     assert found.returncode == 0, found.stdout
 
 
@@ -145,7 +145,9 @@ def test_only_a_run_that_was_stopped_comes_back(words_only: Slurm) -> None:
     (run_dir / "result.json").write_text('{"status": "KILLED"}')
     words_only.start("torchrun.sbatch", "job.yaml", **environment)
     assert words_only.end() != 0
-    assert "resume" in (folder / "torchrun-0").read_text()
+    # The node that fails first ends the other, perhaps before that has written its words.
+    words = [(folder / f"torchrun-{node}") for node in range(2)]
+    assert any("resume" in path.read_text() for path in words if path.exists())
     assert words_only.requeued == []
 
 
@@ -187,7 +189,7 @@ def test_torchrun_is_stopped_and_goes_on(slurm: Slurm) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_ray_is_stopped_and_goes_on(slurm: Slurm) -> None:
     """A head and a node; time runs out; the job is put back, and goes on on a new cluster."""
     run_dir = slurm.folder / "runs" / f"slurm-{slurm.job_id}"

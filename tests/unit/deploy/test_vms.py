@@ -63,7 +63,7 @@ def test_what_a_machine_is_told(tmp_path: Path) -> None:
             env={**os.environ, "PATH": path, "VMS_TEST_FOLDER": str(tmp_path)},
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=360,
         )
     finally:
         for left in Path("/tmp/ray").glob(f"cluster-{name}.*"):

@@ -30,6 +30,6 @@ except ValueError:
 )
 def test_only_a_process_that_is_ended_speaks(end: str, code: int, words: str) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(end=end)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", PROGRAM.format(end=end)], capture_output=True, text=True, timeout=240
     )
     assert (ended.returncode, ended.stderr) == (code, words)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfdist.optim.backtracking import backtrack
+from hfdist.optim.backtracking import NEARLY, backtrack, climb
 from hfdist.optim.damping import (
     DAMPING_RULES,
     Outcome,
@@ -112,6 +112,64 @@ def test_the_choice_does_not_depend_on_how_many_are_asked_at_once(
     assert backtrack(len(values), together, "efficient", at_once) == choice
     assert together.asked[: len(one_by_one.asked)] == one_by_one.asked
     assert len(together.asked) < len(one_by_one.asked) + at_once
+
+
+# -- the climb over lambda
+
+
+def test_the_climb_begins_with_the_centre_and_its_neighbours() -> None:
+    losses = Losses([5.0, 4.0, 3.0, 1.0, 2.0, 6.0])
+    choice = climb(6, 3, losses, loss_0=9.0, wide=False)
+    assert (choice.index, choice.loss) == (3, 1.0)
+    assert losses.asked == [2, 3, 4]
+
+
+@pytest.mark.parametrize("values", [[9, 8, 7, 6, 5, 4, 3, 0], [0, 3, 4, 5, 6, 7, 8, 9]])
+def test_the_climb_follows_the_falling_loss_to_either_end(values: list[float]) -> None:
+    losses = Losses(values)
+    assert climb(8, 4, losses, loss_0=20.0, wide=False).loss == 0
+    assert len(losses.asked) == len(set(losses.asked)), "each is evaluated once"
+
+
+def test_without_descent_the_climb_goes_to_large_lambda() -> None:
+    losses = Losses([0.9, 1.1, math.nan, 3.0, math.inf, math.inf, math.inf])
+    choice = climb(7, 5, losses, loss_0=1.0, wide=False)
+    assert (choice.index, choice.loss) == (0, 0.9)
+    choice = climb(7, 5, Losses([2.0] * 7), loss_0=1.0, wide=False)
+    assert choice.loss == 2.0
+    assert climb(3, 1, Losses([math.nan] * 3), loss_0=1.0, wide=False).loss == math.inf
+
+
+def test_of_nearly_equal_losses_the_climb_takes_the_smaller_lambda() -> None:
+    gain, best = 1.0, 9.0
+    near, far = best + 0.9 * NEARLY * gain, best + 1.1 * NEARLY * gain
+    assert climb(3, 1, Losses([9.8, best, near]), loss_0=10.0, wide=False).index == 2
+    assert climb(3, 1, Losses([9.8, best, far]), loss_0=10.0, wide=False).index == 1
+
+
+def test_a_wide_climb_looks_at_all_sizes() -> None:
+    losses = Losses([10.0 - k for k in range(8)] + [5.0])
+    choice = climb(9, 0, losses, loss_0=11.0, wide=True)
+    assert losses.asked[:3] == [0, 3, 6]
+    assert (choice.index, choice.loss) == (7, 3.0)
+
+
+@given(
+    st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=20),
+    st.integers(0, 19),
+    st.booleans(),
+)
+def test_the_climb_ends_and_keeps_the_loss_that_it_says(
+    values: list[float], centre: int, wide: bool
+) -> None:
+    losses, loss_0 = Losses(values), 1.0
+    choice = climb(len(values), min(centre, len(values) - 1), losses, loss_0, wide)
+    found = [values[k] if math.isfinite(values[k]) else math.inf for k in losses.asked]
+    assert choice.index in losses.asked
+    assert choice.loss == found[losses.asked.index(choice.index)]
+    assert len(losses.asked) == len(set(losses.asked))
+    if min(found) < loss_0:
+        assert choice.loss < loss_0
 
 
 # -- line search
@@ -221,6 +279,18 @@ def test_every_damping_rule_stays_within_the_bounds(
     assert next_damping(outcome, replace(options, adapt_damping=False), "lm") == damping
     if rule is None:
         assert following == next_damping(outcome, replace(options, damping_rule="lm"), "chosen")
+
+
+@pytest.mark.parametrize("rule", DAMPING_RULES)
+@pytest.mark.parametrize("accepted", [False, True])
+def test_no_damping_stays_none(rule: Any, accepted: bool) -> None:
+    outcome = Outcome(damping=0.0, rho=0.9, accepted=accepted, candidate_damping=0.0)
+    assert next_damping(outcome, HFOptions(damping=0.0, damping_rule=rule), "lm") == 0.0
+
+
+def test_a_step_that_no_candidate_made_raises_its_own_lambda() -> None:
+    outcome = Outcome(damping=0.5, accepted=False, candidate_damping=1e9)
+    assert next_damping(outcome, HFOptions(), "chosen") == 2.0
 
 
 def test_the_option_names_exactly_the_damping_rules() -> None:

@@ -16,7 +16,7 @@ from hfdist.errors import ConfigError
 from hfdist.rundir.locations import normal, scratch
 from hfdist.training.worker import evaluate_run, local_folder
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(600)
 
 OUTPUT = "memory://runs/team"
 JOB = """

@@ -24,7 +24,7 @@ def test_a_kill_while_the_store_is_made_leaves_none(tmp_path: Path, size: int) -
     process = subprocess.Popen(
         [sys.executable, "-c", CONNECT, f"sqlite:///{path}"], env=environment
     )
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 400
     while sum(f.stat().st_size for f in tmp_path.rglob("mlflow.db")) < size:
         assert time.monotonic() < deadline
         assert process.poll() is None

@@ -107,7 +107,7 @@ def test_mlflow_is_loaded_by_the_first_run_only(tmp_path):
         "print([m for m in ('mlflow', 'matplotlib', 'psutil') if m in sys.modules])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, cwd=tmp_path
     )
     assert done.stdout.strip() == "[]", done.stderr
 
