@@ -225,6 +225,9 @@ def optimizers(
             metavar="FOLDER",
         ),
     ] = None,
+    own: Annotated[
+        bool, typer.Option("--own", help="Also try a grid of Hessian-free's own options.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Hessian-free beside SOAP, Muon, Adam, L-BFGS, K-FAC and SGD: one model, one whole batch, one budget.
@@ -262,12 +265,22 @@ def optimizers(
             names=rivals.split(",") if rivals else None,
             thresholds=sorted(goals, reverse=True) or thresholds,
             path=None if output is None else output / f"{name}.json",
+            with_own_grid=own,
             progress=lambda text: print(text, file=sys.stderr),
         )
         if output is not None:
             bench.plot(study, output / f"{name}.png")
         rows = [{"problem": name, **row} for row in bench.rows(study.races, study.thresholds)]
         found += rows
+        defaults = [
+            c for c in study.races if c.optimizer == "Hessian-free" and c.seed == numbers[0]
+        ]
+        of_own = bench.own_ratios(study.own, defaults, study.thresholds) if own else []
+        found += [{"problem": name, "optimizer": "Hessian-free's options", **row} for row in of_own]
+        if not as_json and own:
+            print_table(
+                of_own, title=f"{name}: defaults beside a grid of Hessian-free's own options"
+            )
         if not as_json:
             print_table(
                 rows,

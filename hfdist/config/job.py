@@ -229,6 +229,15 @@ def merged(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
     return written
 
 
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A job with `key=value` changes.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
+    return from_dict(merged(_plain(config), overrides))
+
+
 def from_dict(values: Mapping[str, Any], where: str = "the job") -> RunConfig:
     """Validate plain values.
 

@@ -76,16 +76,13 @@ def hidden_microbatch(microbatch: Microbatch, modules: Sequence[nn.Module]) -> M
     return from_parts(forward, matching, microbatch.seed, "the hidden units' matching loss")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Scaled:
     """A product times a number."""
 
     product: Product
     number: float
-
-    @property
-    def overlaps(self) -> bool:  # type: ignore[override]
-        return self.product.overlaps
+    overlaps: bool = False
 
     def __call__(self, v: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor | None]:
         return self.product(v, factor * self.number)

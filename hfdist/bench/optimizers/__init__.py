@@ -8,6 +8,6 @@ from hfdist.bench.optimizers.arena import Budget
 from hfdist.bench.optimizers.pictures import plot
 from hfdist.bench.optimizers.problems import COMPARISONS, named
 from hfdist.bench.optimizers.study import Study, compare
-from hfdist.bench.optimizers.tables import rows
+from hfdist.bench.optimizers.tables import own_ratios, rows
 
-__all__ = ["COMPARISONS", "Budget", "Study", "compare", "named", "plot", "rows"]
+__all__ = ["COMPARISONS", "Budget", "Study", "compare", "named", "own_ratios", "plot", "rows"]

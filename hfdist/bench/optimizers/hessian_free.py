@@ -22,10 +22,28 @@ from hfdist.training.display import QuietDisplay
 from hfdist.training.worker import Job, Worker
 
 NAME = "Hessian-free"
+BEST = "Hessian-free, best options"
+GRID: tuple[str, ...] = (
+    *(f"optim.damping={value:g}" for value in (1e-3, 1e-2, 1e-1, 10.0, 100.0)),
+    *(f"optim.krylov_max_dim={value}" for value in (2, 5, 10, 20)),
+    *(f"optim.krylov_length=full optim.krylov_max_dim={value}" for value in (5, 10, 20)),
+    *(f"batches.curvature={value}" for value in (0.25, 0.5, 1.0)),
+    *(f"optim.kfac_examples={value}" for value in (0.1, 1.0)),
+    "optim.kfac_refresh=4",
+    "optim.krylov_momentum=false",
+    "optim.krylov_subproblem=trust_region",
+    "optim.preconditioner=none",
+)
+"""Changes of one option or two, to see what the defaults leave lying."""
 
 
-def hessian_free(config: RunConfig) -> Run:
-    """Hessian-free at the start, under the job's own rules."""
+def hessian_free(config: RunConfig, name: str = NAME, setting: str | None = None) -> Run:
+    """Hessian-free at the start, under the job's own rules.
+
+    Args:
+        config: The job.
+        name, setting: What tables call it; by default what is not the options' default.
+    """
     changed = {f.name for f in dataclasses.fields(HFOptions)} - {"weight_decay"}
     rules, defaults = config.optim, HFOptions()
     settings = [
@@ -44,7 +62,8 @@ def hessian_free(config: RunConfig) -> Run:
     comm = SerialCommunicator(resolve(config.device, local_rank=0))
     worker = Worker(Job(config=quiet, run_dir=folder), comm, QuietDisplay(), StopRequest())
     worker.model.train()
-    curve = Curve(optimizer=NAME, setting=", ".join(settings) or "defaults", seed=config.seed)
+    setting = setting or ", ".join(settings) or "defaults"
+    curve = Curve(optimizer=name, setting=setting, seed=config.seed)
     return Run(curve=curve, model=worker.model, updates=_updates(worker))
 
 

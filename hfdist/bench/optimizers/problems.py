@@ -73,7 +73,7 @@ COMPARISONS: dict[str, Comparison] = {
     ),
     "diabetes": Comparison(
         description="regression of 442 patients' data, 10-64-64-1",
-        task="hfdist.tasks.tabular:Diabetes",
+        task="hfdist.tasks.diabetes:Diabetes",
         weight_decay=1e-3,
     ),
 }

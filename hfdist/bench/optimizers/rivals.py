@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def _muon(arena: Arena) -> list[Setting]:
 
 def _lbfgs(arena: Arena) -> list[Setting]:
     return [
-        Setting(text=f"history {history}", start=lambda *a, h=history: _lbfgs_updates(*a, h))
+        Setting(text=f"history {history}", start=partial(_lbfgs_updates, history=history))
         for history in (10, 100)
     ]
 

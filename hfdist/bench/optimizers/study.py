@@ -13,10 +13,10 @@ from typing import Any
 
 from hfdist.bench.optimizers.arena import Arena, Budget, race
 from hfdist.bench.optimizers.curve import Curve
-from hfdist.bench.optimizers.hessian_free import NAME, hessian_free
+from hfdist.bench.optimizers.hessian_free import BEST, GRID, hessian_free
 from hfdist.bench.optimizers.rivals import Setting, enter, rivals
 from hfdist.bench.optimizers.tables import first_places, thresholds_of
-from hfdist.config.job import RunConfig
+from hfdist.config.job import RunConfig, with_overrides
 from hfdist.rundir.files import write_atomically
 
 
@@ -32,6 +32,8 @@ class Study:
     """Losses that contenders are compared at, falling."""
     grids: list[Curve] = field(default_factory=list)
     """Rivals' settings, each alone, on the first seed."""
+    own: list[Curve] = field(default_factory=list)
+    """Hessian-free with other options than its defaults, each alone, on the first seed."""
     races: list[Curve] = field(default_factory=list)
     """Hessian-free and each rival's best settings, in turns, on all seeds."""
 
@@ -43,6 +45,7 @@ class Study:
             "budget": asdict(self.budget),
             "thresholds": self.thresholds,
             "grids": [curve.to_dict() for curve in self.grids],
+            "own": [curve.to_dict() for curve in self.own],
             "races": [curve.to_dict() for curve in self.races],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,8 +56,8 @@ class Study:
         """Read what `save` wrote."""
         values = json.loads(path.read_text())
         values["budget"] = Budget(**values["budget"])
-        for key in ("grids", "races"):
-            values[key] = [Curve(**curve) for curve in values[key]]
+        for key in ("grids", "own", "races"):
+            values[key] = [Curve(**curve) for curve in values.get(key, [])]
         return cls(**values)
 
 
@@ -68,6 +71,7 @@ def compare(
     thresholds: Sequence[float] = (),
     path: Path | None = None,
     with_hessian_free: bool = True,
+    with_own_grid: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Study:
     """Run them all.
@@ -82,6 +86,7 @@ def compare(
             and all of the budget.
         path: File of the study; curves of grids that it has, of the same job and budget, are kept.
         with_hessian_free: Whether Hessian-free takes part in the races.
+        with_own_grid: Also try other options of Hessian-free than its own.
         progress: Told of every contender.
     """
     first, *others = (config.model_copy(update={"seed": seed}) for seed in seeds)
@@ -103,6 +108,10 @@ def compare(
             if path is not None:
                 study.save(path)
     study.thresholds = list(thresholds) or thresholds_of(study.grids, budget.gradients)
+    for changes in GRID if with_own_grid else ():
+        changed = with_overrides(first, changes.split())
+        study.own += race(arena, [hessian_free(changed, BEST, changes)], budget)
+        progress(f"seed {first.seed}, Hessian-free ({changes}): {study.own[-1].lowest:.5g}")
     best = _best_settings(study, grids)
     for job in (first, *others):
         arena = Arena(job)
@@ -137,6 +146,3 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         "weight_decay": config.optim.weight_decay,
         "dtype": config.dtype,
     }
-
-
-__all__ = ["NAME", "Study", "compare"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hfdist.bench.optimizers.curve import MEASURES, Curve, Measure
-from hfdist.bench.optimizers.hessian_free import NAME
+from hfdist.bench.optimizers.hessian_free import BEST, NAME
 
 
 def thresholds_of(curves: Sequence[Curve], gradients: float) -> list[float]:
@@ -42,7 +42,7 @@ def rows(curves: Sequence[Curve], thresholds: Sequence[float]) -> list[dict[str,
             name: {measure: _best_mean(of_one, loss, measure) for measure in MEASURES}
             for name, of_one in _by_optimizer(curves).items()
         }
-        rivals = [values for name, values in means.items() if name != NAME]
+        rivals = [values for name, values in means.items() if name not in (NAME, BEST)]
         best = {m: min((values[m] for values in rivals), default=math.inf) for m in MEASURES}
         for name, values in sorted(means.items(), key=lambda item: item[1]["gradients"]):
             row: dict[str, Any] = {"loss": loss, "optimizer": name}
@@ -54,6 +54,28 @@ def rows(curves: Sequence[Curve], thresholds: Sequence[float]) -> list[dict[str,
                 for measure in MEASURES
             }
             found.append(row)
+    return found
+
+
+def own_ratios(
+    own: Sequence[Curve], defaults: Sequence[Curve], thresholds: Sequence[float]
+) -> list[dict[str, Any]]:
+    """A table: per loss the default's work and that of the best of Hessian-free's other options, on one
+    seed, and their ratio; None where it is not reached."""
+    found = []
+    for loss in thresholds:
+        default = min(c.first(loss, "gradients") for c in defaults)
+        best = min([*own, *defaults], key=lambda c: c.first(loss, "gradients"))
+        least = best.first(loss, "gradients")
+        found.append(
+            {
+                "loss": loss,
+                "defaults": _finite(default),
+                "best": _finite(least),
+                "of": best.setting if math.isfinite(least) else None,
+                "ratio": _finite(default / least) if 0.0 < least < math.inf else None,
+            }
+        )
     return found
 
 

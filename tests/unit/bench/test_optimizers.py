@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 import hfdist
 from hfdist.bench.optimizers.arena import Arena, Budget, race
 from hfdist.bench.optimizers.curve import Curve, Update
-from hfdist.bench.optimizers.hessian_free import NAME, hessian_free
+from hfdist.bench.optimizers.hessian_free import BEST, GRID, NAME, hessian_free
 from hfdist.bench.optimizers.problems import COMPARISONS, named
 from hfdist.bench.optimizers.rivals import enter, rivals
 from hfdist.bench.optimizers.study import Study, compare
-from hfdist.bench.optimizers.tables import first_places, rows, thresholds_of
+from hfdist.bench.optimizers.tables import first_places, own_ratios, rows, thresholds_of
 from hfdist.cli.app import app
-from hfdist.config.job import RunConfig, from_dict
+from hfdist.config.job import RunConfig, from_dict, with_overrides
 from hfdist.errors import ConfigError
 from hfdist.tasks.loading import load_task
 
@@ -152,6 +152,17 @@ def test_a_seed_that_does_not_reach_a_loss_counts() -> None:
     assert rows([good, bad], [2.0])[0]["gradients"] is None
 
 
+def test_defaults_are_put_beside_the_best_of_hessian_frees_own_options() -> None:
+    default = curve([9.0, 8.0, 4.0, 2.0], NAME, "defaults")
+    other = curve([9.0, 4.0, 4.0, 4.0], BEST, "optim.damping=10")
+    first, second, third = own_ratios([other], [default], [4.0, 2.0, 1.0])
+    assert (first["of"], first["ratio"]) == ("optim.damping=10", 2.0)
+    assert (second["of"], second["ratio"]) == ("defaults", 1.0)
+    assert (third["of"], third["ratio"]) == (None, None)
+    for changes in GRID:
+        assert with_overrides(job(), changes.split()) != job()
+
+
 def test_thresholds_are_what_the_best_reaches() -> None:
     falling = curve([float(100 - k) for k in range(41)])  # 80 gradients
     diverged = curve([9.0, math.nan])
@@ -194,6 +205,7 @@ def test_grids_are_measured_once_and_races_anew(tmp_path: Path) -> None:
     assert sum("in turns" not in text for text in said) == 6
 
 
+@pytest.mark.timeout(600)  # a bound on hangs: imports and pictures take long on a busy machine
 def test_the_command_writes_tables_and_pictures(tmp_path: Path) -> None:
     arguments = ["bench", "optimizers", "diabetes", "task_args.hidden=[4]", "optim.cg_max_iter=3"]
     arguments += ["--gradients", "10", "--seeds", "0", "--rivals", "SGD"]
