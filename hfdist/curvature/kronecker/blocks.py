@@ -25,7 +25,7 @@ from hfdist.curvature.kronecker.statistics import Statistics
 from hfdist.curvature.objective import Problem
 
 LEAST_DAMPING = 1e-4
-"""What is no metric adds to each factor, in units of its mean diagonal element, where nothing else damps it."""
+"""What adds nothing else to a factor that is no metric's adds this, in units of its mean diagonal element."""
 
 
 class Part(Protocol):
