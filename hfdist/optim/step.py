@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hfdist.optim.backtracking import Choice, backtrack, climb, first_descent
@@ -52,6 +53,10 @@ class HFState:
         known = {key: value for key, value in scalars.items() if key in cls.__dataclass_fields__}
         share = CurvatureShare(**known.pop("curvature_share", {}))
         return cls(**{"explore": False, **known, "x0": x0, "curvature_share": share})
+
+
+ROUNDING = 10.0
+"""Gains are seen in the loss from this many times its last digit on."""
 
 
 class Clock:
@@ -151,13 +156,14 @@ def hf_step(
 
     candidates = _Candidates(problem, solution, start_is_zero=x0 is None)
     last = len(solution.candidates) - 1
+    climbed = not solution.is_path and rule_of(options, "chosen") == "chosen"
     with clock.phase("backtracking"):
         loss_0 = problem.start_loss()
         if solution.takes_first:
             choice = first_descent(last + 1, candidates, loss_0)
         elif not solution.is_path:
-            if rule_of(options, "chosen") == "chosen":
-                choice = climb(last + 1, solution.centre, candidates, loss_0, state.explore)
+            if climbed:
+                choice = _climb(solution, candidates, loss_0, state.explore, g.dtype)
             else:  # the rule's own lambda, and no other
                 choice = Choice(solution.centre, candidates([solution.centre])[0])
         elif options.use_cg_backtracking:
@@ -184,7 +190,11 @@ def hf_step(
             num_evaluations += len(alphas)
             return problem.losses((alpha, delta) for alpha in alphas)
 
-        if options.use_linesearch:
+        if (
+            climbed and not choice.loss < loss_0
+        ):  # the candidates were a search to the shortest steps
+            found = LineSearchResult(0.0, loss_0)
+        elif options.use_linesearch:
             found = line_search(losses_at, loss_0, slope, options, loss_1=choice.loss)
         else:
             known = options.lr == 1.0 and not math.isnan(choice.loss)
@@ -253,6 +263,25 @@ def hf_step(
         curvature_share=state.curvature_share.after(ratio, undamped_ratio, accepted, share),
     )
     return report, next_state
+
+
+def _climb(
+    solution: Solution, candidates: _Candidates, loss_0: float, wide: bool, dtype: torch.dtype
+) -> Choice:
+    """`climb` among the candidates whose gain is more than rounding of the loss: what the loss says of shorter
+    steps is noise, and would throw lambda far up."""
+    least = ROUNDING * torch.finfo(dtype).eps * abs(loss_0)
+    last = len(solution.candidates) - 1
+    gains = (-(candidate.undamped_model or 0.0) for candidate in solution.candidates)
+    first = next((k for k, gain in enumerate(gains) if gain > least), last)
+    choice = climb(
+        last + 1 - first,
+        max(solution.centre - first, 0),
+        lambda indices: candidates([first + k for k in indices]),
+        loss_0,
+        wide,
+    )
+    return replace(choice, index=first + choice.index)
 
 
 def _auto_damping_rule(solution: Solution | None) -> str:

@@ -119,6 +119,7 @@ def test_a_run_is_checkpointed_resumed_and_drawn(kind: str, job: str, tmp_path: 
 
 
 @on_every_device
+@pytest.mark.slow
 def test_a_run_begun_on_a_device_goes_on_on_the_cpu(kind: str, tmp_path: Path) -> None:
     begun = on(kind, on_device.train, "small_net", str(tmp_path / "begun"))
     whole = on_device.train(CPU, "small_net", str(tmp_path / "whole"))
@@ -134,6 +135,7 @@ TWO = [
 
 
 @pytest.mark.ranks
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TWO)
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_ranks(kind: str, sharded: bool, tmp_path: Path) -> None:
