@@ -100,8 +100,9 @@ class Microbatch:
     """For messages."""
     example_seeds: Tensor | None = None
     """Seeds of what is drawn for each example, wherever it is evaluated, int64 [n]; None: not known."""
-    part: Callable[[float], Microbatch] | None = None
-    """The same of a share of its examples; None: it is only to be had as a whole."""
+    part: Callable[[float], Microbatch | None] | None = None
+    """The same of a share of its examples, or None if that has none of them; None: it is only to be had as
+    a whole."""
 
 
 def from_task(
@@ -117,10 +118,12 @@ def from_task(
     def loss_of(outputs: Outputs) -> tuple[Tensor, float | Tensor]:
         return as_sum(task.loss(outputs, batch), n, task.loss_reduction, name)
 
-    def part(share: float) -> Microbatch:
+    def part(share: float) -> Microbatch | None:
         kept = chosen(seeds, share)
-        if len(kept) == n or has_batch_statistics(model):
+        if len(kept) == n or share >= 1.0 or has_batch_statistics(model):
             return whole
+        if not len(kept):
+            return None
         return from_task(task, model, rows_of(batch, n, kept), seed, seeds[kept])
 
     microbatch = from_parts(lambda: task.forward(model, batch), loss_of, seed, name)
@@ -135,11 +138,9 @@ def from_task(
 
 
 def chosen(seeds: Tensor, share: float) -> Tensor:
-    """About a share of the examples, at least one: by their seeds, so that it does not depend on how they are
-    cut into microbatches, but for the one. int64 [m], ascending."""
-    places = seeds.abs().double() / 2.0**63
-    kept = (places < share).nonzero().flatten()
-    return kept if len(kept) or not len(seeds) else places.argmin().reshape(1)
+    """About a share of the examples: by their seeds, so that it does not depend on how they are cut into
+    microbatches. int64 [m], ascending."""
+    return (seeds.abs().double() / 2.0**63 < share).nonzero().flatten()
 
 
 def rows_of(batch: Batch, n: int, kept: Tensor) -> Batch:

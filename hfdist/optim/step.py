@@ -268,8 +268,8 @@ def hf_step(
 def _climb(
     solution: Solution, candidates: _Candidates, loss_0: float, wide: bool, dtype: torch.dtype
 ) -> Choice:
-    """`climb` among the candidates whose gain is more than rounding of the loss: what the loss says of shorter
-    steps is noise, and would throw lambda far up."""
+    """`climb` among the candidates whose gain is more than rounding of the loss: what the loss says of
+    shorter steps is noise, and would throw lambda far up."""
     least = ROUNDING * torch.finfo(dtype).eps * abs(loss_0)
     last = len(solution.candidates) - 1
     gains = (-(candidate.undamped_model or 0.0) for candidate in solution.candidates)

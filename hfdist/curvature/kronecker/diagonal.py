@@ -40,6 +40,8 @@ def ggn_diagonal(problem: Problem, share: float, samples: int | None) -> Tensor:
     number, weight = 0, 0.0
     for microbatch in problem.roles.gradient:
         part = microbatch if microbatch.part is None else microbatch.part(share)
+        if part is None:
+            continue
         watched = WatchedPass(problem, part)
         weight += watched.weight
         for number, pulled in enumerate(_pulled(watched, samples), start=1):
@@ -53,6 +55,8 @@ def ggn_diagonal(problem: Problem, share: float, samples: int | None) -> Tensor:
     ends = torch.tensor([weight], dtype=squares.dtype, device=squares.device)
     total = problem.comm.all_reduce(torch.cat((squares, sums, ends)))
     squares, sums, ends = total.split([params.numel, params.numel, 1])
+    if float(ends) == 0.0 and share < 1.0:  # none of few examples was chosen
+        return ggn_diagonal(problem, 1.0, samples)
     problem.count_statistics(float(ends), (1 + 2 * max(1, number)) / 3)
     for piece, unseen in zip(params.pieces(squares), params.pieces(sums)):
         piece.add_(unseen.square().mean())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -79,6 +80,8 @@ def take_statistics(
     sums = _LocalSums(problem.params.zeros()[:0])
     for microbatch in problem.roles.gradient:
         part = microbatch if microbatch.part is None else microbatch.part(sampling.share)
+        if part is None:
+            continue
         try:
             sums.add_microbatch(problem, part, sampling)
         except (RuntimeError, ValueError, IndexError):
@@ -92,16 +95,25 @@ def take_statistics(
             for seen in problem.comm.all_gather_object(sums.seen):
                 agreed.update(seen)
         plan = plan_blocks(agreed, problem.params.tensors)
-        found = _reduced(problem, plan, sums, sampling.samples, not agreed.includes(sums.seen))
-        if found is not None:
+        is_new = not agreed.includes(sums.seen)
+        found = _reduced(problem, plan, sums, sampling.samples, is_new, sampling.share < 1.0)
+        if isinstance(found, Statistics):
             return plan, found, agreed
+        if found == "nothing":
+            return take_statistics(problem, replace(sampling, share=1.0), agreed)
         agreed = None
 
 
 def _reduced(
-    problem: Problem, plan: BlockPlan, sums: _LocalSums, samples: int, is_new: bool
-) -> Statistics | None:
-    """Sums over the ranks, normalised; None if any of them has seen something that is not in the plan."""
+    problem: Problem,
+    plan: BlockPlan,
+    sums: _LocalSums,
+    samples: int,
+    is_new: bool,
+    may_be_nothing: bool,
+) -> Statistics | Literal["new", "nothing"]:
+    """Sums over the ranks, normalised; "new" if any of them has seen something that is not in the plan, and
+    "nothing" if the examples have no weight and that is no error."""
     like = sums.like
     layers = [sums.layers.get(key) or LayerSums.zeros(key, like) for key in plan.keys]
     vectors = [
@@ -118,7 +130,9 @@ def _reduced(
         tensors = unpacked(problem.comm.all_reduce(packed(tensors)), tensors)
     weight, num_new = tensors[-1].tolist()
     if num_new > 0:
-        return None
+        return "new"
+    if weight == 0.0 and may_be_nothing:
+        return "nothing"
     problem.count_statistics(weight)
     scale = problem.scale(weight) / samples
     rest = iter(tensors)
