@@ -562,10 +562,12 @@ class HessianFree(torch.optim.Optimizer):
                     loss = (loss * weight, weight)
                 return as_sum(loss, num_examples((inputs, targets)), reduction, "loss_func")
 
-            def part(share: float) -> Microbatch:
+            def part(share: float) -> Microbatch | None:
                 n, kept = len(seeds), chosen(seeds, share)
-                if len(kept) == n or has_batch_statistics(model):
+                if len(kept) == n or share >= 1.0 or has_batch_statistics(model):
                     return whole
+                if not len(kept):
+                    return None
                 return microbatch(number, rows_of(pair, n, kept), seeds[kept])
 
             whole = dataclasses.replace(
