@@ -103,6 +103,8 @@ class Microbatch:
     part: Callable[[float], Microbatch | None] | None = None
     """The same of a share of its examples, or None if that has none of them; None: it is only to be had as
     a whole."""
+    part_may_fail: bool = False
+    """The loss may hold data of its own, of all examples, which a part of them does not fit."""
 
 
 def from_task(

@@ -37,8 +37,8 @@ class Own(DigitsClassifier):
         self.calls += 1
         if self.calls == 6:
             time.sleep(self.pause)
-            if self.fails:
-                raise RuntimeError("the disk is on fire")
+        if self.calls >= 6 and self.fails:
+            raise RuntimeError("the disk is on fire")
         return super().loss(*arguments)
 """
 

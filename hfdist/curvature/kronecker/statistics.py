@@ -85,9 +85,8 @@ def take_statistics(
         try:
             sums.add_microbatch(problem, part, sampling)
         except (RuntimeError, ValueError, IndexError):
-            if part is microbatch:
+            if part is microbatch or not microbatch.part_may_fail:
                 raise
-            # A loss that brings data of its own, of all examples, takes no part of them.
             sums.add_microbatch(problem, microbatch, sampling)
     while True:
         if agreed is None:
