@@ -15,6 +15,7 @@ import dense
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from rules import CG
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -316,7 +317,7 @@ def test_steps_of_the_optimizer_agree(form: str) -> None:
     finals = []
     for how in ("step", "acc_step", "acc_step whose loss differentiates"):
         model = network()
-        optimizer = HessianFree(model.parameters(), cg_stop="residual", cg_tol=1e-12)
+        optimizer = HessianFree(model.parameters(), **CG, cg_stop="residual", cg_tol=1e-12)
         for _ in range(3):
             if how == "step":
                 optimizer.step(closure(form, model, points(), gives="residual"))

@@ -144,7 +144,7 @@ def test_data_that_is_none_or_empty_says_whose(job: Any) -> None:
     with pytest.raises(DataError, match=r"train_data\(\).*empty.*train on"):
         hfdist.train(path)
     path, _ = job("train_data", "return iter([1])")
-    with pytest.raises(DataError, match="map-style"):
+    with pytest.raises(DataError, match="a stream, of which a step sees"):
         hfdist.train(path)
 
 

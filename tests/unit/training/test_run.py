@@ -387,7 +387,7 @@ def test_another_damping_on_resume_takes_effect(job: Path) -> None:
 )
 def test_a_run_that_trains_nothing_has_failed(job: Path, task: str, words: list[str]) -> None:
     wrong = [f"task=task.py:{task}", "task_args.dropout=0", "optim.verify=off"]
-    result = hfdist.train(job, ["steps=4", *wrong])
+    result = hfdist.train(job, [*CG_OVERRIDES, "steps=4", *wrong])
     assert result["status"] == "FAILED"
     assert result["steps"] == 4
     for word in words:
