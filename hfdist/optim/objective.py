@@ -128,5 +128,5 @@ class Problem(Protocol):
         ...
 
     def agree(self, decision: T) -> T:
-        """The lead's decision, on every rank."""
+        """Rank 0's decision, on every rank."""
         ...
