@@ -20,7 +20,7 @@ task: hfdist.tasks.digits:DigitsAutoencoder
 task_args: {widths: [48, 8]}
 steps: 14
 batches: {gradient: 600, curvature: 300}
-optim: {cg_max_iter: 25}
+optim: {solver: cg, preconditioner: none, cg_max_iter: 25}
 checkpoint: {every: 1, keep: 2}
 tracking: {enabled: false}
 evaluate: {every: 0}
@@ -148,7 +148,8 @@ def test_a_machine_that_is_taken_back_leaves_a_checkpoint_inside_its_notice(tmp_
     (tmp_path / "later.py").write_text(PREEMPTED_TASK)
     job = tmp_path / "job.yaml"
     job.write_text(
-        "task: later.py:SlowLater\nsteps: 50\nbatches: {microbatch: 8}\noptim: {cg_max_iter: 1}\n"
+        "task: later.py:SlowLater\nsteps: 50\nbatches: {microbatch: 8}\n"
+        "optim: {solver: cg, preconditioner: none, cg_max_iter: 1}\n"
         f"checkpoint: {{every: 100}}\ntracking: {{enabled: false}}\noutput: {tmp_path}/runs\n"
     )
     run_dir = tmp_path / "runs" / "spot"

@@ -31,7 +31,7 @@ def write_job(folder: Path) -> Path:
                 "task_args": {"marker": str(folder / "happened")},
                 "steps": 12,
                 "output": str(folder / "runs"),
-                "optim": {"cg_max_iter": 5},
+                "optim": {"solver": "cg", "preconditioner": "none", "cg_max_iter": 5},
                 "evaluate": {"batch": 16},
                 "checkpoint": {"every": 1},
                 "launch": {"workers": 2, "timeout_seconds": 8, "threads_per_worker": 1},

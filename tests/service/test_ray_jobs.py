@@ -35,6 +35,7 @@ name: demo
 task: task.py:Slow
 steps: 4
 launch: {workers: 2, cpus_per_worker: 0.5}
+optim: {solver: cg, preconditioner: none}
 checkpoint: {every: 1}
 tracking: {system_metrics: false, log_model: false}
 """
@@ -135,7 +136,7 @@ def test_a_job_from_submission_to_its_continuation(
     run_dir = Path(submitted["run_dir"])
     metrics = run_dir / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert time.monotonic() - began < 100, command("jobs", "logs", "one", *at).stdout
+        assert time.monotonic() - began < 300, command("jobs", "logs", "one", *at).stdout
         time.sleep(0.2)
     seconds = time.monotonic() - began
     print(f"from submission to the second step: {seconds:.1f} s")
