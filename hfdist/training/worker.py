@@ -229,7 +229,12 @@ class Worker:
         """Step until the last step, or until somebody asks to stop."""
         try:
             while progress.state.step < self.config.steps:
-                report = self.step(progress)
+                before = progress.memory.copy()
+                try:
+                    report = self.step(progress)
+                except BaseException:
+                    progress.memory = before  # of a step that was not taken
+                    raise
                 if self._coordinator.commit(report, progress, self.params, self._extra(report)):
                     return Status.KILLED
         except Interrupted:

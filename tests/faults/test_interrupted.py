@@ -20,7 +20,7 @@ task: hfdist.tasks.digits:DigitsAutoencoder
 task_args: {widths: [48, 8]}
 steps: 14
 batches: {gradient: 600, curvature: 300}
-optim: {solver: cg, preconditioner: none, cg_max_iter: 25}
+optim: {cg_max_iter: 25}
 checkpoint: {every: 1, keep: 2}
 tracking: {enabled: false}
 evaluate: {every: 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,13 @@ class PreconditionerMemory:
         self.pairs = PairMemory()
         self.knows_layers: bool | None = None
         """What `auto` found."""
+
+    def copy(self) -> PreconditionerMemory:
+        """For going back to when a step is abandoned; shares tensors where steps replace them."""
+        kept = copy.copy(self)
+        kept.statistics, kept.diagonal = copy.copy(self.statistics), copy.deepcopy(self.diagonal)
+        kept.pairs = copy.deepcopy(self.pairs)
+        return kept
 
     def state_dict(self, whole: Vectors = lambda part: part) -> dict[str, Any]:
         """Plain data and tensors.
