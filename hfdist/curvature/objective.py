@@ -102,7 +102,7 @@ class Regularisation:
 
 @dataclass(kw_only=True)
 class Problem:
-    """The `hfdist.optim.objective.Problem` of a model on batches.
+    """The `hfdist.optim.objective.Objective` of a model on batches.
 
     Values: with reduction "mean", (sum over all ranks and microbatches of the losses) / (sum of the
     weights), exact for uneven shards; with "sum", that times the weight of the gradient role, so that

@@ -38,7 +38,7 @@ class Costs:
         return self.gradient + self.metric + products * self.product + losses * self.loss
 
 
-class Problem(Protocol):
+class Objective(Protocol):
     """One step's frozen objective f around theta: the same batches and randomness in every call.
 
     All values are global (over ranks and microbatches) and contain the L2 term. Vectors are this

@@ -16,7 +16,7 @@ from hfdist.optim.backtracking import Choice, backtrack, climb, first_descent
 from hfdist.optim.curvature_share import CurvatureShare
 from hfdist.optim.damping import Outcome, next_damping, reduction_ratio, rule_of
 from hfdist.optim.line_search import LineSearchResult, line_search
-from hfdist.optim.objective import Operator, Problem
+from hfdist.optim.objective import Objective, Operator
 from hfdist.optim.options import HFOptions
 from hfdist.optim.report import StepReport, Stop
 from hfdist.optim.solvers import SOLVERS, Solution, System
@@ -79,7 +79,7 @@ class Clock:
 class _Candidates:
     """Losses of the solver's candidates, each evaluated once; a zero step costs nothing."""
 
-    def __init__(self, problem: Problem, solution: Solution, start_is_zero: bool) -> None:
+    def __init__(self, problem: Objective, solution: Solution, start_is_zero: bool) -> None:
         self._problem, self._solution = problem, solution
         self._start_is_zero = start_is_zero
         self.known: dict[int, float] = {}  # index -> loss
@@ -103,7 +103,7 @@ class _Candidates:
 
 
 def hf_step(
-    problem: Problem,
+    problem: Objective,
     state: HFState,
     options: HFOptions,
     *,
@@ -302,7 +302,7 @@ def _curvature_ratio(state: HFState, solution: Solution) -> float:
     return now / seen if seen and now is not None else math.nan
 
 
-def _preconditioner(problem: Problem, damping: float | None) -> Operator | None:
+def _preconditioner(problem: Objective, damping: float | None) -> Operator | None:
     """The problem's; parameter groups with a damping of their own scale the metric."""
     M, scale = problem.preconditioner(damping), problem.damping_scale
     if damping is not None or scale is None:
@@ -322,7 +322,7 @@ def _warm_start(state: HFState, options: HFOptions) -> Tensor | None:
     return decay * state.x0 if decay > 0.0 else None
 
 
-def _space(problem: Problem) -> Space:
+def _space(problem: Objective) -> Space:
     return Space(
         total_of=problem.total if problem.is_sharded else None,
         signal=lambda: problem.signal,
@@ -331,7 +331,7 @@ def _space(problem: Problem) -> Space:
 
 
 def _reduction_ratios(
-    problem: Problem,
+    problem: Objective,
     space: Space,
     solution: Solution,
     candidates: _Candidates,
