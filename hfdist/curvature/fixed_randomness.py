@@ -72,6 +72,7 @@ class FixedRandomness:
             # must come from the same one.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_without_checkpointing())
+            stack.enter_context(_eager_branches())
             if self._discover:
                 hook = register_module_forward_pre_hook(lambda module, _: self._remember(module))
                 stack.callback(hook.remove)
@@ -199,6 +200,35 @@ def _without_checkpointing() -> Iterator[None]:
     finally:
         for name, way in own.items():
             setattr(module, name, way)
+
+
+@contextmanager
+def _eager_branches() -> Iterator[None]:
+    """`torch.cond` and `while_loop` run as Python's if and while: torch compiles them, and the compiled ones
+    have no second derivatives."""
+    module: Any = sys.modules.get("torch._higher_order_ops.utils")
+    compiled = getattr(module, "_hop_compile_and_call", None)
+    if compiled is None:
+        yield
+        return
+
+    def call(function: Any, args: tuple[Any, ...], *rest: Any, **kwargs: Any) -> Any:
+        kind = getattr(function, "__qualname__", "").partition(".")[0]
+        if kind == "cond" and len(args) == 4:
+            condition, if_true, if_false, operands = args
+            return (if_true if bool(condition) else if_false)(*operands)
+        if kind == "while_loop" and len(args) == 4:
+            condition, body, carried, others = args
+            while bool(condition(*carried, *others)):
+                carried = tuple(body(*carried, *others))
+            return carried
+        return compiled(function, args, *rest, **kwargs)
+
+    module._hop_compile_and_call = call
+    try:
+        yield
+    finally:
+        module._hop_compile_and_call = compiled
 
 
 class _PlainFunction:

@@ -162,6 +162,14 @@ def has_batch_statistics(model: Any) -> bool:
     return any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
 
 
+def _require_graph(loss: Tensor, name: str) -> None:
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise TaskError(
+            f"{name} is not differentiable: it has no graph to the model's outputs. "
+            "Compute it with torch operations from the outputs, without detach, item or no_grad"
+        )
+
+
 def from_parts(
     forward: Callable[[], Outputs],
     loss_of: Callable[[Outputs], tuple[Tensor, float | Tensor]],
@@ -169,13 +177,6 @@ def from_parts(
     name: str = "the loss",
 ) -> Microbatch:
     """Microbatch of a forward pass and a loss of nothing but its outputs, as (sum, weight)."""
-
-    def check(loss_sum: Tensor) -> None:
-        if not loss_sum.requires_grad:
-            raise TaskError(
-                f"{name} is not differentiable: it has no graph to the model's outputs. "
-                "Compute it with torch operations from the outputs, without detach, item or no_grad"
-            )
 
     def whole(traits: LossTraits | None, recorder: Watch | None) -> Evaluation:
         watch = LossWatch()
@@ -186,7 +187,7 @@ def from_parts(
                 recording.close()
             z = differentiable_tensors(outputs)
             loss_sum, weight = loss_of(outputs)
-        check(loss_sum)
+        _require_graph(loss_sum, name)
         if traits:
             z = outputs_of_loss(loss_sum, z, watch.calls, take_last=True) or z
         return Evaluation(
@@ -221,7 +222,7 @@ def from_parts(
                 traits.is_mixed = True
                 raise TryAgain from None
             raise
-        check(loss_sum)
+        _require_graph(loss_sum, name)
         if not traits.is_known:
             traits.is_known = True
             traits.is_an_output = any(
@@ -354,9 +355,10 @@ def from_closure(forward: Callable[[], Any], seed: int) -> Microbatch:
         loss, outputs = result[0], result[1]
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError("forward() must return a scalar tensor as its loss")
+        _require_graph(loss, "the loss that forward() returned")
         weight = result[2] if len(result) == 3 else 1.0
         z = differentiable_tensors(outputs)
-        if traits and loss.requires_grad:
+        if traits:
             z = outputs_of_loss(loss, z, watch.calls, take_last=False)
         loss_sum = loss.reshape(()) * weight if len(result) == 3 else loss.reshape(())
         return Evaluation(

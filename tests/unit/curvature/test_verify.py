@@ -10,6 +10,7 @@ import dense
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -358,6 +359,33 @@ def test_checkpointing_loses_nothing(use_reentrant: bool, frozen: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+BRANCHES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "cond": (
+        lambda h: torch.cond(h.sum() > 100, torch.cos, lambda t: t.sin() + t, (h,)),
+        lambda h: h.sin() + h,
+    ),
+    "while_loop": (
+        lambda h: while_loop(lambda k, _: k < 3, lambda k, t: (k + 1, t.sin() + t), (ZERO, h))[1],
+        lambda h: (g := (f := h.sin() + h).sin() + f).sin() + g,
+    ),
+}
+ZERO = torch.tensor(0)
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches_of_torch_are_taken_as_pythons(name: str) -> None:
+    """torch compiles them, and what it compiles has no second derivative."""
+    found = []
+    for f in BRANCHES[name]:
+        problem = problem_of(Net(f), ce)
+        _, g = problem.loss_and_gradient()
+        found.append((g, columns(problem), *problem.losses([(-0.1, g)])))
+        assert problem.product_engine == "linearize"
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-14)
+    for a, b in zip(found[0][:2], found[1][:2]):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
 def test_a_padding_row_raises_no_alarm() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Flatten(), nn.Linear(6, 3)).double()
@@ -472,6 +500,15 @@ def test_errors_name_the_fix(make: Any, message: str) -> None:
 def test_complex_parameters_are_told() -> None:
     with pytest.raises(ValueError, match="view_as_real"):
         ParameterVector([torch.zeros(2, dtype=torch.complex128, requires_grad=True)])
+
+
+@pytest.mark.parametrize("loss", [lambda z: ce(z).detach(), lambda z: ce(z.detach())])
+def test_a_loss_without_a_graph_is_told(loss: Any) -> None:
+    model = Net()
+    with pytest.raises(TaskError, match="without detach, item or no_grad"):
+        problem_of(model, loss).loss_and_gradient()
+    with pytest.raises(TaskError, match="without detach, item or no_grad"):
+        HessianFree(model.parameters()).step(lambda: (loss(z := model(data()[0])), z))
 
 
 def test_ctc_names_the_fix() -> None:
