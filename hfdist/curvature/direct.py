@@ -10,7 +10,8 @@ over the functions with curvature that a way from the loss back to the parameter
 norms, exponentials, see `loss_hessian.KNOWN_FUNCTIONS`): U_k is the Jacobian of such a function's argument in
 the parameters, at fixed outputs, and [L_k'']+ the positive semi-definite part of the loss's Hessian in its
 result's argument, by that function alone. So weight/2 |theta|^2 has weight * I, |theta|_1 has none, and D is
-positive semi-definite. Products of outputs and parameters are left out.
+positive semi-definite. Products of outputs and parameters are left out; where an argument mixes them and the
+arguments are all that the loss depends on, they stand for the outputs instead (see `microbatch.mixed`).
 """
 
 from __future__ import annotations
