@@ -65,14 +65,39 @@ def direct_product(
         if is_reached(calls[k].input, tensors, without=outputs)
         and (is_split or not is_reached(calls[k].input, outputs))
     ]
-    factors = derivatives_in(loss, [call.result for call in calls]) if calls else []
-    arguments: list[Tensor] = []
-    diagonals: list[Diagonal] = []
-    for call, factor in zip(calls, factors):
-        if factor is not None:
-            factor = factor.detach()
-            arguments.append(call.input)
-            diagonals.append(call.diagonal(factor.clamp(min=0.0) if call.is_loss else factor))
-    if not arguments:
+    parts = _positive_parts(loss, calls)
+    if not parts:
         return None
+    arguments, diagonals = zip(*parts)
     return GGNProduct(arguments, SeparateHessians(diagonals), tensors)
+
+
+def hessian_of_arguments(
+    loss: Tensor, calls: Sequence[LossCall], arguments: Sequence[Tensor]
+) -> SeparateHessians:
+    """sum_k [L_k'']+ over the known functions that the loss meets first, where arguments of theirs stand for
+    the outputs and are computed from each other, so that the loss has no partial derivatives in them."""
+    calls = [call for call in calls if call.is_current()]
+    met = outermost(loss, [call.result for call in calls], [None] * len(calls))
+    parts = _positive_parts(loss, [calls[k] for k in met])
+    return SeparateHessians([_sum([D for x, D in parts if x is own]) for own in arguments])
+
+
+def _positive_parts(loss: Tensor, calls: Sequence[LossCall]) -> list[tuple[Tensor, Diagonal]]:
+    """(argument, [L_k'']+) of each function that the loss uses."""
+    factors = derivatives_in(loss, [call.result for call in calls]) if calls else []
+    return [
+        (call.input, call.diagonal(f.detach().clamp(min=0.0) if call.is_loss else f.detach()))
+        for call, f in zip(calls, factors)
+        if f is not None
+    ]
+
+
+def _sum(diagonals: Sequence[Diagonal]) -> Diagonal:
+    def D(t: Tensor) -> Tensor:
+        total = torch.zeros_like(t)
+        for own in diagonals:
+            total += own(t)
+        return total
+
+    return D

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from hfdist.comm import Communicator
-from hfdist.curvature.direct import direct_product
+from hfdist.curvature.direct import direct_product, hessian_of_arguments
 from hfdist.curvature.ggn import GGNProduct, SumOfProducts, added
 from hfdist.curvature.hessian import HessianProduct
 from hfdist.curvature.jacobian_rows import RowMethod
@@ -24,7 +24,7 @@ from hfdist.curvature.linearize import Jacobian, Recorder, Unsupported
 from hfdist.curvature.loss_hessian import ByDoubleBackward, LossHessian
 from hfdist.curvature.memory import MemoryCounter, memory_left
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, TryAgain
-from hfdist.curvature.outputs import is_reached
+from hfdist.curvature.outputs import are_nested, is_reached
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.verify import EvaluateAt, Point, Verifier, explained, flat, nearby, suspects
 from hfdist.errors import TaskError
@@ -411,7 +411,11 @@ class GGNParts:
             retain = closed.needs_graph or is_direct or keep_loss
             derivatives = grad(e.loss_sum, inputs, retain_graph=retain, allow_unused=True)
         dz = derivatives[: len(e.loss_inputs)]
-        H: LossHessian = closed or ByDoubleBackward(e.loss_inputs, dz)
+        H: LossHessian
+        if closed is None and not e.is_split and are_nested(e.outputs):
+            H = hessian_of_arguments(e.loss_sum, e.loss_calls, e.outputs)
+        else:
+            H = closed or ByDoubleBackward(e.loss_inputs, dz)
         direct = None
         if is_direct:
             direct = direct_product(

@@ -87,6 +87,11 @@ def is_computed_from(output: Tensor, others: Sequence[Tensor]) -> bool:
     return output.grad_fn is not None and bool(_meet(list(output.grad_fn.next_functions), goals))
 
 
+def are_nested(outputs: Sequence[Tensor]) -> bool:
+    """Whether any of them is computed from another one."""
+    return len(outputs) > 1 and any(is_computed_from(z, outputs) for z in outputs)
+
+
 def is_reached(
     loss: Tensor, inputs: Sequence[Tensor], without: Sequence[Tensor | Edge] = ()
 ) -> bool:

@@ -110,6 +110,51 @@ def test_terms_of_parameters_are_in_gradient_and_product(name: str, engine: str)
     torch.testing.assert_close(columns(problem), G, rtol=1e-10, atol=1e-12)
 
 
+# Losses of arguments that mix outputs with parameters: loss of (model, z), arguments, loss of the arguments.
+def _squares(m: Net) -> Tensor:
+    return 0.1 * m.a.weight.square().sum()
+
+
+MIXED: dict[str, tuple[Callable[..., Tensor], Callable[..., list[Tensor]], Callable[..., Tensor]]] = {
+    "temperature": (
+        lambda m, z: ce(z * m.scale.exp()),
+        lambda m, z: [z * m.scale.exp()],
+        lambda a: ce(a),
+    ),
+    "temperature and L2": (
+        lambda m, z: ce(z * m.scale.exp()) + _squares(m) + 0.2 * m.scale.square(),
+        lambda m, z: [z * m.scale.exp(), m.a.weight.clone(), m.scale.clone()],
+        lambda a, w, s: ce(a) + 0.1 * w.square().sum() + 0.2 * s.square(),
+    ),
+    "centers": (
+        lambda m, z: ce(z) + 0.3 * (z - m.a.weight[data()[1], :3]).square().sum(),
+        lambda m, z: [z.clone(), z - m.a.weight[data()[1], :3]],
+        lambda a, d: ce(a) + 0.3 * d.square().sum(),
+    ),
+    "twice": (
+        lambda m, z: ce(z * m.scale.exp()) + 0.2 * (z * m.scale.exp()).square().sum(),
+        lambda m, z: [z * m.scale.exp(), z * m.scale.exp()],
+        lambda a, b: ce(a) + 0.2 * b.square().sum(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("engine", ["linearize", "double_backward", "recompute"])
+def test_arguments_that_mix_outputs_and_parameters_have_their_whole_matrix(
+    name: str, engine: str
+) -> None:
+    model, (loss, arguments, of_arguments) = Net(), MIXED[name]
+    requested = ProductEngine(requested=engine)  # type: ignore[arg-type]
+    problem = problem_of(model, lambda z: loss(model, z), engine=requested)
+    problem.loss_and_gradient()
+    f = dense.Function(
+        outputs=lambda: arguments(model, model(data()[0])), loss=lambda z: (of_arguments(*z), 1.0)
+    )
+    G = dense.ggn([f], list(model.parameters()))
+    torch.testing.assert_close(columns(problem), G, rtol=1e-10, atol=1e-12)
+
+
 DIRECT: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "temperature": lambda m, z: ce(z * m.scale.exp()),
     "uncertainty": lambda m, z: ce(z) * torch.exp(-m.scale) + m.scale,
