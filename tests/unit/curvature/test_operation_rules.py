@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hfdist.curvature.linearize import Recorder
+from hfdist.curvature.linearize.program import Program
 from hfdist.curvature.linearize.rules import RULES
 
 Function = Callable[[Tensor, Tensor], Any]  # of x [2, 3, 4] and y [2, 3, 4], both with tangents
@@ -67,6 +68,7 @@ FUNCTIONS: dict[str, Function] = {
     "mm-left": lambda x, y: x[0] @ y[1].T.detach(),
     "mm-right": lambda x, y: x[0].detach() @ y[1].T,
     "bmm": lambda x, y: torch.bmm(x, y.transpose(1, 2)),
+    "addcmul-start": lambda x, y: torch.addcmul(x, y, y, value=0.3),
     "addmm": lambda x, y: torch.addmm(x[0, :, :3], x[0], y[1].T, beta=0.5),
     "addmm-bias": lambda x, y: torch.addmm(x[0, :, :3], x[0].detach(), y[1].T.detach()),
     "baddbmm": lambda x, y: torch.baddbmm(x[:, :, :3], x, y.transpose(1, 2)),
@@ -139,24 +141,48 @@ FUNCTIONS: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_tangents_are_those_of_the_jacobian(name: str) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    recorder = Recorder([x, y])
+    for constant in (None, "x", "y"):
+        torch.manual_seed(0)
+        x, y = (torch.randn(2, 3, 4, dtype=torch.float64) for _ in "xy")
+        tangents = [t.requires_grad_() for n, t in (("x", x), ("y", y)) if n != constant]
+        _check(FUNCTIONS[name], x, y, tangents)
+
+
+def _check(function: Function, x: Tensor, y: Tensor, variables: list[Tensor]) -> None:
+    recorder = Recorder(variables)
     with recorder, sdpa_kernel(SDPBackend.MATH):
-        z = FUNCTIONS[name](x, y)
+        z = function(x, y)
         z = z * 1.0  # more often than not, tangents go on
+    if not z.requires_grad:
+        return
     program = recorder.program([z])
-    v = [torch.randn_like(x), torch.randn_like(y)]
+    v = [torch.randn_like(t) for t in variables]
+    assert not _shares_silently(program, v), "its result lies in its argument, and nobody knows"
     before = [t.clone() for t in v]
     (Jv,) = program(v)
-    expected = dense.jacobian(z, [x, y]) @ dense.flat(v, v)
+    expected = dense.jacobian(z, variables) @ dense.flat(v, v)
     assert Jv is not None
     assert Jv.shape == z.shape
     torch.testing.assert_close(Jv.reshape(-1), expected, rtol=1e-10, atol=1e-10)
     (again,) = program(v)
     assert torch.equal(Jv, again), "what a rule keeps must not change"
     assert all(torch.equal(a, b) for a, b in zip(v, before)), "v is not a rule's to write into"
+
+
+def _shares_silently(program: Program, v: list[Tensor]) -> set[str]:
+    """Operations whose tangent lies in an argument's memory though nobody gave it that, and that do not say
+    so: a write into the one would change the other."""
+    found: set[str] = set()
+    slots: dict[int, Tensor] = dict(enumerate(v))
+    for step in program.steps:
+        inputs = [slots[i] for i in step.inputs]
+        results = step.map(inputs, [False] * len(inputs))
+        results = list(results) if isinstance(results, (tuple, list)) else [results]
+        slots.update((slot, t) for slot, t in zip(step.outputs, results) if t is not None)
+        memory = {t.untyped_storage().data_ptr() for t in inputs}
+        shares = any(t.untyped_storage().data_ptr() in memory for t in results if t is not None)
+        found |= {step.name} if shares and not step.aliases else set()
+    return found
 
 
 def test_every_rule_is_tried() -> None:

@@ -93,6 +93,7 @@ def _addcmul(call: Call) -> Map:
     p0, pa, pb = (call.place(k) for k in range(3))
     a, b = call.value(1), call.value(2)
     shape = call.out.shape
+    call.aliases = pa is None and pb is None  # the result's tangent is the first argument's
 
     def f(t: Sequence[Tensor], free: Sequence[bool]) -> Tensor:
         parts = [] if p0 is None else [t[p0]]
