@@ -85,9 +85,6 @@ def ggn(functions: Sequence[Function], params: Sequence[Tensor]) -> Tensor:
     G, weight = torch.zeros(P, P, dtype=torch.float64), 0.0
     for f in functions:
         z = f.outputs()
-        if not z:  # the loss takes parameters alone
-            weight += f.loss(z)[1]
-            continue
         J = torch.cat([jacobian(t, params) for t in z])  # [M, P]
         H, w = loss_hessian(f, z)  # [M, M]
         G += J.T @ H @ J
