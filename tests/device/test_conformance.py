@@ -76,7 +76,7 @@ ALL = [
 
 
 @on_every_device
-@pytest.mark.parametrize("case", ["linear-ce", "dropout"])
+@pytest.mark.parametrize("case", ["linear-ce", pytest.param("dropout", marks=pytest.mark.slow)])
 def test_steps_by_every_rule(kind: str, case: str) -> None:
     same(kind, on_device.steps_of, case, CHANGES)
 

@@ -21,7 +21,7 @@ from hfdist.training.worker import Job, run
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
 
-STEPS = 20
+STEPS = 12
 CASES: dict[str, dict[str, Any]] = {
     "mlp": {"task": "rank_tasks:Mlp"},
     "mlp_default": {"task": "rank_tasks:Mlp", "optim": DEFAULT, "batches": {"curvature": "auto"}},
@@ -106,7 +106,12 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(
     ("case", "world_size"),
-    [(case, n) for case in CASES for n in (2, 4)] + [("mlp", 3), ("lstm", 3)],
+    [(case, 2) for case in CASES]
+    + [("lstm", 3), ("mlp", 4), ("conv_default", 4)]
+    + [
+        pytest.param(case, 4, marks=pytest.mark.slow)
+        for case in sorted(set(CASES) - {"mlp", "conv_default"})
+    ],
 )
 def test_ranks_follow_the_serial_trajectory(
     case: str, world_size: int, serial: Any, tmp_path: Path
@@ -119,7 +124,7 @@ def test_ranks_follow_the_serial_trajectory(
     assert distance(serial(case), parameters(config, tmp_path / "run")) < 1e-10
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "case", ["mlp", "mlp_default", "conv_default", "mlp_preconditioned", "conv"]
 )
@@ -212,7 +217,7 @@ def test_a_run_goes_on_at_another_world_size(
     first: int, second: int, case: str, serial: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    half = config_of(case, str(tmp_path), steps=9)
+    half = config_of(case, str(tmp_path), steps=5)
     on_ranks(first, train, half, tmp_path / "run")
     whole = config_of(case, str(tmp_path))
     on_ranks(second, train, whole, tmp_path / "run", True)

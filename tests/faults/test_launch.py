@@ -89,12 +89,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (
+        pytest.param(
             "raise",
             ["rank 1", "Fault.loss()", "ValueError", "the fault of rank one", "fault_task.py:"],
+            marks=pytest.mark.slow,
         ),
         ("kill", ["rank 1", "SIGKILL"]),
-        ("stop", ["rank 1"]),
+        pytest.param("stop", ["rank 1"], marks=pytest.mark.slow),
     ],
 )
 def test_the_failing_rank_is_named_all_end_and_resume_goes_on(

@@ -408,7 +408,7 @@ print(model(input_ids=ids, attention_mask=torch.ones(3, 5))["logits"].tolist())
 """
 
 
-@pytest.mark.parametrize("exportable", [True, False])
+@pytest.mark.parametrize("exportable", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_model_of_a_task_file_predicts_in_another_process(
     server, client, tmp_path, monkeypatch, exportable
 ):

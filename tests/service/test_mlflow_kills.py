@@ -115,7 +115,11 @@ def assert_agree(client: MlflowClient, run_dir: Path, mlflow_run_id: str) -> Non
 
 @pytest.mark.parametrize(
     ("task", "fate"),
-    [("Slow", "the spool stays"), ("Varying", "the spool stays"), ("Slow", "the spool is lost")],
+    [
+        ("Slow", "the spool stays"),
+        pytest.param("Varying", "the spool stays", marks=pytest.mark.slow),
+        pytest.param("Slow", "the spool is lost", marks=pytest.mark.slow),
+    ],
 )
 def test_the_two_records_agree_after_kills(server, tmp_path, task, fate):
     client = MlflowClient(server.uri)

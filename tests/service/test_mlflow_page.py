@@ -126,6 +126,7 @@ def test_an_experiment_that_was_there_is_marked(
     assert kind(client, request.node.name) == "custom_model_development"
 
 
+@pytest.mark.slow
 def test_the_source_is_the_commit_and_what_differs_from_it(
     client: MlflowClient, job: Path, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from server import MlflowServer
 
 from hfdist import api
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 pytest.importorskip("flask_wtf", reason="needs mlflow[auth]")
 
 PASSWORD, TOKEN = "correct-horse-7", "eyJhbGciOi.of-the-proxy"

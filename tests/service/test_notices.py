@@ -112,7 +112,11 @@ def test_a_failure_is_told_in_its_own_words(job: Path, server: Server) -> None:
     assert notice["run_dir"] == str(job.parent / "runs" / "fails")
 
 
-@pytest.mark.parametrize("launch", [[], ["launch.workers=2"]], ids=["alone", "two workers"])
+@pytest.mark.parametrize(
+    "launch",
+    [[], pytest.param(["launch.workers=2"], marks=pytest.mark.slow)],
+    ids=["alone", "two workers"],
+)
 def test_a_stall_is_told_once_and_the_run_goes_on(
     job: Path, server: Server, launch: list[str]
 ) -> None:

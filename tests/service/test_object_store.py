@@ -213,6 +213,7 @@ def tracked(server: MlflowServer) -> Any:
     return run, [metric.step for metric in history], files
 
 
+@pytest.mark.slow
 def test_a_record_reaches_a_server_that_comes_after_the_machine_has_gone(
     bucket: Any, tracking: MlflowServer, job: Path
 ) -> None:
@@ -404,6 +405,7 @@ def a_group(job: Path, *arguments: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.ranks
+@pytest.mark.slow
 def test_two_workers_however_they_are_started(bucket: Any, job: Path) -> None:
     changes = ["steps=3", "launch.threads_per_worker=1"]
     local = api.train(job, [*changes, "launch.workers=2"], run_id="local")

@@ -96,7 +96,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [("tracking.log_model=false",), ("launch.workers=2", "tracking.enabled=false")],
+    [
+        pytest.param(("tracking.log_model=false",), marks=pytest.mark.slow),
+        ("launch.workers=2", "tracking.enabled=false"),
+    ],
     ids=["recorded", "two workers"],
 )
 def test_it_trains_in_another_folder(python: Path, project: Path, changes: tuple[str, ...]) -> None:

@@ -107,7 +107,12 @@ def losses(result: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "loaders"), [("Streamed", 0), ("Streamed", 1), ("HuggingFaceStream", 0)]
+    ("name", "loaders"),
+    [
+        ("Streamed", 0),
+        pytest.param("Streamed", 1, marks=pytest.mark.slow),
+        ("HuggingFaceStream", 0),
+    ],
 )
 def test_a_resumed_run_sees_what_the_undisturbed_one_sees(
     job: Path, name: str, loaders: int

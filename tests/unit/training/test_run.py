@@ -147,7 +147,7 @@ def test_a_run_leaves_what_it_should(job: Path) -> None:
 
 @pytest.mark.parametrize(
     ("first", "rules"),
-    [(5, []), (6, []), (5, CG_OVERRIDES)],
+    [(5, []), pytest.param(6, [], marks=pytest.mark.slow), (5, CG_OVERRIDES)],
     ids=["5", "6", "5-cg"],
 )
 def test_resume_is_exact(job: Path, first: int, rules: list[str]) -> None:
