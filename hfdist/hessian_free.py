@@ -44,6 +44,7 @@ from hfdist.curvature.preconditioners import (
 from hfdist.curvature.preconditioners.memory import PreconditionerMemory
 from hfdist.curvature.structural import StructuralDamping, hidden_modules
 from hfdist.curvature.verify import Verifier
+from hfdist.optim.kept_gain import ADVICE
 from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
 from hfdist.optim.report import StepReport
@@ -308,6 +309,10 @@ class HessianFree(torch.optim.Optimizer):
         self._set_state(params, state, layout)
         self.report = report
         self.history.append(report)
+        # Steps that are left as gradients are not those that the next loss is of.
+        if report.finds_noise and not self._leaves_gradient:
+            key = "longer lists, or a larger batch in the closure"
+            warnings.warn(ADVICE.format(kept=max(report.kept_gain, 0.0), key=key), stacklevel=3)
         logger.log(
             logging.INFO if self.verbose else logging.DEBUG,
             "step %d: loss %.6g -> %.6g, damping %.3g, alpha %.3g, %d CG iterations (%s), ratio %.3g",

@@ -68,6 +68,11 @@ class StepReport:
     """Curvature along the last step on this step's curvature examples, over that on the last one's."""
     curvature_share: float = 1.0
     """Examples of the products, as a share of the gradient's."""
+    kept_gain: float = math.nan
+    """Part of what recent steps gained on their own examples that the next ones' still show: 1 where they
+    are the same, near 0 where batches are too small; NaN in the first steps."""
+    finds_noise: bool = False
+    """Whether that has just become too small (see `hfdist.optim.kept_gain`); once in a run."""
     work: float = 0.0
     """Work of the step, in gradients of its gradient batch (see `hfdist.optim.objective.Costs`)."""
     solver_bytes: int = 0
@@ -103,6 +108,7 @@ class StepReport:
             "work": self.work,
             "curvature_ratio": self.curvature_ratio,
             "curvature_share": self.curvature_share,
+            "kept_gain": self.kept_gain,
             "loss_evaluations": float(self.num_loss_evaluations),
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
             **{f"communication/{key}": value for key, value in self.communication.items()},

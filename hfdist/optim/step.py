@@ -15,6 +15,7 @@ from torch import Tensor
 from hfdist.optim.backtracking import Choice, backtrack, climb, first_descent
 from hfdist.optim.curvature_share import CurvatureShare
 from hfdist.optim.damping import Outcome, next_damping, reduction_ratio, rule_of
+from hfdist.optim.kept_gain import KeptGain
 from hfdist.optim.line_search import LineSearchResult, line_search
 from hfdist.optim.objective import Objective, Operator
 from hfdist.optim.options import HFOptions
@@ -40,6 +41,8 @@ class HFState:
     """d'Bd of the last step d, on the examples that it was computed from."""
     curvature_share: CurvatureShare = field(default_factory=CurvatureShare)
     """Of the examples, where `batches.curvature` is auto."""
+    kept_gain: KeptGain = field(default_factory=KeptGain)
+    """Whether batches are too small."""
 
     def scalars(self) -> dict[str, Any]:
         """All but the vector, as plain numbers: what a checkpoint keeps."""
@@ -52,7 +55,9 @@ class HFState:
         """From `scalars()`, of this version or an earlier one."""
         known = {key: value for key, value in scalars.items() if key in cls.__dataclass_fields__}
         share = CurvatureShare(**known.pop("curvature_share", {}))
-        return cls(**{"explore": False, **known, "x0": x0, "curvature_share": share})
+        kept = KeptGain(**known.pop("kept_gain", {}))
+        own = {"x0": x0, "curvature_share": share, "kept_gain": kept}
+        return cls(**{"explore": False, **known, **own})
 
 
 ROUNDING = 10.0
@@ -130,6 +135,7 @@ def hf_step(
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         return _no_step(state, options, clock, loss, grad_norm, Stop.NON_FINITE)
 
+    kept_gain = state.kept_gain.seen(loss)
     x0 = _warm_start(state, options)
     with clock.phase("cg"):
         solution = SOLVERS[options.solver](
@@ -241,6 +247,8 @@ def hf_step(
         num_loss_evaluations=candidates.num_evaluations + num_evaluations,
         curvature_ratio=ratio,
         curvature_share=share,
+        kept_gain=kept_gain.ratio,
+        finds_noise=kept_gain.is_noise and not state.kept_gain.was_noise,
         work=problem.costs.step(
             solution.num_products, candidates.num_evaluations + num_evaluations
         ),
@@ -261,6 +269,7 @@ def hf_step(
         explore=not accepted,
         curvature_seen=curvature * alpha**2 if accepted and math.isfinite(curvature) else None,
         curvature_share=state.curvature_share.after(ratio, undamped_ratio, accepted, share),
+        kept_gain=kept_gain.after(loss, loss_0 - found.loss if accepted else 0.0),
     )
     return report, next_state
 

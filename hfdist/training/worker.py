@@ -54,6 +54,7 @@ from hfdist.errors import (
     UserError,
     WorkerError,
 )
+from hfdist.optim.kept_gain import ADVICE
 from hfdist.optim.report import StepReport
 from hfdist.optim.solvers.auto import choice
 from hfdist.optim.step import HFState, hf_step
@@ -72,6 +73,9 @@ from hfdist.training.display import Display
 from hfdist.training.evaluation import Evaluator
 
 logger = logging.getLogger(__name__)
+
+SMALL_BATCH = 128
+"""Examples of a gradient, drawn anew each step, under which a job is warned (docs/choosing.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +183,7 @@ class Worker:
     def run(self) -> dict[str, Any]:
         """The loop; see `run`."""
         self._warn_about_batch_norm()
+        self._warn_about_small_batches()
         progress = self._coordinator.start(self._resume, self._info())
         self._go_to(progress)
         self.model.train()
@@ -235,6 +240,9 @@ class Worker:
                 except BaseException:
                     progress.memory = before  # of a step that was not taken
                     raise
+                if report.finds_noise and self.comm.is_rank_0:
+                    kept = max(report.kept_gain, 0.0)
+                    logger.warning(ADVICE.format(kept=kept, key="batches.gradient"))
                 if self._coordinator.commit(report, progress, self.params, self._extra(report)):
                     return Status.KILLED
         except Interrupted:
@@ -542,6 +550,22 @@ class Worker:
                 "num_eval_examples": self._evaluation.num_examples or 0,
             },
         }
+
+    def _warn_about_small_batches(self) -> None:
+        batches = self.config.batches
+        is_new = self._stream is not None or (
+            self._terms is None and (batches.gradient or 0) < (self.num_examples or 0)
+        )
+        solves = self.config.optim.solver in ("auto", "krylov", "cg", "steihaug")
+        n = batches.gradient
+        if n is None or not is_new or not solves or n >= SMALL_BATCH or not self.comm.is_rank_0:
+            return
+        logger.warning(
+            "batches.gradient is %d, drawn anew each step: below about %d examples Hessian-free's steps "
+            "follow their noise. Take more, or another tool for small batches: optim.solver=metric, Adam or "
+            "SOAP, or these on hfdist.newton_gradient",
+            *(n, SMALL_BATCH),
+        )
 
     def _warn_about_batch_norm(self) -> None:
         several = self.comm.world_size > 1 or self.config.batches.microbatch is not None
