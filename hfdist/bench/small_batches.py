@@ -1,6 +1,6 @@
 """Small batches drawn anew each step: Hessian-free under its defaults against Adam and SOAP on a grid.
 
-    python -m hfdist.bench.small_batches digits-classifier --batch 256 --gradients 10 30 100
+    python -m hfdist.bench.small_batches deploy/jobs/digits_classifier.yaml --batch 256 --gradients 10 30 100
 
 Every contender sees the same examples in the same order. Losses are of all training examples, and of the
 held-out ones, after the given work in gradients of all training examples; the rivals' learning rate falls as
@@ -28,6 +28,7 @@ from hfdist.config.evaluate import EvaluateConfig
 from hfdist.config.job import RunConfig
 from hfdist.config.tracking import TrackingConfig
 from hfdist.curvature.microbatch import as_sum
+from hfdist.data.config import BatchesConfig
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import plan_step
 from hfdist.devices import resolve
@@ -63,8 +64,9 @@ class Measure:
         self.task, _ = build(config, device)
         self.data: Any = self.task.train_data()
         self._loader = BatchLoader(self.task, self.data, device, getattr(torch, config.dtype))
-        whole = config.batches.__class__()
-        plan = plan_step(whole, num_examples=len(self.data), seed=0, step=0, rank=0, world_size=1)
+        plan = plan_step(
+            BatchesConfig(), num_examples=len(self.data), seed=0, step=0, rank=0, world_size=1
+        )
         self._train = [self._loader.load(part) for part in plan.gradient.microbatches]
         held_out = self.task.eval_data()
         self._held_out: list[Batch] = []
@@ -165,7 +167,7 @@ def first_order(measure: Measure, name: str, lr: float, end: float) -> Stand:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("problem", help="a name of `hfdist bench optimizers`, or digits-classifier")
+    parser.add_argument("problem", help="a name of `hfdist bench optimizers`, or a job file")
     parser.add_argument("overrides", nargs="*", help="changes of the job, KEY=VALUE")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--gradients", type=float, nargs="+", default=[10.0, 30.0, 100.0])
@@ -176,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ends = sorted(given.gradients)
     rows: dict[str, list[list[Stand]]] = {}
     for seed in given.seeds:
-        config = job(given.problem, [f"seed={seed}", *given.overrides], given.batch)
+        overrides = [f"seed={seed}", f"batches.gradient={given.batch}", *given.overrides]
+        config = named(given.problem, overrides)[1]
         measure = Measure(config)
 
         def log(work: float, report: Any) -> None:
@@ -209,16 +212,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             passes = statistics.fmean(s.passes for s in stands)
             cells.append(f"{train:9.4f} ({held:.4f}) [{updates:.0f}, {passes:.0f}]".rjust(28))
         print(label.ljust(22), *cells, flush=True)
-
-
-def job(problem: str, overrides: Sequence[str], batch: int) -> RunConfig:
-    """The problem's job with batches of so many examples."""
-    sizes = [f"batches.gradient={batch}", *overrides]
-    if problem == "digits-classifier":
-        from hfdist.config.job import load_config
-
-        return load_config(Path("deploy/jobs/digits_classifier.yaml"), sizes)
-    return named(problem, sizes)[1]
 
 
 if __name__ == "__main__":

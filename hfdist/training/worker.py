@@ -74,7 +74,7 @@ from hfdist.training.evaluation import Evaluator
 
 logger = logging.getLogger(__name__)
 
-SMALL_BATCH = 128
+SMALL_BATCH = 256
 """Examples of a gradient, drawn anew each step, under which a job is warned (docs/choosing.md)."""
 
 
