@@ -23,8 +23,8 @@ SMALL = 1e-3
 ADVICE = (
     "the last steps lowered the loss of their own examples, and on the next ones no more than {kept:.0%} "
     "of that is left: either training is at its end, or batches drawn anew are too small and the steps "
-    "follow their noise. Take more examples a step ({key}), or another tool for small batches: "
-    "solver=metric, Adam or SOAP, or these on hfdist.newton_gradient"
+    "follow their noise. Take more examples a step ({key}), or another optimizer: Adam or SOAP, say, "
+    "alone or on hfdist.newton_gradient with solver=metric"
 )
 """For the one who runs the steps."""
 

@@ -562,8 +562,8 @@ class Worker:
             return
         logger.warning(
             "batches.gradient is %d, drawn anew each step: below about %d examples Hessian-free's steps "
-            "follow their noise. Take more, or another tool for small batches: optim.solver=metric, Adam or "
-            "SOAP, or these on hfdist.newton_gradient",
+            "follow their noise. Take more, or another optimizer: Adam or SOAP, say, alone or on "
+            "hfdist.newton_gradient with solver=metric",
             *(n, SMALL_BATCH),
         )
 
