@@ -62,17 +62,18 @@ class Measure:
     def __init__(self, config: RunConfig) -> None:
         self.config, device = config, resolve(config.device, local_rank=0)
         self.task, _ = build(config, device)
-        self.data: Any = self.task.train_data()
-        self._loader = BatchLoader(self.task, self.data, device, getattr(torch, config.dtype))
+        data: Any = self.task.train_data()
+        self.num_examples = len(data)
+        self._loader = BatchLoader(self.task, data, device, getattr(torch, config.dtype))
         plan = plan_step(
-            BatchesConfig(), num_examples=len(self.data), seed=0, step=0, rank=0, world_size=1
+            BatchesConfig(), num_examples=self.num_examples, seed=0, step=0, rank=0, world_size=1
         )
         self._train = [self._loader.load(part) for part in plan.gradient.microbatches]
-        held_out = self.task.eval_data()
+        held_out: Any = self.task.eval_data()
         self._held_out: list[Batch] = []
         if held_out is not None:
             loader = BatchLoader(self.task, held_out, device, getattr(torch, config.dtype))
-            self._held_out = [loader.first(len(held_out))]  # type: ignore[arg-type]
+            self._held_out = [loader.first(len(held_out))]
         self.device = device
 
     def batches(self) -> Iterator[list[Batch]]:
@@ -81,7 +82,7 @@ class Measure:
         while True:
             plan = plan_step(
                 self.config.batches,
-                num_examples=len(self.data),
+                num_examples=self.num_examples,
                 seed=self.config.seed,
                 step=step,
                 rank=0,
@@ -128,7 +129,7 @@ def hessian_free(measure: Measure, ends: Sequence[float], log: Callable[..., Non
     worker = Worker(Job(config=quiet, run_dir=folder), comm, QuietDisplay(), StopRequest())
     worker.model.train()
     progress = Progress(state=HFState(damping=config.optim.damping))
-    share = (config.batches.gradient or len(measure.data)) / len(measure.data)
+    share = (config.batches.gradient or measure.num_examples) / measure.num_examples
     stands: list[Stand] = []
     work, updates = 0.0, 0
     for end in ends:
@@ -150,7 +151,7 @@ def first_order(measure: Measure, name: str, lr: float, end: float) -> Stand:
         optimizer = pytorch_optimizer.SOAP(model.parameters(), lr=lr, weight_decay=0.0)
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    share = (measure.config.batches.gradient or len(measure.data)) / len(measure.data)
+    share = (measure.config.batches.gradient or measure.num_examples) / measure.num_examples
     number = max(1, round(end / share))
     for k, batches in zip(range(number), measure.batches()):
         spent = k / number
@@ -205,11 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("gradients".ljust(22), *(f"{end:>28g}" for end in ends))
     for label, by_seed in rows.items():
         cells = []
-        for stands in zip(*by_seed):
-            train = statistics.fmean(s.train for s in stands)
-            held = statistics.fmean(s.held_out for s in stands)
-            updates = statistics.fmean(s.updates for s in stands)
-            passes = statistics.fmean(s.passes for s in stands)
+        for same_end in zip(*by_seed):
+            train = statistics.fmean(s.train for s in same_end)
+            held = statistics.fmean(s.held_out for s in same_end)
+            updates = statistics.fmean(s.updates for s in same_end)
+            passes = statistics.fmean(s.passes for s in same_end)
             cells.append(f"{train:9.4f} ({held:.4f}) [{updates:.0f}, {passes:.0f}]".rjust(28))
         print(label.ljust(22), *cells, flush=True)
 

@@ -561,9 +561,9 @@ class Worker:
         if n is None or not is_new or not solves or n >= SMALL_BATCH or not self.comm.is_rank_0:
             return
         logger.warning(
-            "batches.gradient is %d, drawn anew each step: below about %d examples Hessian-free's steps "
-            "follow their noise. Take more, or another optimizer: Adam or SOAP, say, alone or on "
-            "hfdist.newton_gradient with solver=metric",
+            "batches.gradient is %d, drawn anew each step: below about %d examples Hessian-free is mostly "
+            "behind optimizers of many cheap steps. Take more, or one of those: Adam or SOAP, say, alone or "
+            "on hfdist.newton_gradient with solver=metric",
             *(n, SMALL_BATCH),
         )
 
