@@ -31,7 +31,8 @@ class BatchesConfig:
     gradient's."""
     line_search: int | None = None
     """Examples of backtracking and line search, none of them the gradient's where the data allows; null:
-    the gradient's."""
+    the gradient's. On small batches others make for shorter steps than pay in the end (docs/choosing.md,
+    Small batches)."""
     microbatch: int | None = None
     """Examples of a forward pass; bounds the memory. Random numbers (dropout) belong to a microbatch, so
     with this set they do not depend on the number of workers. null: one microbatch a worker."""
