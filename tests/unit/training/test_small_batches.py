@@ -40,8 +40,8 @@ def job(tmp_path: Path) -> Path:
     path = tmp_path / "job.yaml"
     values = {
         "task": "task.py:Noise",
-        "steps": 28,
-        "checkpoint": {"every": 14},
+        "steps": 24,
+        "checkpoint": {"every": 12},
         "tracking": {"enabled": False},
         "output": str(tmp_path / "runs"),
     }
@@ -67,8 +67,8 @@ def test_steps_on_noise_are_told_once_and_resume_is_exact(
     caplog.set_level(logging.WARNING)
     whole = hfdist.train(job, ["batches.gradient=40"])
     assert (count(caplog, FOUND), count(caplog, BEFORE)) == (1, 1)
-    part = hfdist.train(job, ["batches.gradient=40", "steps=14"])
-    rest = api.resume(part["run_dir"], ["steps=28"])
+    part = hfdist.train(job, ["batches.gradient=40", "steps=12"])
+    rest = api.resume(part["run_dir"], ["steps=24"])
     assert rest["parameters_sha256"] == whole["parameters_sha256"]
     kept = [record.get("kept_gain") for record in records(whole)]
     assert [record.get("kept_gain") for record in records(rest)] == kept
@@ -82,7 +82,7 @@ def test_whole_batches_are_told_nothing(job: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_a_loop_of_ones_own_is_told_once_and_only_of_batches_drawn_anew() -> None:
-    def warned(batch: int, steps: int = 28) -> int:
+    def warned(batch: int, steps: int = 24) -> int:
         torch.manual_seed(0)
         x, y = torch.randn(400, 20), torch.randint(2, (400,))
         model = nn.Linear(20, 2)
