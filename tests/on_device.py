@@ -5,6 +5,9 @@ They run in other processes (see `devices.on`), so arguments and results are pic
 
 from __future__ import annotations
 
+import copy
+import gc
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +19,16 @@ from torch.utils._pytree import tree_map
 
 import hfdist.api
 from hfdist.comm import Communicator, SerialCommunicator
-from hfdist.curvature.engines import ProductEngine
+from hfdist.curvature.engines import ProductEngine, RecomputedGGNProduct
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import make_layout
+from hfdist.curvature.memory import reserved_bytes
 from hfdist.curvature.microbatch import from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
 from hfdist.curvature.verify import Verifier
+from hfdist.errors import StepMemoryError
 from hfdist.hessian_free import HessianFree
 from hfdist.optim.options import HFOptions
 from hfdist.optim.step import HFState, hf_step
@@ -199,7 +204,7 @@ def counted_step(device: torch.device, sizes: tuple[int, ...], changes: dict[str
         "iterations": report.cg_iterations,
         "large": sum(size >= large for size in counts.allocations),
         "peak": peak / large,
-        "solver_bytes": report.solver_bytes / large,
+        "formula": reserved_bytes(params, options) / large,
     }
 
 
@@ -244,6 +249,141 @@ def own_loop(device: torch.device, **settings: Any) -> Values:
     pairs = [(x[:7], y[:7]), (x[7:], y[7:])]
     losses.append(optimizer.acc_step(model, nn.functional.cross_entropy, pairs))
     return {"losses": losses, **{k: v.detach().cpu() for k, v in model.state_dict().items()}}
+
+
+def with_enough_memory(device: torch.device, settings: Values) -> Values:
+    """`short_of_memory` that never is."""
+    return short_of_memory(device, settings, first=1e9)
+
+
+def short_of_memory(device: torch.device, settings: Values, first: float = 10_000.0) -> Values:
+    """Three steps of `HessianFree` on the stand-in, of which the second is tried with ever more memory until
+    there is enough for it: what was said when there was not, and what is left in the end.
+
+    Asserts that nothing but the message is left of a step that ran out of memory.
+    """
+    torch.manual_seed(0)
+    # Momentum, buffers and statistics are state that a failed step must not touch.
+    model = nn.Sequential(nn.Linear(20, 40), nn.BatchNorm1d(40), nn.Tanh(), nn.Linear(40, 3))
+    model = model.double().to(device)
+    x = torch.randn(60, 20, dtype=torch.float64)
+    y = torch.randint(3, (60,))
+    x, y = x.to(device), y.to(device)
+    pairs = [(x[k : k + 20], y[k : k + 20]) for k in range(0, 60, 20)]
+    optimizer = HessianFree(model.parameters(), damping=0.1, seed=0, **settings)
+
+    def take() -> float:
+        return optimizer.acc_step(model, nn.functional.cross_entropy, pairs)
+
+    def everything() -> Values:
+        state = optimizer.state_dict()
+        state["param_groups"] = [
+            {k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]
+        ]
+        found = {"model": model.state_dict(), "state": state}
+        return copy.deepcopy(moved(found, torch.device("cpu")))
+
+    losses, said = [take()], []
+    before, more = everything(), first
+    random = torch.get_rng_state()
+    while True:
+        gc.collect()
+        held = torch.accelerator.memory_allocated()
+        torch.ops.standin.set_memory(held + int(more))
+        try:
+            losses.append(take())
+            break
+        except StepMemoryError as error:
+            said.append(str(error))
+        finally:
+            torch.ops.standin.set_memory(16 << 30)
+        assert identical(before, everything())
+        assert torch.equal(random, torch.get_rng_state())
+        more *= 1.6
+    losses.append(take())
+    return {"said": said, "losses": losses, "model": everything()["model"]}
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Whether two pytrees are the same, tensors to the bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(identical(x, y) for x, y in zip(a, b))
+    return bool(a == b)
+
+
+def short_run(device: torch.device, job: str, folder: str, *changes: str) -> Values:
+    """A run on the stand-in that is resumed with too little memory, and with enough."""
+    given = [f"output={folder}", f"device={device.type}", "dtype=float64", "tracking.enabled=false"]
+    whole = hfdist.train(JOBS / f"{job}.yaml", [*given, *changes, "steps=3"])
+    begun = hfdist.train(JOBS / f"{job}.yaml", [*given, *changes, "steps=1"])
+    run_dir = Path(folder) / begun["run_id"]
+    gc.collect()
+    held = torch.accelerator.memory_allocated()
+    torch.accelerator.reset_peak_memory_stats()
+    hfdist.train(JOBS / f"{job}.yaml", [*given, *changes, "steps=1"])
+    peak = torch.accelerator.max_memory_allocated() - held
+    gc.collect()
+    torch.ops.standin.set_memory(torch.accelerator.memory_allocated() + int(0.6 * peak))
+    said = ""
+    try:
+        hfdist.api.resume(run_dir, ["steps=3"])
+    except StepMemoryError as error:
+        said = str(error)
+    finally:
+        torch.ops.standin.set_memory(16 << 30)
+    failed = json.loads((run_dir / "result.json").read_text())
+    resumed = hfdist.api.resume(run_dir, ["steps=3"])
+    return {
+        "said": said,
+        "failed": {key: failed[key] for key in ("status", "steps", "error")},
+        "whole": whole["parameters_sha256"],
+        "resumed": resumed["parameters_sha256"],
+    }
+
+
+def kept_graphs(device: torch.device, share: float) -> Values:
+    """Products of a step where memory is this share of what all graphs and the solver take, by default's
+    budget: how many microbatches are recomputed, and the gradient and product."""
+    task, width = SquaredError(), 40
+    torch.manual_seed(0)
+    model = task.model().to(device)
+    x = torch.randn(8 * 200, width, dtype=torch.float64).to(device)
+    y = torch.randn(8 * 200, width, dtype=torch.float64).to(device)
+    parts = [(x[k : k + 200], y[k : k + 200]) for k in range(0, len(x), 200)]
+    role = [from_task(task, model, part, seed=k) for k, part in enumerate(parts)]
+    options = HFOptions(solver="cg", preconditioner="none", verify="off")
+    params = ParameterVector(model.parameters())
+    reserved = reserved_bytes(params, options)
+    engine = ProductEngine(verifier=Verifier(mode="off"), reserved=reserved)
+
+    def found() -> Values:
+        problem = Problem(
+            params=params,
+            roles=Roles(gradient=role, curvature=role, loss=role),
+            frozen=FixedRandomness(device, model),
+            engine=engine,
+        )
+        loss, g = problem.loss_and_gradient()
+        products = problem._products or []
+        recomputed = sum(isinstance(product, RecomputedGGNProduct) for product in products)
+        product = problem.curvature(0.1)(g)
+        return {"recomputed": recomputed, "g": g.cpu(), "product": product.cpu(), "loss": loss}
+
+    held = torch.accelerator.memory_allocated()
+    torch.accelerator.reset_peak_memory_stats()
+    plenty = found()
+    needed = torch.accelerator.max_memory_allocated() - held + reserved
+    gc.collect()
+    torch.ops.standin.set_memory(torch.accelerator.memory_allocated() + int(share * needed))
+    try:
+        little = found()
+    finally:
+        torch.ops.standin.set_memory(16 << 30)
+    return {"plenty": plenty, "little": little}
 
 
 def train(device: torch.device, job: str, folder: str, *changes: str) -> Values:

@@ -22,11 +22,12 @@ from hfdist.curvature.jacobian_rows import RowMethod
 from hfdist.curvature.layout import Product
 from hfdist.curvature.linearize import Jacobian, Recorder, Unsupported
 from hfdist.curvature.loss_hessian import ByDoubleBackward, LossHessian
-from hfdist.curvature.memory import MemoryCounter, memory_left
+from hfdist.curvature.memory import MemoryCounter, is_out_of_memory, memory_left
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, TryAgain
 from hfdist.curvature.outputs import is_reached
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.verify import EvaluateAt, Point, Verifier, explained, flat, nearby, suspects
+from hfdist.devices import is_accelerator
 from hfdist.errors import TaskError
 from hfdist.optim.options import HFOptions
 
@@ -53,6 +54,7 @@ class ProductEngine:
             replayed has double backward anyway.
         memory_budget: Bytes for graphs that are kept between products; microbatches beyond it are
             recomputed for each. None: what the device has left.
+        reserved: Bytes of the device that the rest of the step needs (see `memory.reserved_bytes`).
         verifier: Checks gradients and products against differences of losses and outputs.
         traits: What was found out about the loss.
         rows: How rows of the Jacobian of residuals are computed.
@@ -61,6 +63,7 @@ class ProductEngine:
 
     requested: str = LINEARIZE
     memory_budget: int | None = None
+    reserved: int = 0
     verifier: Verifier = field(default_factory=Verifier)
     traits: LossTraits = field(default_factory=LossTraits)
     rows: RowMethod = field(default_factory=RowMethod)
@@ -108,11 +111,14 @@ class ProductBuilder:
         self._is_ggn = curvature == "ggn"
         self._evaluate, self._evaluate_at = evaluate, evaluate_at
         self._budget = math.inf
+        self._graphs_at_once = 1
         self._counter: MemoryCounter | None = None
         if engine.memory_budget is not None:
             self._budget = engine.memory_budget
         elif num_microbatches > 1:
-            self._budget = memory_left(params.device, comm.world_size)
+            self._budget = memory_left(params.device, comm.world_size, engine.reserved)
+            # An accelerator's memory ends where it ends: room for the graph that is recomputed, too.
+            self._graphs_at_once = 2 if is_accelerator(params.device) else 1
 
     def add(self, microbatch: Microbatch) -> tuple[Evaluation, Gradient]:
         """Evaluate a microbatch, append its product.
@@ -129,7 +135,9 @@ class ProductBuilder:
         counter = self._counter = MemoryCounter() if self._budget < math.inf else None
         with counter or nullcontext():
             e, recorder = self._evaluated(microbatch, replays)
-            is_full = counter is not None and counter.num_bytes > self._budget
+            is_full = (
+                counter is not None and self._graphs_at_once * counter.num_bytes > self._budget
+            )
             if is_full and not self._may_check:
                 self._budget = 0  # and all that follow
                 self.products.append(self._recomputed(microbatch))
@@ -370,6 +378,8 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise TaskError(
             f"torch cannot differentiate this model and loss twice: {type(error).__name__}: "
             f"{explained(error)}"

@@ -35,6 +35,7 @@ from hfdist.curvature.ggn import GGNProduct
 from hfdist.curvature.layout import Product
 from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.loss_hessian import ByDoubleBackward, ClosedForm
+from hfdist.curvature.memory import is_out_of_memory
 from hfdist.curvature.microbatch import Evaluation, Microbatch
 from hfdist.curvature.params import ParameterVector
 from hfdist.errors import TaskError
@@ -309,6 +310,8 @@ class Verifier:
             try:
                 reason = self._wrong_product(product, e, way)
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 return explained(error)
             if reason is None:
                 return None
@@ -362,6 +365,8 @@ class Verifier:
         try:
             Hd = product(probe.direction)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise TaskError(
                 f"the Hessian's product fails: {explained(error)}. {suspects(e)}Use "
                 "curvature_opt=ggn, or a forward pass that torch can differentiate twice"
