@@ -8,6 +8,7 @@ register theirs.
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import resource
 import sys
@@ -116,6 +117,52 @@ def unused_memory(device: torch.device) -> int:
     free, _ = memory_info(device)
     reserved = torch.accelerator.memory_reserved(device)
     return free + max(reserved - torch.accelerator.memory_allocated(device), 0)
+
+
+# -- how numbers are computed ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def arithmetic(*, tf32: bool, deterministic: bool) -> Iterator[None]:
+    """Inside, kernels of all devices compute so; afterwards torch's settings are as before.
+
+    Args:
+        tf32: NVIDIA's GPUs round the factors of float32's matrix products and convolutions to 11 bits.
+            Torch's own default is neither: it rounds convolutions alone.
+        deterministic: Kernels that add up in a changing order are replaced, or, where torch has no other,
+            refused. False leaves what the program has set.
+    """
+    with contextlib.ExitStack() as stack:
+        _set_tf32(stack, tf32)
+        if deterministic:
+            # cuBLAS reads it when it is first used.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            stack.callback(
+                torch.use_deterministic_algorithms,
+                torch.are_deterministic_algorithms_enabled(),
+                warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+            )
+            stack.callback(torch._C._set_cudnn_benchmark, torch._C._get_cudnn_benchmark())
+            torch.use_deterministic_algorithms(True)
+            torch._C._set_cudnn_benchmark(False)
+        yield
+
+
+def _set_tf32(stack: contextlib.ExitStack, tf32: bool) -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    try:
+        before = matmul.allow_tf32, cudnn.allow_tf32
+    except RuntimeError:  # set by torch's newer names, each by itself: put back by them
+        for own in (matmul, cudnn.conv, cudnn.rnn):
+            stack.callback(setattr, own, "fp32_precision", own.fp32_precision)
+            own.fp32_precision = "tf32" if tf32 else "ieee"
+        return
+
+    def put(of_products: bool, of_convolutions: bool) -> None:
+        matmul.allow_tf32, cudnn.allow_tf32 = of_products, of_convolutions
+
+    stack.callback(put, *before)
+    put(tf32, tf32)
 
 
 # -- random numbers --------------------------------------------------------------------------------

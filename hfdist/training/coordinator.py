@@ -39,7 +39,7 @@ from hfdist.training.display import Display
 logger = logging.getLogger(__name__)
 
 _STOP, _LEAVING = 1, 2  # what a rank says at the end of a step, as bits
-_DESCRIBED = ("seed", "dtype", "optim.", "batches.", "task_args.")
+_DESCRIBED = ("seed", "dtype", "tf32", "deterministic", "optim.", "batches.", "task_args.")
 """Keys of the job that say how it trains."""
 
 

@@ -46,7 +46,7 @@ from hfdist.data.plan import (
 from hfdist.data.points import TermSize, plan_points
 from hfdist.data.stream import Stream, is_stream
 from hfdist.data.stream_loader import StreamLoader
-from hfdist.devices import device_name, peak_memory, resolve
+from hfdist.devices import arithmetic, device_name, peak_memory, resolve
 from hfdist.errors import (
     CheckpointError,
     ConfigError,
@@ -108,8 +108,12 @@ def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
     Raises:
         UserError: Bad input, or a peer that is gone; recorded as FAILED before it is raised.
     """
-    with stop_on_signals(job.run_dir / files.STOP_FILE) as stop:
-        check_agreement(comm, job.config)
+    config = job.config
+    with (
+        stop_on_signals(job.run_dir / files.STOP_FILE) as stop,
+        arithmetic(tf32=config.tf32, deterministic=config.deterministic),
+    ):
+        check_agreement(comm, config)
         return Worker(job, comm, display, stop).run()
 
 
@@ -662,7 +666,8 @@ def evaluate_run(
         for name, tensor in tensors.items():
             tensor.data.copy_(saved["model"][name])
     try:
-        values = evaluation.of(model)
+        with arithmetic(tf32=config.tf32, deterministic=config.deterministic):
+            values = evaluation.of(model)
     finally:
         evaluation.close()
     return {
