@@ -154,7 +154,9 @@ def steps_of_rank(comm: Communicator, changes: dict[str, Any]) -> Values:
     return found | {key: value.detach().cpu() for key, value in model.state_dict().items()}
 
 
-def counted_step(device: torch.device, sizes: tuple[int, ...], changes: dict[str, Any]) -> Values:
+def counted_step(
+    device: torch.device, sizes: tuple[int, ...], changes: dict[str, Any], layers: int = 2
+) -> Values:
     """What the third step of a model of many parameters and few examples asks of the stand-in."""
     options = HFOptions(
         **{
@@ -169,7 +171,7 @@ def counted_step(device: torch.device, sizes: tuple[int, ...], changes: dict[str
         }
     )
     torch.manual_seed(0)
-    task = SquaredError()
+    task = SquaredError(layers)
     model = task.model().to(device)
     x, y = (torch.randn(6, 40, dtype=torch.float64).to(device) for _ in range(2))
     params = ParameterVector(model.parameters())
@@ -211,8 +213,12 @@ def counted_step(device: torch.device, sizes: tuple[int, ...], changes: dict[str
 class SquaredError(Task):
     """A loss whose curvature depends on no value."""
 
+    def __init__(self, layers: int = 2) -> None:
+        self.layers = layers
+
     def model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 40)).double()
+        hidden = [(nn.Linear(40, 40), nn.Tanh()) for _ in range(self.layers - 1)]
+        return nn.Sequential(*(m for pair in hidden for m in pair), nn.Linear(40, 40)).double()
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         return nn.functional.mse_loss(outputs, batch[1])

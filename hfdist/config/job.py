@@ -115,8 +115,8 @@ class RunConfig(BaseModel):
     def _check_dtype(cls, dtype: Any) -> Any:
         if dtype == "bfloat16":
             raise ValueError(
-                "dtype is 'bfloat16': steps would be lost in the last of a parameter's 8 bits; keep float32, and "
-                "set optim.product_autocast=bfloat16 for products of that type"
+                "dtype is 'bfloat16': steps would be lost in the last of 8 bits; keep float32, and set "
+                "optim.product_autocast=bfloat16 for products of that type"
             )
         return dtype
 
