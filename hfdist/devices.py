@@ -12,13 +12,16 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hfdist.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def resolve(device: str, local_rank: int, local_world_size: int | None = None) -> torch.device:
@@ -149,7 +152,8 @@ def arithmetic(*, tf32: bool, deterministic: bool) -> Iterator[None]:
 
 
 def _set_tf32(stack: contextlib.ExitStack, tf32: bool) -> None:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
     try:
         before = matmul.allow_tf32, cudnn.allow_tf32
     except RuntimeError:  # set by torch's newer names, each by itself: put back by them
@@ -256,6 +260,80 @@ def _pins_memory() -> bool:
         return torch.empty(1).pin_memory().is_pinned()
     except RuntimeError:
         return False
+
+
+# -- graphs of kernels -----------------------------------------------------------------------------
+
+
+class NotCaptured(Exception):
+    """Why there is no graph of a computation."""
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.Stream:
+    return torch.Stream(device=device)
+
+
+@contextlib.contextmanager
+def to_be_captured(device: torch.device) -> Iterator[None]:
+    """Inside, an accelerator computes on the stream that `captured` captures. Autograd differentiates on the
+    stream of the forward pass: its passes must be made here for their derivatives to be captured."""
+    if not is_accelerator(device):
+        yield
+        return
+    stream, outer = _capture_stream(device), torch.accelerator.current_stream(device)
+    # In turns, so that memory of one stream is not written while the other reads it.
+    stream.wait_stream(outer)
+    try:
+        with stream:
+            yield
+    finally:
+        outer.wait_stream(stream)
+
+
+def captured(device: torch.device, compute: Callable[[], T]) -> tuple[Callable[[], None], T]:
+    """A graph of the kernels of a computation, which was run before inside `to_be_captured`.
+
+    Args:
+        device: Where it runs.
+        compute: Reads and writes tensors that stay where they are; the host looks at none of them.
+
+    Returns:
+        What runs the graph, and the computation's results, which hold numbers after each such run.
+
+    Raises:
+        NotCaptured: The device has no graphs, or does something here that they cannot hold.
+    """
+    if not is_accelerator(device):
+        raise NotCaptured(f"the device {device.type} has no graphs")
+    kind = getattr(torch.accelerator, "Graph", None)  # not in every supported version
+    if kind is None:
+        kind = getattr(torch.get_device_module(device), f"{device.type.upper()}Graph", None)
+    if kind is None:
+        raise NotCaptured(f"torch {torch.__version__} has no graphs of {device.type}")
+    stream = _capture_stream(device)
+    try:
+        graph = kind()
+        torch.accelerator.synchronize(device)
+        with stream:
+            graph.capture_begin()
+            try:
+                results = compute()
+            finally:
+                graph.capture_end()
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise NotCaptured(str(error).strip().splitlines()[0]) from error
+
+    def run() -> None:
+        outer = torch.accelerator.current_stream(device)
+        stream.wait_stream(outer)
+        with stream:
+            graph.replay()
+        outer.wait_stream(stream)
+
+    return run, results
 
 
 # -- finding one -----------------------------------------------------------------------------------

@@ -539,6 +539,7 @@ class HessianFree(torch.optim.Optimizer):
                 requested=options.product_engine, verifier=Verifier(mode=options.verify)
             )
         engine.memory_budget = options.memory_budget
+        engine.captures = options.capture_products
         engine.reserved = reserved_bytes(self._trainable(), options, self._comm().world_size)
         self._engine = engine
         return engine

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import time
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +25,16 @@ from hfdist.curvature.engines import ProductEngine, RecomputedGGNProduct
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import make_layout
 from hfdist.curvature.memory import reserved_bytes
-from hfdist.curvature.microbatch import from_task
+from hfdist.curvature.microbatch import from_closure, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
 from hfdist.curvature.verify import Verifier
+from hfdist.devices import synchronize
 from hfdist.errors import StepMemoryError
 from hfdist.hessian_free import HessianFree
 from hfdist.optim.options import HFOptions
+from hfdist.optim.solvers.cg import cg
 from hfdist.optim.step import HFState, hf_step
 from hfdist.tasks.task import Task
 
@@ -67,6 +71,8 @@ def problem_of(
     role = [microbatch for microbatch, _ in parts]
     context = Context(task=task, model=model, gradient=parts, options=options)
     params = ParameterVector(p for p in model.parameters() if p.requires_grad)
+    engine = engine or ProductEngine(requested=options.product_engine)
+    engine.captures = options.capture_products
     return Problem(
         params=params,
         comm=comm,
@@ -76,7 +82,7 @@ def problem_of(
         curvature_opt=options.curvature_opt,
         regularisation=Regularisation(weight_decay=options.weight_decay),
         frozen=FixedRandomness(device, model),
-        engine=engine or ProductEngine(requested=options.product_engine),
+        engine=engine,
         overrides=Overrides(preconditioner=make_preconditioner(context)),
     )
 
@@ -175,7 +181,11 @@ def counted_step(
     model = task.model().to(device)
     x, y = (torch.randn(6, 40, dtype=torch.float64).to(device) for _ in range(2))
     params = ParameterVector(model.parameters())
-    engine = ProductEngine(requested=options.product_engine, verifier=Verifier(mode="off"))
+    engine = ProductEngine(
+        requested=options.product_engine,
+        verifier=Verifier(mode="off"),
+        captures=options.capture_products,
+    )
     state = HFState(damping=1.0)
     for _ in range(3):
         parts, low = [], 0
@@ -260,6 +270,46 @@ def own_loop(device: torch.device, **settings: Any) -> Values:
 def with_enough_memory(device: torch.device, settings: Values) -> Values:
     """`short_of_memory` that never is."""
     return short_of_memory(device, settings, first=1e9)
+
+
+def captured_products(device: torch.device, name: str, captures: bool) -> Values:
+    """Three products of a program, and what was said of graphs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double().to(device)
+    x = torch.randn(8, 4, dtype=torch.float64).to(device)
+    y = torch.randn(8, 3, dtype=torch.float64).to(device)
+    # A mask is read by the host, which must know how many numbers it leaves.
+    mask = (torch.arange(8) % 3 > 0).to(device)
+
+    def evaluate() -> tuple[Tensor, Tensor]:
+        outputs = model(x)[mask] if name == "masked" else model(x)
+        target = y[mask] if name == "masked" else y
+        return nn.functional.mse_loss(outputs, target), outputs
+
+    engine = ProductEngine(captures=captures)
+    if name == "double_backward":
+        engine.requested = "double_backward"
+    said: list[str] = []
+    engine.warn = said.append  # type: ignore[method-assign]
+    role = [from_closure(evaluate, 0)]
+    problem = Problem(
+        params=ParameterVector(model.parameters()),
+        roles=Roles(gradient=role, curvature=role, loss=role),
+        frozen=FixedRandomness(device, model),
+        engine=engine,
+    )
+    _, g = problem.loss_and_gradient()
+    B, found = problem.curvature(0.1), []
+    counts: list[dict[str, int]] = []
+    for k in range(4):
+        v = g * (1.0 + k) + k
+        if device.type == standin.NAME:
+            with standin.counted() as counted:
+                found.append(B(v).cpu())
+            counts.append(counted.counts)
+        else:
+            found.append(B(v).cpu())
+    return {"products": found, "said": said, "counts": counts}
 
 
 def short_of_memory(device: torch.device, settings: Values, first: float = 10_000.0) -> Values:
@@ -390,6 +440,116 @@ def kept_graphs(device: torch.device, share: float) -> Values:
     finally:
         torch.ops.standin.set_memory(16 << 30)
     return {"plenty": plenty, "little": little}
+
+
+def losses_of(device: torch.device, body: str, curvature: Literal["ggn", "hessian"]) -> list[float]:
+    """Of steps of a recurrent net, or of attention with dropout, in float64."""
+    torch.manual_seed(0)
+    layer: nn.Module = nn.LSTM(4, 8, batch_first=True)
+    if body == "attention":
+        # Random numbers of devices differ: dropout is checked by the cases.
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    model = nn.ModuleDict({"body": layer, "head": nn.Linear(8 if body == "lstm" else 4, 3)})
+    model = model.double().to(device)
+    x = torch.randn(6, 5, 4, dtype=torch.float64).to(device)
+    y = torch.randint(3, (6,)).to(device)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        states = model["body"](x)
+        states = states[0] if isinstance(states, tuple) else states
+        outputs = model["head"](states.mean(1))
+        return nn.functional.cross_entropy(outputs, y), outputs
+
+    optimizer = HessianFree(model.parameters(), curvature_opt=curvature)
+    return [optimizer.step(forward) for _ in range(4)]
+
+
+def late_and_plain_solves(device: torch.device) -> list[Values]:
+    """CG that reads its scalars late, and at once."""
+    d = torch.logspace(-2, 2, 1000, dtype=torch.float64).to(device)
+    rules = HFOptions(cg_stop="residual", cg_tol=1e-8, cg_max_iter=100)
+    found = []
+    for lagged in (True, False):
+        result = cg(lambda v: d * v, torch.ones_like(d), None, None, rules, lagged=lagged)
+        found.append(
+            {
+                "x": result.x.cpu(),
+                "num_products": result.num_products,
+                "iterations": result.iterations,
+            }
+        )
+    return found
+
+
+def waits_of_a_step(device: torch.device) -> int:
+    """How often the host waits for the device in a step of the defaults, after the first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 3)).double().to(device)
+    x, y = torch.randn(60, 20, dtype=torch.float64).to(device), torch.randint(3, (60,)).to(device)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        outputs = model(x)
+        return nn.functional.cross_entropy(outputs, y), outputs
+
+    optimizer = HessianFree(model.parameters(), krylov_max_dim=5, krylov_length="full")
+    optimizer.step(forward)
+    if device.type == standin.NAME:
+        with standin.counted() as counts:
+            optimizer.step(forward)
+        return counts["host_read"] + counts["to_device"] + counts["synchronize"]
+    if device.type != "cuda":
+        raise NotImplementedError(f"torch does not say when the host waits for {device.type}")
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            optimizer.step(forward)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing" in str(warning.message) for warning in said)
+
+
+def seconds_of_products(device: torch.device) -> Values:
+    """Medians of a small model's gradient, product, and product as a graph of kernels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(64, 64), nn.Tanh()))).to(device)
+    x, y = (torch.randn(128, 64).to(device) for _ in range(2))
+
+    def forward() -> tuple[Tensor, Tensor]:
+        outputs = model(x)
+        return nn.functional.mse_loss(outputs, y), outputs
+
+    role = [from_closure(forward, 0)]
+    params = ParameterVector(model.parameters())
+    found: Values = {}
+
+    def timed(name: str, function: Any) -> None:
+        seconds = []
+        for k in range(15):
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if k >= 3:
+                seconds.append(time.perf_counter() - start)
+        found[name] = sorted(seconds)[len(seconds) // 2]
+
+    def gradient() -> None:
+        torch.autograd.grad(forward()[0], list(model.parameters()))
+
+    timed("gradient", gradient)
+    for captures in (False, True):
+        problem = Problem(
+            params=params,
+            roles=Roles(gradient=role, curvature=role, loss=role),
+            frozen=FixedRandomness(device, model),
+            engine=ProductEngine(captures=captures),
+        )
+        _, g = problem.loss_and_gradient()
+        B = problem.curvature(0.1)
+        timed("captured" if captures else "product", lambda B=B, g=g: B(g))
+    return found
 
 
 def train(device: torch.device, job: str, folder: str, *changes: str) -> Values:

@@ -131,6 +131,7 @@ class Worker:
             requested=optim.product_engine,
             memory_budget=optim.memory_budget,
             reserved=reserved_bytes(self.params, optim, comm.world_size),
+            captures=optim.capture_products,
             verifier=Verifier(mode=optim.verify),
         )
         name = type(self.task).__name__

@@ -8,6 +8,7 @@ from typing import Any
 import on_device
 import pytest
 from devices import BUILDING, needs_standin, on
+from figures import note
 
 pytestmark = [pytest.mark.timeout(2 * BUILDING), needs_standin]
 
@@ -84,5 +85,6 @@ def test_the_formula_of_the_guide_bounds_the_peak_of_a_step(preconditioner: str)
                 }
                 found = on("standin", on_device.counted_step, (6,), changes)
                 activations = 0.6  # vectors
+                note(**{f"{solver}_{length}_{kept}": found["peak"] / found["formula"]})
                 assert found["peak"] <= found["formula"] + activations, (solver, length, kept)
                 assert found["peak"] >= 0.4 * found["formula"], (solver, length, kept)
