@@ -91,7 +91,8 @@ class HessianFree(torch.optim.Optimizer):
     parameter groups, so `state_dict` carries all of it.
 
     Raises:
-        ValueError: An option is unknown or out of range, or there is nothing to train.
+        ValueError: An option is unknown or out of range, there is nothing to train, or all parameters are of a
+            type shorter than float32.
     """
 
     def __init__(
@@ -147,7 +148,12 @@ class HessianFree(torch.optim.Optimizer):
             "preconditioner_memory": {},
         }
         super().__init__(params, defaults)
-        self._trainable()  # there must be something to train
+        params = self._trainable()  # there must be something to train
+        if params.dtype.itemsize < 4:
+            raise ValueError(
+                f"all parameters are of {params.dtype}: steps would be lost in the last of their bits; keep "
+                "them in float32, and set product_autocast='bfloat16' for products of that type"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it joins at the next step with a zero warm start.
