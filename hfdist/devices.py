@@ -122,6 +122,14 @@ def unused_memory(device: torch.device) -> int:
     return free + max(reserved - torch.accelerator.memory_allocated(device), 0)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, of a device or of the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in said and "alloc" in said
+
+
 # -- how numbers are computed ----------------------------------------------------------------------
 
 

@@ -91,8 +91,8 @@ class HessianFree(torch.optim.Optimizer):
     parameter groups, so `state_dict` carries all of it.
 
     Raises:
-        ValueError: An option is unknown or out of range, there is nothing to train, or all parameters are of a
-            type shorter than float32.
+        ValueError: An option is unknown or out of range, there is nothing to train, or all parameters are
+            of a type shorter than float32.
     """
 
     def __init__(
@@ -148,10 +148,10 @@ class HessianFree(torch.optim.Optimizer):
             "preconditioner_memory": {},
         }
         super().__init__(params, defaults)
-        params = self._trainable()  # there must be something to train
-        if params.dtype.itemsize < 4:
+        widest = self._trainable().dtype  # there must be something to train
+        if widest.itemsize < 4:
             raise ValueError(
-                f"all parameters are of {params.dtype}: steps would be lost in the last of their bits; keep "
+                f"all parameters are of {widest}: steps would be lost in the last of their bits; keep "
                 "them in float32, and set product_autocast='bfloat16' for products of that type"
             )
 
@@ -468,6 +468,9 @@ class HessianFree(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`: options, damping, warm start and counters are all in it."""
         super().load_state_dict(state_dict)
+        for group in self.param_groups:  # of a version that had not all of today's options
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
         for p in (p for group in self.param_groups for p in group["params"]):
             if "x0" not in self.state[p]:
                 self.state[p]["x0"] = torch.zeros_like(p, memory_format=torch.contiguous_format)

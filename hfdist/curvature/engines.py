@@ -23,12 +23,12 @@ from hfdist.curvature.jacobian_rows import RowMethod
 from hfdist.curvature.layout import Product
 from hfdist.curvature.linearize import Jacobian, Recorder, Unsupported
 from hfdist.curvature.loss_hessian import ByDoubleBackward, LossHessian
-from hfdist.curvature.memory import MemoryCounter, is_out_of_memory, memory_left
+from hfdist.curvature.memory import MemoryCounter, memory_left
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, TryAgain
 from hfdist.curvature.outputs import is_reached
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.verify import EvaluateAt, Point, Verifier, explained, flat, nearby, suspects
-from hfdist.devices import is_accelerator, to_be_captured
+from hfdist.devices import is_accelerator, is_out_of_memory, to_be_captured
 from hfdist.errors import TaskError
 from hfdist.optim.options import HFOptions
 

@@ -98,14 +98,3 @@ def _of_factors(t: Tensor) -> int:
         return t.numel() * (t.numel() if t.numel() <= MAX_VECTOR else 1)
     rows, columns = t.shape[0], t[0].numel() + 1
     return rows * min(rows, MAX_SIZE) + columns * min(columns, MAX_SIZE)
-
-
-# -- where it ends ---------------------------------------------------------------------------------
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, of a device or of the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in said and "alloc" in said

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hfdist.curvature.memory import is_out_of_memory, preconditioner_numbers
+from hfdist.curvature.memory import preconditioner_numbers
 from hfdist.curvature.params import ParameterVector
-from hfdist.devices import allocated_memory, is_accelerator, memory_info
+from hfdist.devices import allocated_memory, is_accelerator, is_out_of_memory, memory_info
 from hfdist.errors import StepMemoryError, UserError, first_line
 from hfdist.optim.memory import solver_vectors
 from hfdist.optim.options import HFOptions

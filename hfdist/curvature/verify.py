@@ -35,9 +35,9 @@ from hfdist.curvature.ggn import GGNProduct
 from hfdist.curvature.layout import Product
 from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.loss_hessian import ByDoubleBackward, ClosedForm
-from hfdist.curvature.memory import is_out_of_memory
 from hfdist.curvature.microbatch import Evaluation, Microbatch
 from hfdist.curvature.params import ParameterVector
+from hfdist.devices import is_out_of_memory
 from hfdist.errors import TaskError
 
 Gradient = Sequence[Tensor | None]

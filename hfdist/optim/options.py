@@ -59,7 +59,8 @@ class ProductOptions(OptionGroup):
     that is wrong is replaced, and a gradient that is wrong is an error."""
     memory_budget: int | None = None
     """Bytes for the graphs that are kept between products; microbatches beyond it are recomputed for
-    every product, with the same result. null: what the device has left."""
+    every product, with the same result. null: what the device has left, less what solver and preconditioner
+    need; of a host half."""
     product_autocast: Literal["off", "bfloat16"] = "off"
     """Compute the forward passes of products under torch.autocast, which costs a forward pass a step:
     loss and gradient stay as they are."""

@@ -674,3 +674,14 @@ def test_parameters_of_few_bits_are_refused(dtype: torch.dtype) -> None:
         HessianFree(model.parameters())
     model.bias.data = model.bias.data.float()  # solver and steps are in the widest type
     HessianFree(model.parameters())
+
+
+def test_a_state_of_a_version_with_fewer_options_is_loaded() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = HessianFree(model.parameters(), damping=0.5)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["capture_products"]
+    optimizer.load_state_dict(state)
+    assert optimizer.options.capture_products is False
+    assert optimizer.options.damping == 0.5

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hfdist.curvature.memory import is_out_of_memory, preconditioner_numbers, reserved_bytes
+from hfdist.curvature.memory import preconditioner_numbers, reserved_bytes
 from hfdist.curvature.params import ParameterVector
+from hfdist.devices import is_out_of_memory
 from hfdist.errors import StepMemoryError
 from hfdist.hessian_free import HessianFree
 from hfdist.optim.memory import WORKING, kept_iterates, solver_vectors
