@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,5 +97,5 @@ def preconditioner_numbers(params: ParameterVector, options: HFOptions) -> int:
 def _of_factors(t: Tensor) -> int:
     if t.ndim < 2:
         return t.numel() * (t.numel() if t.numel() <= MAX_VECTOR else 1)
-    rows, columns = t.shape[0], t[0].numel() + 1
+    rows, columns = t.shape[0], math.prod(t.shape[1:]) + 1
     return rows * min(rows, MAX_SIZE) + columns * min(columns, MAX_SIZE)

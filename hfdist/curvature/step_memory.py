@@ -117,7 +117,7 @@ def told_when_out_of_memory(
         advice = _advice(known, options, world_size, microbatch, in_job)
         raise StepMemoryError(
             f"step {step} ran out of memory on {memory.device} in {where}: {held}{total} ({listed}; "
-            f"{type(cause).__name__}: {_sentence(first_line(cause))}). Parameters and state are those before "
+            f"{_said(error, cause)}). Parameters and state are those before "
             f"the step. Set {_any_of(advice)}{then}"
         ) from _without_tensors(error)
 
@@ -201,8 +201,13 @@ def _any_of(advice: list[str]) -> str:
     return advice[0] if len(advice) == 1 else f"{', '.join(advice[:-1])}, or {advice[-1]}"
 
 
-def _sentence(text: str) -> str:
-    return text.rstrip(". ")
+def _said(error: BaseException, cause: BaseException) -> str:
+    """What was said of it, in a task's code with method and line; without advice, which follows."""
+    if isinstance(error, UserError):
+        return first_line(error).partition(". Lower ")[0]
+    text = first_line(cause).rstrip(". ")
+    name = type(cause).__name__
+    return name if text == name else f"{name}: {text}"
 
 
 def _bytes(number: float) -> str:

@@ -103,6 +103,8 @@ def test_reserved_bytes_of_a_layer() -> None:
     factors = 10**2 + 5**2 + 5**2  # of the weight, and the bias alone
     assert preconditioner_numbers(params, options) == 4 * factors + 2 * 50
     assert reserved_bytes(params, options) == 4 * (8 * 50 + 4 * factors + 2 * 50)
+    empty = ParameterVector(nn.Linear(9, 0).parameters())  # (what is wrong with it is said later)
+    assert preconditioner_numbers(empty, options) == 4 * 10**2
     halves = HFOptions(
         solver="cg", cg_iterates="host", preconditioner="none", shard_solver_state=True
     )
