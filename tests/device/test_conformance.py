@@ -186,7 +186,7 @@ def test_two_workers_of_the_launcher(tmp_path: Path) -> None:
     on("standin", on_device.nothing)
     (tmp_path / "info").mkdir()
     known = {**os.environ, **environment(tmp_path / "info"), "OMP_NUM_THREADS": "1"}
-    hashes = []
+    losses = []
     for device in ("cpu", "standin"):
         changes = [
             f"device={device}",
@@ -209,5 +209,6 @@ def test_two_workers_of_the_launcher(tmp_path: Path) -> None:
         assert run.returncode == 0, run.stderr
         result = json.loads(run.stdout.splitlines()[-1])
         assert result["world_size"] == 2
-        hashes.append(result["parameters_sha256"])
-    assert hashes[0] == hashes[1]
+        losses.append(result["final_loss"])
+    # Not the same bits: on a device kfac's inverses come from triangular solves.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
