@@ -43,18 +43,20 @@ def markdown(studies: Sequence[Study], descriptions: dict[str, str]) -> str:
     """A row a problem, a column a contender: median error at the end, and the worst seed's."""
     names = list(dict.fromkeys(t.optimizer for study in studies for t in study.races))
     lines = [
-        f"| problem | seconds | {' | '.join(names)} | seconds to the best rival's error |",
-        "|---" * (len(names) + 3) + "|",
+        f"| problem | budget | seeds | {' | '.join(names)} | {NAME} at the best rival's error after |",
+        "|---" * (len(names) + 4) + "|",
     ]
     for study in studies:
         by_name = {row["optimizer"]: row for row in rows(study)}
         best = min((row["error"] for row in by_name.values() if row["error"]), default=None)
-        cells = [descriptions.get(study.problem, study.problem), f"{study.seconds:g}"]
+        unit = "CPU s" if study.clock == "cpu" else "s"
+        cells = [descriptions.get(study.problem, study.problem), f"{study.seconds:g} {unit}"]
+        cells.append(str(len({trace.seed for trace in study.races})))
         for name in names:
             row = by_name.get(name)
             cells.append("" if row is None else _cell(row, row["error"] == best))
         own = by_name.get(NAME, {}).get("seconds_to_best_rival")
-        cells.append("not reached" if own is None else f"{own:.1f}")
+        cells.append("not reached" if own is None else f"{own:.1f} {unit}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

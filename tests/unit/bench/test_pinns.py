@@ -166,7 +166,7 @@ def test_rows_are_medians_over_seeds_and_the_best_comes_first() -> None:
     json.dumps([first, second, third], allow_nan=False)
     text = markdown([study([*mine, *other, *lost])], {"poisson2d": "Poisson"})
     assert (
-        "| Poisson | 4 | **2.0e-3** (3.0e-3) | 1.0e-1 (1.0e-1) | diverged (diverged) | 2.0 |"
+        "| Poisson | 4 CPU s | 3 | **2.0e-3** (3.0e-3) | 1.0e-1 (1.0e-1) | diverged (diverged) | 2.0 CPU s |"
         in text
     )
 
