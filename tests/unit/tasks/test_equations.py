@@ -137,12 +137,14 @@ def test_poisson_trains_and_is_drawn(tmp_path: Path) -> None:
     assert (Path(result["run_dir"]) / "plots" / "solution.png").stat().st_size > 10_000
 
 
-def test_points_anew_every_step_resume_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [8, 40], ids=["dense", "sample_space"])
+def test_points_anew_every_step_resume_exactly(tmp_path: Path, width: int) -> None:
+    """To the bit, with either matrix."""
     from hfdist.api import resume
 
     args = {
         "dimension": 2,
-        "widths": [8],
+        "widths": [width],
         "interior": 40,
         "conditions": 20,
         "every_step": True,
