@@ -15,7 +15,7 @@ def plot(studies: Sequence[Study], path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(len(studies), 3)
+    columns = 2 if len(studies) == 4 else min(len(studies), 3)
     lines = math.ceil(len(studies) / columns)
     figure = Figure(figsize=(4.2 * columns + 0.4, 3.1 * lines + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -35,11 +35,10 @@ def plot(studies: Sequence[Study], path: Path) -> Path:
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_title(study.problem)
+        axis.set_xlabel("CPU seconds" if study.clock == "cpu" else "seconds, in turns")
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(studies) :]:
         axis.set_visible(False)
-    for axis in axes[-1]:
-        axis.set_xlabel("CPU seconds" if studies[0].clock == "cpu" else "seconds, in turns")
     for line in axes:
         line[0].set_ylabel("relative error in L2")
     handles = [
