@@ -159,7 +159,7 @@ class Worker:
             )
         self._evaluation = Evaluator(self.task, job.config, comm, loaders)
         self._costs = _costs(self.task, self.num_examples)
-        self._terms = _terms(self.data)
+        self._terms = term_sizes(self.data)
         # What is wrong with the job shows here, before anything is written.
         if self.num_examples is not None and self.num_examples < comm.world_size:
             raise DataError(
@@ -686,7 +686,7 @@ def _tracker(job: Job) -> Tracker:
     return CompositeTracker([configured, job.extra_tracker])
 
 
-def _terms(data: Any) -> list[TermSize] | None:
+def term_sizes(data: Any) -> list[TermSize] | None:
     """Sizes of the terms that the data is in; None for examples."""
     if not isinstance(data, PointSets):
         return None
