@@ -106,7 +106,7 @@ class PreconditionerOptions(OptionGroup):
     """New statistics of `kfac` and `ggn_diagonal` are taken every so many steps."""
     preconditioner_decay: float | None = None
     """Weight of what earlier steps saw in the moving average of these statistics, a factor a refresh; null:
-    0 where a step sees all examples, 0.9 otherwise."""
+    0.8 where a step sees all examples, 0.9 otherwise."""
     kfac_shared: Literal["expand", "reduce"] = "expand"
     """Uses of one weight within an example (positions of a convolution, of a sequence) count as examples of
     their own, or as one use of the mean input (Eschenhagen et al. 2023)."""
