@@ -56,8 +56,8 @@ bench: $(READY) ## measure: products, step, optimizers, scaling
 soak: $(READY) ## the long proofs: many kills, nodes that come and go
 	$(PYTEST) -m slow
 
-gpu-test: $(READY) ## the tests that need a CUDA device
-	$(PYTEST) -m gpu
+gpu-test: $(READY) ## the tests that need a GPU, and a table of what they found (docs/first-gpu.md)
+	$(PYTEST) -m gpu --figures
 
 image: ## build the image hfdist:latest (NVIDIA GPUs; docker/Dockerfile says how for CPUs)
 	DOCKER_BUILDKIT=1 docker build -f docker/Dockerfile -t hfdist:latest \

@@ -8,16 +8,20 @@ register theirs.
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hfdist.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def resolve(device: str, local_rank: int, local_world_size: int | None = None) -> torch.device:
@@ -118,6 +122,61 @@ def unused_memory(device: torch.device) -> int:
     return free + max(reserved - torch.accelerator.memory_allocated(device), 0)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, of a device or of the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in said and "alloc" in said
+
+
+# -- how numbers are computed ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def arithmetic(*, tf32: bool, deterministic: bool) -> Iterator[None]:
+    """Inside, kernels of all devices compute so; afterwards torch's settings are as before.
+
+    Args:
+        tf32: NVIDIA's GPUs round the factors of float32's matrix products and convolutions to 11 bits.
+            Torch's own default is neither: it rounds convolutions alone.
+        deterministic: Kernels that add up in a changing order are replaced, or, where torch has no other,
+            refused. False leaves what the program has set.
+    """
+    with contextlib.ExitStack() as stack:
+        _set_tf32(stack, tf32)
+        if deterministic:
+            # cuBLAS reads it when it is first used.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            stack.callback(
+                torch.use_deterministic_algorithms,
+                torch.are_deterministic_algorithms_enabled(),
+                warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+            )
+            stack.callback(torch._C._set_cudnn_benchmark, torch._C._get_cudnn_benchmark())
+            torch.use_deterministic_algorithms(True)
+            torch._C._set_cudnn_benchmark(False)
+        yield
+
+
+def _set_tf32(stack: contextlib.ExitStack, tf32: bool) -> None:
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    try:
+        before = matmul.allow_tf32, cudnn.allow_tf32
+    except RuntimeError:  # set by torch's newer names, each by itself: put back by them
+        for own in (matmul, cudnn.conv, cudnn.rnn):
+            stack.callback(setattr, own, "fp32_precision", own.fp32_precision)
+            own.fp32_precision = "tf32" if tf32 else "ieee"
+        return
+
+    def put(of_products: bool, of_convolutions: bool) -> None:
+        matmul.allow_tf32, cudnn.allow_tf32 = of_products, of_convolutions
+
+    stack.callback(put, *before)
+    put(tf32, tf32)
+
+
 # -- random numbers --------------------------------------------------------------------------------
 
 
@@ -209,6 +268,80 @@ def _pins_memory() -> bool:
         return torch.empty(1).pin_memory().is_pinned()
     except RuntimeError:
         return False
+
+
+# -- graphs of kernels -----------------------------------------------------------------------------
+
+
+class NotCaptured(Exception):
+    """Why there is no graph of a computation."""
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.Stream:
+    return torch.Stream(device=device)
+
+
+@contextlib.contextmanager
+def to_be_captured(device: torch.device) -> Iterator[None]:
+    """Inside, an accelerator computes on the stream that `captured` captures. Autograd differentiates on the
+    stream of the forward pass: its passes must be made here for their derivatives to be captured."""
+    if not is_accelerator(device):
+        yield
+        return
+    stream, outer = _capture_stream(device), torch.accelerator.current_stream(device)
+    # In turns, so that memory of one stream is not written while the other reads it.
+    stream.wait_stream(outer)
+    try:
+        with stream:
+            yield
+    finally:
+        outer.wait_stream(stream)
+
+
+def captured(device: torch.device, compute: Callable[[], T]) -> tuple[Callable[[], None], T]:
+    """A graph of the kernels of a computation, which was run before inside `to_be_captured`.
+
+    Args:
+        device: Where it runs.
+        compute: Reads and writes tensors that stay where they are; the host looks at none of them.
+
+    Returns:
+        What runs the graph, and the computation's results, which hold numbers after each such run.
+
+    Raises:
+        NotCaptured: The device has no graphs, or does something here that they cannot hold.
+    """
+    if not is_accelerator(device):
+        raise NotCaptured(f"the device {device.type} has no graphs")
+    kind = getattr(torch.accelerator, "Graph", None)  # not in every supported version
+    if kind is None:
+        kind = getattr(torch.get_device_module(device), f"{device.type.upper()}Graph", None)
+    if kind is None:
+        raise NotCaptured(f"torch {torch.__version__} has no graphs of {device.type}")
+    stream = _capture_stream(device)
+    try:
+        graph = kind()
+        torch.accelerator.synchronize(device)
+        with stream:
+            graph.capture_begin()
+            try:
+                results = compute()
+            finally:
+                graph.capture_end()
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise NotCaptured(str(error).strip().splitlines()[0]) from error
+
+    def run() -> None:
+        outer = torch.accelerator.current_stream(device)
+        stream.wait_stream(outer)
+        with stream:
+            graph.replay()
+        outer.wait_stream(stream)
+
+    return run, results
 
 
 # -- finding one -----------------------------------------------------------------------------------

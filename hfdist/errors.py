@@ -34,6 +34,13 @@ class TaskFailure(TaskError):
     exit_code = 1
 
 
+class StepMemoryError(UserError):
+    """A step for which the device's memory is too small; names the largest parts and what to set. Parameters
+    and state are those before the step."""
+
+    exit_code = 1
+
+
 class DataError(UserError):
     """Data that cannot be batched as asked: empty, or smaller than a batch role."""
 

@@ -24,6 +24,7 @@ from hfdist.curvature.example_signs import example_seeds
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import Layout, make_layout
 from hfdist.curvature.loss_weight import mean_weight
+from hfdist.curvature.memory import reserved_bytes
 from hfdist.curvature.microbatch import (
     Microbatch,
     as_sum,
@@ -42,6 +43,7 @@ from hfdist.curvature.preconditioners import (
     make_preconditioner,
 )
 from hfdist.curvature.preconditioners.memory import PreconditionerMemory
+from hfdist.curvature.step_memory import StepMemory, told_when_out_of_memory
 from hfdist.curvature.structural import StructuralDamping, hidden_modules
 from hfdist.curvature.verify import Verifier
 from hfdist.optim.kept_gain import ADVICE
@@ -90,7 +92,8 @@ class HessianFree(torch.optim.Optimizer):
     parameter groups, so `state_dict` carries all of it.
 
     Raises:
-        ValueError: An option is unknown or out of range, or there is nothing to train.
+        ValueError: An option is unknown or out of range, there is nothing to train, or all parameters are
+            of a type shorter than float32.
     """
 
     def __init__(
@@ -146,7 +149,12 @@ class HessianFree(torch.optim.Optimizer):
             "preconditioner_memory": {},
         }
         super().__init__(params, defaults)
-        self._trainable()  # there must be something to train
+        widest = self._trainable().dtype  # there must be something to train
+        if widest.itemsize < 4:
+            raise ValueError(
+                f"all parameters are of {widest}: steps would be lost in the last of their bits; keep "
+                "them in float32, and set product_autocast='bfloat16' for products of that type"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it joins at the next step with a zero warm start.
@@ -279,10 +287,12 @@ class HessianFree(torch.optim.Optimizer):
         if options.damping_metric != "identity":
             raise ValueError("damping_metric needs the model and data of a task: use hfdist.train")
         layout = make_layout(params, self._comm(), options)
+        memory = StepMemory(params.device)
         problem = Problem(
             params=params,
             roles=roles,
             comm=self._comm(),
+            memory=memory,
             layout=layout,
             curvature_opt=options.curvature_opt,
             reduction=reduction,
@@ -304,7 +314,20 @@ class HessianFree(torch.optim.Optimizer):
         )
         if test_deterministic:
             self._test_deterministic(problem)
-        report, state = hf_step(problem, self._get_state(params, layout), options)
+        before = self._memory.copy()
+        try:
+            with told_when_out_of_memory(
+                memory,
+                params,
+                options,
+                step=self.param_groups[0]["step"],
+                world_size=self._comm().world_size,
+                in_job=False,
+            ):
+                report, state = hf_step(problem, self._get_state(params, layout), options)
+        except BaseException:
+            self._memory = before  # of a step that was not taken
+            raise
         report = dataclasses.replace(report, communication=self._comm().take_counters())
         self._set_state(params, state, layout)
         self.report = report
@@ -450,6 +473,9 @@ class HessianFree(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`: options, damping, warm start and counters are all in it."""
         super().load_state_dict(state_dict)
+        for group in self.param_groups:  # of a version that had not all of today's options
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
         for p in (p for group in self.param_groups for p in group["params"]):
             if "x0" not in self.state[p]:
                 self.state[p]["x0"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
@@ -499,9 +525,12 @@ class HessianFree(torch.optim.Optimizer):
         return HFState.restored({**first["hf_state"], "damping": first["damping"]}, x0)
 
     def _set_state(self, params: ParameterVector, state: HFState, layout: Layout) -> None:
-        x0 = params.zeros() if state.x0 is None else layout.whole(state.x0)
-        for p, piece in zip(params.tensors, params.views(x0)):
-            self.state[p]["x0"].copy_(piece)
+        if state.x0 is None:
+            for p in params.tensors:  # without a vector of zeros: the parameters have moved by now
+                self.state[p]["x0"].zero_()
+        else:
+            for p, piece in zip(params.tensors, params.views(layout.whole(state.x0))):
+                self.state[p]["x0"].copy_(piece)
         kept = self._memory.state_dict(layout.whole)
         for group in self.param_groups:
             group["damping"] = state.damping
@@ -524,6 +553,8 @@ class HessianFree(torch.optim.Optimizer):
                 requested=options.product_engine, verifier=Verifier(mode=options.verify)
             )
         engine.memory_budget = options.memory_budget
+        engine.captures = options.capture_products
+        engine.reserved = reserved_bytes(self._trainable(), options, self._comm().world_size)
         self._engine = engine
         return engine
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import figures
 import pytest
 import torch
 
@@ -23,3 +24,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
 
     items.sort(key=place)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--figures", action="store_true", help="end with a table of what was measured")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("--figures"):
+        reports = [
+            r for kind in ("passed", "failed", "skipped") for r in terminalreporter.getreports(kind)
+        ]
+        for line in figures.table(reports):
+            terminalreporter.write_line(line)

@@ -290,6 +290,124 @@ def optimizers(
         print(json.dumps(found))
 
 
+@app.command()
+def pinns(
+    problems: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PROBLEMS|JOB.yaml]",
+            help="Names separated by commas (`list` prints them), or a job file with a task of your own; by "
+            "default all.",
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Changes of the job: Hessian-free's rules, sizes."
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="Training time of every contender.", min=0.1)
+    ] = 60.0,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds, separated by commas; grids are searched on the first.")
+    ] = "0,1,2",
+    rivals: Annotated[
+        str | None,
+        typer.Option(
+            help="Adam, L-BFGS, SOAP, 'Adam, then L-BFGS', separated by semicolons; by default all that are "
+            "installed."
+        ),
+    ] = None,
+    clock: Annotated[
+        str,
+        typer.Option(
+            help="What seconds are: wall, or cpu, the process's own, on a machine that others use, too."
+        ),
+    ] = "wall",
+    threads: Annotated[int, typer.Option(help="Threads of torch.", min=1)] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for PROBLEM.json, pinns.md and pinns.png; grids that are there are not measured "
+            "again.",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    show: Annotated[
+        bool,
+        typer.Option("--show", help="Measure nothing: tables and picture of what FOLDER has."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Relative errors in L2 on differential equations, beside Adam, L-BFGS, both in turn, and SOAP.
+
+    Every contender has the same start, points and seconds. Each rival has the best of a grid, searched on the
+    first seed by its error at the end; Hessian-free has its defaults. Contenders take turns, so that a busy
+    machine slows all of them alike; looking at errors is off the clock. SOAP is of a package in the extra
+    `bench`. It takes about 24 times `--seconds` a problem.
+    """
+    import json
+    import sys
+
+    import torch
+
+    from hfdist.bench import pinns as bench
+    from hfdist.errors import ConfigError
+
+    if problems == "list":
+        print_table(
+            [{"problem": n, "description": c.description} for n, c in bench.PROBLEMS.items()],
+            title="Problems",
+        )
+        return
+    numbers = _numbers("seeds", seeds, int)
+    torch.set_num_threads(threads)
+    chosen = [
+        bench.named(problem, overrides or ())
+        for problem in (problems.split(",") if problems else bench.PROBLEMS)
+    ]
+    studies: list[bench.Study] = []
+    if show:
+        if output is None:
+            raise ConfigError("--show draws what was measured: name its folder, --output FOLDER")
+        files = [output / f"{name}.json" for name, _ in chosen]
+        chosen = []
+        studies += [bench.Study.load(path) for path in files if path.is_file()]
+        if not studies:
+            raise ConfigError(f"{output} has nothing of these problems: measure them first")
+    for name, config in chosen:
+        study = bench.compare(
+            name,
+            config,
+            seconds=seconds,
+            seeds=numbers,
+            clock=clock,
+            threads=threads,
+            names=[text.strip() for text in rivals.split(";")] if rivals else None,
+            path=None if output is None else output / f"{name}.json",
+            progress=lambda text: print(text, file=sys.stderr),
+        )
+        studies.append(study)
+    found = []
+    for study in studies:
+        rows = bench.rows(study)
+        found += [{"problem": study.problem, **row} for row in rows]
+        if not as_json:
+            num_seeds = len({trace.seed for trace in study.races})
+            print_table(
+                rows,
+                title=f"{study.problem}: relative errors in L2, medians over {num_seeds} seeds, "
+                f"{study.seconds:g} s ({study.clock})",
+            )
+    if output is not None:
+        bench.plot(studies, output / "pinns.png")
+        descriptions = {name: known.description for name, known in bench.PROBLEMS.items()}
+        (output / "pinns.md").write_text(bench.markdown(studies, descriptions))
+    if as_json:
+        print(json.dumps(found))
+
+
 def _numbers(key: str, text: str, kind: type) -> list[Any]:
     from hfdist.errors import ConfigError
 

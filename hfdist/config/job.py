@@ -70,7 +70,13 @@ class RunConfig(BaseModel):
     device: str = "auto"
     """auto (GPUs where there are any, else the CPU), cpu, cuda, or one GPU, cuda:1; xpu likewise."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Type of parameters and data."""
+    """Type of parameters and data. Products in bfloat16: `optim.product_autocast`."""
+    tf32: bool = False
+    """Let NVIDIA's GPUs round the factors of float32's matrix products and convolutions to TF32's 11 bits:
+    faster, but losses and products then carry that rounding."""
+    deterministic: bool = False
+    """The same bits whenever the job is run on the same device: kernels that add up in a changing order are
+    replaced by slower ones, or are an error where torch has none."""
     output: str = Field(default="runs", min_length=1)
     """Folder of the runs, or an address that fsspec knows, like s3://BUCKET/PREFIX."""
     optim: HFOptions = Field(default_factory=HFOptions)
@@ -103,6 +109,16 @@ class RunConfig(BaseModel):
         if isinstance(optim, Mapping) and isinstance(optim.get("preset"), str):
             values["optim"] = {**PRESETS.get(optim["preset"], {}), **optim}
         return values
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _check_dtype(cls, dtype: Any) -> Any:
+        if dtype == "bfloat16":
+            raise ValueError(
+                "dtype is 'bfloat16': steps would be lost in the last of 8 bits; keep float32, and set "
+                "optim.product_autocast=bfloat16 for products of that type"
+            )
+        return dtype
 
     @field_validator("device")
     @classmethod

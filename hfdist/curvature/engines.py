@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from hfdist.comm import Communicator
+from hfdist.curvature.captured import CapturedProduct
 from hfdist.curvature.direct import direct_product, hessian_of_arguments
 from hfdist.curvature.ggn import GGNProduct, SumOfProducts, added
 from hfdist.curvature.hessian import HessianProduct
@@ -27,6 +28,7 @@ from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, TryA
 from hfdist.curvature.outputs import are_nested, is_reached
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.verify import EvaluateAt, Point, Verifier, explained, flat, nearby, suspects
+from hfdist.devices import is_accelerator, is_out_of_memory, to_be_captured
 from hfdist.errors import TaskError
 from hfdist.optim.options import HFOptions
 
@@ -53,6 +55,8 @@ class ProductEngine:
             replayed has double backward anyway.
         memory_budget: Bytes for graphs that are kept between products; microbatches beyond it are
             recomputed for each. None: what the device has left.
+        reserved: Bytes of the device that the rest of the step needs (see `memory.reserved_bytes`).
+        captures: Products that are replayed become graphs of the device's kernels, where it has them.
         verifier: Checks gradients and products against differences of losses and outputs.
         traits: What was found out about the loss.
         rows: How rows of the Jacobian of residuals are computed.
@@ -61,6 +65,8 @@ class ProductEngine:
 
     requested: str = LINEARIZE
     memory_budget: int | None = None
+    reserved: int = 0
+    captures: bool = False
     verifier: Verifier = field(default_factory=Verifier)
     traits: LossTraits = field(default_factory=LossTraits)
     rows: RowMethod = field(default_factory=RowMethod)
@@ -108,11 +114,14 @@ class ProductBuilder:
         self._is_ggn = curvature == "ggn"
         self._evaluate, self._evaluate_at = evaluate, evaluate_at
         self._budget = math.inf
+        self._graphs_at_once = 1
         self._counter: MemoryCounter | None = None
         if engine.memory_budget is not None:
             self._budget = engine.memory_budget
         elif num_microbatches > 1:
-            self._budget = memory_left(params.device, comm.world_size)
+            self._budget = memory_left(params.device, comm.world_size, engine.reserved)
+            # An accelerator's memory ends where it ends: room for the graph that is recomputed, too.
+            self._graphs_at_once = 2 if is_accelerator(params.device) else 1
 
     def add(self, microbatch: Microbatch) -> tuple[Evaluation, Gradient]:
         """Evaluate a microbatch, append its product.
@@ -123,13 +132,21 @@ class ProductBuilder:
         Raises:
             TaskError: Loss and gradient disagree, or no engine has right products.
         """
+        if self._engine.captures:
+            with to_be_captured(self._params.device):
+                return self._add(microbatch)
+        return self._add(microbatch)
+
+    def _add(self, microbatch: Microbatch) -> tuple[Evaluation, Gradient]:
         if self._budget <= 0 or self._engine.requested == RECOMPUTE:
             return self._without_graph(microbatch)
         replays = self._is_ggn and self._engine.requested == LINEARIZE
         counter = self._counter = MemoryCounter() if self._budget < math.inf else None
         with counter or nullcontext():
             e, recorder = self._evaluated(microbatch, replays)
-            is_full = counter is not None and counter.num_bytes > self._budget
+            is_full = (
+                counter is not None and self._graphs_at_once * counter.num_bytes > self._budget
+            )
             if is_full and not self._may_check:
                 self._budget = 0  # and all that follow
                 self.products.append(self._recomputed(microbatch))
@@ -243,7 +260,16 @@ class ProductBuilder:
                 "to train with products as they are"
             )
         self._engine.used = found.name
-        return ways.parts.gradient, ways.parts.whole(ways.product(found.name))
+        product = ways.parts.whole(ways.product(found.name))
+        if self._engine.captures:
+            if found.name == LINEARIZE:
+                device = self._params.device
+                product = CapturedProduct(product, device, self._engine.warn)
+            else:
+                self._engine.warn(
+                    f"products are not captured as graphs: they are computed by {found.name}"
+                )
+        return ways.parts.gradient, product
 
     def _ways(self, e: Evaluation, recorder: Recorder | None, *, keep_loss: bool) -> _Ways:
         parts = GGNParts.of(e, self._tensors, keep=True, keep_loss=keep_loss)
@@ -370,6 +396,8 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise TaskError(
             f"torch cannot differentiate this model and loss twice: {type(error).__name__}: "
             f"{explained(error)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -167,17 +167,31 @@ class FixedRandomness:
     @torch.no_grad()
     def apply(self, moved: Tensor) -> None:
         """Set the buffers to the mean that `moved` [B + 1] holds."""
+        self.set(self.values(moved))
+
+    @torch.no_grad()
+    def values(self, moved: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(buffer, its value in the mean that `moved` [B + 1] holds) of each; none where the weight is 0."""
         values, weight = moved[:-1], moved[-1]
         if not float(weight) > 0:
-            return
+            return []
+        found = []
         keys = self._moving()
         pieces = (values / weight).split([self._start[key].numel() for key in keys])
         for (module, name), piece in zip(keys, pieces):
             buffer = module._buffers[name]
-            value = piece.view(buffer.shape)  # type: ignore[union-attr]
-            if not buffer.is_floating_point():  # type: ignore[union-attr]
+            assert buffer is not None
+            value = piece.view(buffer.shape)
+            if not buffer.is_floating_point():
                 value = value.round()  # a counter: the mean of equal integers
-            buffer.data.copy_(value)  # type: ignore[union-attr]
+            found.append((buffer, value))
+        return found
+
+    @torch.no_grad()
+    def set(self, values: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Write `values` into the buffers."""
+        for buffer, value in values:
+            buffer.data.copy_(value)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.outputs import Edge, edge
+from hfdist.devices import is_out_of_memory
 
 _LEAST_EXAMPLES = 4
 """Of fewer, rows one after the other are as fast."""
@@ -283,6 +284,8 @@ def _add(
         except Interacts:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise Interacts(f"{use.func}: {type(error).__name__}: {error}") from error
         place = next((i for i, t in enumerate(tensors) if t is weight), None)
         if place is not None:

@@ -21,6 +21,7 @@ from hfdist.curvature.loss_hessian import LossHessian
 from hfdist.curvature.memory import memory_left
 from hfdist.curvature.microbatch import Evaluation, Microbatch
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.symmetric import add_upper, mirror
 from hfdist.errors import ConfigError, TaskError
 
 Evaluate = Callable[[Microbatch, UseWatch | None], Evaluation]
@@ -131,16 +132,17 @@ class ResidualSystem:
         dz = dz.detach().reshape(-1)
         r = torch.where(root > 0, dz / root.clamp_min(1e-300), 0.0)
         J = jacobian_rows(z, watch.finish(), tensors, self._method, root)
-        gradient = J.T @ r
         if self._method.is_to_be_checked(microbatch.name):
-            J, gradient = self._checked(microbatch, z, root, r, J, gradient)
+            J = self._checked(microbatch, z, root, r, J)
+        # Not the gradient of the check: a step's bits do not depend on which steps this process checks.
+        gradient = J.T @ r
         part = Rows(microbatch=microbatch, z=z.detach().reshape(-1), root=root, r=r, J=J)
         return e, part, list(self._params.views(gradient))
 
     def _checked(
-        self, microbatch: Microbatch, z: Tensor, root: Tensor, r: Tensor, J: Tensor, own: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Rows and gradient, J'r, that agree with a backward pass for the gradient.
+        self, microbatch: Microbatch, z: Tensor, root: Tensor, r: Tensor, J: Tensor
+    ) -> Tensor:
+        """Rows of which J'r agrees with a backward pass for the gradient.
 
         Raises:
             TaskError: None do.
@@ -168,7 +170,7 @@ class ResidualSystem:
                 f"{microbatch.name}: the rows of the Jacobian do not add up to the gradient: take "
                 "optim.solver=krylov, and look for a custom autograd.Function with a wrong backward()"
             )
-        return J, gradient
+        return J
 
     # -- what solvers ask ------------------------------------------------------------------------
 
@@ -216,8 +218,8 @@ class ResidualSystem:
         self._check_matrix(P, "parameters", "sample_space or krylov")
         G = torch.zeros(P, P, dtype=self._params.dtype, device=self._params.device)
         for _, J in self._chunks():
-            G.addmm_(J.T, J)
-        return self._comm.all_reduce(G).mul_(self._scale**2)
+            add_upper(G, J.T)
+        return self._comm.all_reduce(mirror(G)).mul_(self._scale**2)
 
     def kernel(self) -> Tensor:
         """By columns: each rank gets all rows for its part of the parameters, and one sum makes the
@@ -232,7 +234,8 @@ class ResidualSystem:
             rows[:, start : start + len(J)] = padded.view(len(J), W, n).transpose(0, 1)
             start += len(J)
         own = self._comm.reduce_scatter(rows.view(-1)).view(N, n)
-        return self._comm.all_reduce(own @ own.T).mul_(self._scale**2)
+        K = mirror(add_upper(own.new_zeros(N, N), own))
+        return self._comm.all_reduce(K).mul_(self._scale**2)
 
     def times(self, v: Tensor) -> Tensor:
         return self._gathered([J @ v for _, J in self._chunks()])

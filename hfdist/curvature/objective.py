@@ -29,6 +29,7 @@ from hfdist.curvature.least_squares import ResidualSystem
 from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.microbatch import Evaluation, Microbatch, TryAgain
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.step_memory import GRAPHS, LOSSES, METRIC, StepMemory
 from hfdist.curvature.structural import Scaled, StructuralDamping, hidden_microbatch
 from hfdist.curvature.verify import Verifier
 from hfdist.errors import DataError
@@ -137,6 +138,8 @@ class Problem:
     """Whether this rank asks to abandon the step; summed over ranks with every product."""
     on_product: Callable[[Tensor, Tensor], None] | None = None
     """Called with v and Bv, without damping and L2, of every product; this rank's parts."""
+    memory: StepMemory | None = None
+    """What the step's parts take of a device; None: begun here."""
 
     def __post_init__(self) -> None:
         self._layout: Layout = self.layout or Replicated(self.params, self.comm)
@@ -153,6 +156,7 @@ class Problem:
         self._metric_work = 0.0
         self._has_damping_metric = False
         self._summed: SummedProduct | None = None
+        self._memory = self.memory or StepMemory(self.params.device)
 
     @property
     def gradient_scale(self) -> float:
@@ -252,6 +256,10 @@ class Problem:
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """Loss and gradient [P]; one forward pass a microbatch, shared with the curvature's where the
         examples are the same."""
+        with self._memory.part(GRAPHS):
+            return self._loss_and_gradient()
+
+    def _loss_and_gradient(self) -> tuple[float, Tensor]:
         own_gradient = self.overrides.gradient
         share = (
             self.overrides.product is None
@@ -346,7 +354,8 @@ class Problem:
         if self.overrides.product is not None:
             return self._own_product(self.overrides.product, damping)
         if self._products is None:
-            self._build_products()
+            with self._memory.part(GRAPHS):
+                self._build_products()
         if self._summed is None:
             factor = self._scale(self._product_weight)
             # The loss's products last: what comes last overlaps its reduction.
@@ -489,11 +498,13 @@ class Problem:
         )
 
     def release(self) -> None:
-        self._products = self._summed = self._system = None
+        with self._memory.part(GRAPHS):
+            self._products = self._summed = self._system = None
 
     def preconditioner(self, damping: float | None) -> Operator | None:
         make = self.overrides.preconditioner
-        return None if make is None else make(self, damping)
+        with self._memory.part(METRIC):
+            return None if make is None else make(self, damping)
 
     @property
     def damping_scale(self) -> Tensor | None:
@@ -509,6 +520,10 @@ class Problem:
 
     def losses(self, steps: Iterable[tuple[float, Tensor]]) -> list[float]:
         """All candidates of one call share one scalar reduction."""
+        with self._memory.part(LOSSES):
+            return self._losses(steps)
+
+    def _losses(self, steps: Iterable[tuple[float, Tensor]]) -> list[float]:
         if self._trial is None:  # not before CG's vectors are gone
             self._trial = self.params.zeros()
         sums: list[Tensor] = []
@@ -548,15 +563,19 @@ class Problem:
     def move(self, alpha: float, delta: Tensor) -> None:
         """Move the parameters, and the batch-norm statistics to where this step's gradient saw them."""
         delta = self._layout.whole(delta)
+        # All memory is taken before the first parameter is written: a step is whole, or not there.
+        moved = self._fixed.moved_buffers()
+        if moved is not None:
+            moved = self.comm.all_reduce(moved)
+        if self.overrides.move is None and self._trial is None:
+            self._trial = self.params.zeros()
+        values = [] if moved is None else self._fixed.values(moved)
         if self.overrides.move is not None:
             self.overrides.move(alpha, delta)
         else:
-            if self._trial is None:
-                self._trial = self.params.zeros()
+            assert self._trial is not None
             self.params.write(self.params.moved(alpha, delta, self._trial))
-        moved = self._fixed.moved_buffers()
-        if moved is not None:
-            self._fixed.apply(self.comm.all_reduce(moved))
+        self._fixed.set(values)
 
     def agree(self, decision: T) -> T:
         return self.comm.broadcast_object(decision)

@@ -37,6 +37,7 @@ from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.loss_hessian import ByDoubleBackward, ClosedForm
 from hfdist.curvature.microbatch import Evaluation, Microbatch
 from hfdist.curvature.params import ParameterVector
+from hfdist.devices import is_out_of_memory
 from hfdist.errors import TaskError
 
 Gradient = Sequence[Tensor | None]
@@ -309,6 +310,8 @@ class Verifier:
             try:
                 reason = self._wrong_product(product, e, way)
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 return explained(error)
             if reason is None:
                 return None
@@ -362,6 +365,8 @@ class Verifier:
         try:
             Hd = product(probe.direction)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise TaskError(
                 f"the Hessian's product fails: {explained(error)}. {suspects(e)}Use "
                 "curvature_opt=ggn, or a forward pass that torch can differentiate twice"

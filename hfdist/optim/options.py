@@ -59,10 +59,15 @@ class ProductOptions(OptionGroup):
     that is wrong is replaced, and a gradient that is wrong is an error."""
     memory_budget: int | None = None
     """Bytes for the graphs that are kept between products; microbatches beyond it are recomputed for
-    every product, with the same result. null: what the device has left."""
+    every product, with the same result. null: what the device has left, less what solver and preconditioner
+    need; of a host half."""
     product_autocast: Literal["off", "bfloat16"] = "off"
     """Compute the forward passes of products under torch.autocast, which costs a forward pass a step:
     loss and gradient stay as they are."""
+    capture_products: bool = False
+    """Run the replayed products of kept graphs as graphs of the device's kernels (CUDA graphs), one launch
+    each: for small models, whose kernels are shorter than their launches. Where there can be none, a warning
+    says why. Not yet measured on any device."""
     shard_solver_state: bool = False
     """Hold 1/W of every vector of the solver and kept iterate on each of W ranks, instead of all of them."""
     reduction_dtype: Literal["full", "bfloat16"] = "full"
@@ -101,7 +106,7 @@ class PreconditionerOptions(OptionGroup):
     """New statistics of `kfac` and `ggn_diagonal` are taken every so many steps."""
     preconditioner_decay: float | None = None
     """Weight of what earlier steps saw in the moving average of these statistics, a factor a refresh; null:
-    0 where a step sees all examples, 0.9 otherwise."""
+    0.8 where a step sees all examples, 0.9 otherwise."""
     kfac_shared: Literal["expand", "reduce"] = "expand"
     """Uses of one weight within an example (positions of a convolution, of a sequence) count as examples of
     their own, or as one use of the mean input (Eschenhagen et al. 2023)."""

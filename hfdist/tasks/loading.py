@@ -14,6 +14,9 @@ from hfdist.errors import TaskError
 from hfdist.tasks.task import Task
 from hfdist.tasks.user_code import guarded, user_code
 
+SOURCE = "__hfdist_source__"
+"""Of a task file's module: what it was made of."""
+
 
 def load_task(spec: str, task_args: Mapping[str, Any]) -> Task:
     """Build the task that `spec` names.
@@ -56,18 +59,26 @@ def _load_file(path: Path) -> Any:
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(path.resolve()):
+    file, source, name = str(path.resolve()), path.read_bytes(), path.stem
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) != file:
+        name = f"hfdist_task_{name}"  # another module has the name
+        loaded = sys.modules.get(name)
+        if loaded is not None and getattr(loaded, "__file__", None) != file:
+            loaded = None
+    # The same program may train again after the file was edited, in a notebook say.
+    if loaded is not None and getattr(loaded, SOURCE, source) == source:
         return loaded
-    name = path.stem if loaded is None else f"hfdist_task_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    if spec is None or spec.loader is None:
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None:
         raise TaskError(f"task file {path} cannot be loaded: is it a Python file?")
     module = importlib.util.module_from_spec(spec)
+    setattr(module, SOURCE, source)
     sys.modules[name] = module
     try:
         with user_code(f"task file {path}", module):
-            spec.loader.exec_module(module)
+            # Not by the loader: what it has compiled before counts as current for a second after an edit.
+            exec(compile(source, file, "exec", dont_inherit=True), vars(module))
     except BaseException:
         sys.modules.pop(name, None)
         raise

@@ -76,6 +76,8 @@ def told(what: str, error: BaseException, owner: Any = None, fix: str = "") -> s
     name, text = type(error).__name__, first_line(error)
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         fix = "Lower batches.microbatch, which bounds the memory of a forward pass"
+    if "does not have a deterministic implementation" in text:
+        fix = "Use another operation, or set deterministic=false"
     said = name if text == name else f"{name}: {text}"
     what, _, of = what.partition(" of ")
     at = ", ".join(part for part in (of, where(error, owner)) if part)

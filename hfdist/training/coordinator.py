@@ -39,7 +39,7 @@ from hfdist.training.display import Display
 logger = logging.getLogger(__name__)
 
 _STOP, _LEAVING = 1, 2  # what a rank says at the end of a step, as bits
-_DESCRIBED = ("seed", "dtype", "optim.", "batches.", "task_args.")
+_DESCRIBED = ("seed", "dtype", "tf32", "deterministic", "optim.", "batches.", "task_args.")
 """Keys of the job that say how it trains."""
 
 
@@ -367,10 +367,16 @@ class Coordinator:
         except StorageError as error:  # the run itself is complete
             logger.warning("what is not delivered stays in %s: %s", self._run_dir, error)
 
-    def fail(self, progress: Progress, error: BaseException) -> None:
-        """Record a failure; never hides the error by one of its own."""
+    @property
+    def home(self) -> str:
+        """Where the run is: its folder, or its address."""
+        return self._home
+
+    def fail(self, progress: Progress, error: BaseException, save: bool = False) -> None:
+        """Record a failure, and a checkpoint if `save`; never hides the error by one of its own."""
         try:
-            self.finish(Status.FAILED, progress, error=f"{type(error).__name__}: {error}")
+            told = f"{type(error).__name__}: {error}"
+            self.finish(Status.FAILED, progress, error=told, save=save)
         except Exception as second:
             logger.warning("the failure is not recorded in %s: %s", self._run_dir, second)
             logger.debug("where it was not recorded", exc_info=True)

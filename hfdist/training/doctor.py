@@ -22,7 +22,7 @@ from hfdist.curvature.microbatch import as_sum, from_task
 from hfdist.curvature.objective import Problem
 from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import MicrobatchPlan
-from hfdist.devices import resolve
+from hfdist.devices import arithmetic, resolve
 from hfdist.errors import TaskError, UserError
 from hfdist.rundir.stop import StopRequest
 from hfdist.tasks.task import Batch, num_examples
@@ -57,7 +57,10 @@ def examine(config: RunConfig) -> list[Finding]:
         device = resolve(config.device, local_rank=0)
     except UserError as error:
         return [_wrong("device", error, "choose another `device`")]
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        arithmetic(tf32=config.tf32, deterministic=config.deterministic),
+    ):
         job = Job(config=config, run_dir=Path(folder) / "run")
         try:
             worker = Worker(job, SerialCommunicator(device), QuietDisplay(), StopRequest())
@@ -215,8 +218,7 @@ class _Examination:
             status="note" if close else "wrong",
             text=f"two evaluations of the same batch differ: {first:.9g} and {second:.9g}, with the same "
             "parameters and random numbers",
-            fix="resumed runs will differ by rounding; torch.use_deterministic_algorithms(True) names "
-            "the operation"
+            fix="resumed runs will differ by rounding; deterministic=true replaces the operation, or names it"
             if close
             else "forward or loss keep state between calls, or draw numbers that are not torch's: "
             "remove that, or "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +23,13 @@ from hfdist.curvature.engines import ProductEngine, autocast_dtype
 from hfdist.curvature.example_signs import example_seeds
 from hfdist.curvature.fixed_randomness import FixedRandomness
 from hfdist.curvature.layout import Sharded, make_layout
+from hfdist.curvature.memory import reserved_bytes
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
 from hfdist.curvature.preconditioners.memory import PreconditionerMemory
+from hfdist.curvature.step_memory import BATCHES, StepMemory, told_when_out_of_memory
 from hfdist.curvature.structural import StructuralDamping, hidden_modules
 from hfdist.curvature.verify import Verifier
 from hfdist.data.loader import BatchLoader
@@ -43,12 +46,13 @@ from hfdist.data.plan import (
 from hfdist.data.points import TermSize, plan_points
 from hfdist.data.stream import Stream, is_stream
 from hfdist.data.stream_loader import StreamLoader
-from hfdist.devices import device_name, peak_memory, resolve
+from hfdist.devices import arithmetic, device_name, peak_memory, resolve
 from hfdist.errors import (
     CheckpointError,
     ConfigError,
     DataError,
     Interrupted,
+    StepMemoryError,
     TaskError,
     TaskFailure,
     UserError,
@@ -108,8 +112,12 @@ def run(job: Job, comm: Communicator, display: Display) -> dict[str, Any]:
     Raises:
         UserError: Bad input, or a peer that is gone; recorded as FAILED before it is raised.
     """
-    with stop_on_signals(job.run_dir / files.STOP_FILE) as stop:
-        check_agreement(comm, job.config)
+    config = job.config
+    with (
+        stop_on_signals(job.run_dir / files.STOP_FILE) as stop,
+        arithmetic(tf32=config.tf32, deterministic=config.deterministic),
+    ):
+        check_agreement(comm, config)
         return Worker(job, comm, display, stop).run()
 
 
@@ -126,6 +134,8 @@ class Worker:
         self._engine = ProductEngine(
             requested=optim.product_engine,
             memory_budget=optim.memory_budget,
+            reserved=reserved_bytes(self.params, optim, comm.world_size),
+            captures=optim.capture_products,
             verifier=Verifier(mode=optim.verify),
         )
         name = type(self.task).__name__
@@ -153,7 +163,7 @@ class Worker:
             )
         self._evaluation = Evaluator(self.task, job.config, comm, loaders)
         self._costs = _costs(self.task, self.num_examples)
-        self._terms = _terms(self.data)
+        self._terms = term_sizes(self.data)
         # What is wrong with the job shows here, before anything is written.
         if self.num_examples is not None and self.num_examples < comm.world_size:
             raise DataError(
@@ -199,7 +209,9 @@ class Worker:
             failure = self._told(error)
             # A rank that was cut off must not write: the run may go on elsewhere.
             if not self._retried or getattr(failure, "exit_code", 1) == 2:
-                self._coordinator.fail(progress, failure)
+                # Where a step ran out of memory, the state is whole: no step before it is lost.
+                is_whole = isinstance(failure, StepMemoryError) and self.comm.world_size == 1
+                self._coordinator.fail(progress, failure, save=is_whole)
             if failure is error:
                 raise
             raise failure from error
@@ -346,9 +358,30 @@ class Worker:
         step = progress.state.step
         share = self._curvature_share(progress.state)
         plan = self._plan(step, share=share)
+        memory = StepMemory(self.comm.device)
+        with self._told_when_out_of_memory(memory, step, plan):
+            report, state = self._taken(step, plan, share, progress, memory)
+        report = dataclasses.replace(report, communication=self.comm.take_counters())
+        progress.state = state
+        progress.cg_iterations += report.cg_iterations
+        progress.final_loss = report.final_loss
+        if isinstance(self._loader, StreamLoader):
+            progress.data = self._loader.state()
+        every, done = self.config.evaluate.every, step + 1
+        if self._evaluation.has_data and (
+            done == self.config.steps or (every and done % every == 0)
+        ):
+            progress.evaluation = self._evaluation.of(self.model)
+        return report
+
+    def _taken(
+        self, step: int, plan: StepPlan, share: float, progress: Progress, memory: StepMemory
+    ) -> tuple[StepReport, HFState]:
+        """`hf_step` on the step's data."""
         try:
-            self._loader.begin(step, plan)
-            problem = self._problem(plan, progress.state, progress.memory)
+            with memory.part(BATCHES):
+                self._loader.begin(step, plan)
+                problem = self._problem(plan, progress.state, progress.memory, memory)
         except WorkerError:
             if self._stop.requested:  # whoever asked this process to end asked its loaders, too
                 raise Interrupted from None
@@ -363,19 +396,21 @@ class Worker:
             if ranks_asking_to_stop > 0:
                 raise Interrupted
 
-        report, state = hf_step(problem, progress.state, options, on_cg_iteration=on_cg_iteration)
-        report = dataclasses.replace(report, communication=self.comm.take_counters())
-        progress.state = state
-        progress.cg_iterations += report.cg_iterations
-        progress.final_loss = report.final_loss
-        if isinstance(self._loader, StreamLoader):
-            progress.data = self._loader.state()
-        every, done = self.config.evaluate.every, step + 1
-        if self._evaluation.has_data and (
-            done == self.config.steps or (every and done % every == 0)
-        ):
-            progress.evaluation = self._evaluation.of(self.model)
-        return report
+        return hf_step(problem, progress.state, options, on_cg_iteration=on_cg_iteration)
+
+    def _told_when_out_of_memory(
+        self, memory: StepMemory, step: int, plan: StepPlan
+    ) -> AbstractContextManager[None]:
+        """One message where the step inside runs out of memory."""
+        return told_when_out_of_memory(
+            memory,
+            self.params,
+            self.config.optim,
+            step=step,
+            world_size=self.comm.world_size,
+            microbatch=max((len(m.indices) for m in plan.microbatches()), default=None),
+            then=f"; `hfdist resume {self._coordinator.home} KEY=VALUE` goes on from its last checkpoint",
+        )
 
     def problem(self, step: int) -> Problem:
         """The objective of a step, with all examples of the curvature's role."""
@@ -424,7 +459,13 @@ class Worker:
     def _load(self, role: RolePlan) -> list[tuple[MicrobatchPlan, Batch]]:
         return [(plan, self._loader.load(plan)) for plan in role.microbatches]
 
-    def _problem(self, plan: StepPlan, state: HFState, memory: PreconditionerMemory) -> Problem:
+    def _problem(
+        self,
+        plan: StepPlan,
+        state: HFState,
+        kept: PreconditionerMemory,
+        memory: StepMemory | None = None,
+    ) -> Problem:
         seed = mixed(self.config.seed, "forward", state.step)
 
         def role(batches: list[tuple[MicrobatchPlan, Batch]]) -> list[Microbatch]:
@@ -462,9 +503,10 @@ class Worker:
             options=options,
             damping=state.damping,
             sees_all_examples=sees_all_examples,
-            memory=memory,
+            memory=kept,
         )
         return Problem(
+            memory=memory,
             params=self.params,
             roles=Roles(gradient=gradient, curvature=curvature, loss=loss),
             comm=self.comm,
@@ -649,7 +691,8 @@ def evaluate_run(
         for name, tensor in tensors.items():
             tensor.data.copy_(saved["model"][name])
     try:
-        values = evaluation.of(model)
+        with arithmetic(tf32=config.tf32, deterministic=config.deterministic):
+            values = evaluation.of(model)
     finally:
         evaluation.close()
     return {
@@ -667,7 +710,7 @@ def _tracker(job: Job) -> Tracker:
     return CompositeTracker([configured, job.extra_tracker])
 
 
-def _terms(data: Any) -> list[TermSize] | None:
+def term_sizes(data: Any) -> list[TermSize] | None:
     """Sizes of the terms that the data is in; None for examples."""
     if not isinstance(data, PointSets):
         return None

@@ -152,8 +152,9 @@ def test_a_run_that_stops_before_it_has_come_as_far_again(server, tmp_path):
     job, run_dir = write_job(tmp_path, "Slow", server.uri), tmp_path / "runs" / "short"
     job.write_text(job.read_text().replace("steps: 12", "steps: 40"))
     kill_after(hfdist("train", job, "--run-id", "short", "checkpoint.every=5"), client, "short", 17)
-    for folder in sorted((run_dir / "checkpoints").iterdir())[-2:]:
-        shutil.rmtree(folder)  # it goes on far behind
+    for folder in (run_dir / "checkpoints").iterdir():
+        if int(folder.name.rpartition("-")[2]) > 10:
+            shutil.rmtree(folder)  # it goes on far behind, also where it was killed late
     last = hfdist("resume", run_dir, "steps=12")
     output, _ = last.communicate(timeout=240)
     assert last.returncode == 0, output

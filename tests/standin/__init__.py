@@ -242,7 +242,7 @@ class Counts:
 
     counts: dict[str, int] = field(default_factory=dict)
     """Calls by kind: host_read, to_host, to_device (the host waits), to_device_in_background, synchronize,
-    kernel; and bytes, by kind_bytes."""
+    kernel (launched by the host), replay (of a graph of kernels); and bytes, by kind_bytes."""
     allocations: list[int] = field(default_factory=list)
     """Bytes of each, in order."""
 

@@ -16,6 +16,10 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
+#if __has_include(<ATen/core/GraphImplInterface.h>)
+#include <ATen/core/GraphImplInterface.h>
+#define HAS_GRAPHS
+#endif
 
 #include <map>
 #include <mutex>
@@ -367,6 +371,91 @@ struct Views {
   }
 };
 
+// ---- graphs -----------------------------------------------------------------------------------------------
+
+// A kernel, or a copy within the device, as it was captured: its tensors stay, and a replay fills them again.
+struct Recorded {
+  std::optional<c10::OperatorHandle> op, as;  // none: a copy
+  std::vector<IValue> arguments, results;
+};
+
+struct Recording {
+  std::vector<Recorded> calls;
+};
+
+// Of all threads: a backward pass runs in one of the device's own.
+Recording* capturing = nullptr;
+bool replaying = false;
+
+void refuse_when_capturing(const std::string& what) {
+  TORCH_CHECK(!capturing, "operation not permitted when a graph is captured: ", what);
+}
+
+void run_on_host(const c10::OperatorHandle& op, const c10::OperatorHandle& as, Stack* stack);
+
+void fill_again(const Tensor& captured, const Tensor& now) {
+  if (!captured.defined() || captured.device().type() != kDevice) return;
+  if (captured.storage().data() == now.storage().data()) return;  // written in place, or a view
+  Views views;
+  views.host(captured).copy_(views.host(now));
+}
+
+void replay(const Recording& recording) {
+  struct Replaying {
+    Replaying() { replaying = true; }
+    ~Replaying() { replaying = false; }
+  } now;
+  for (const auto& call : recording.calls) {
+    if (!call.op) {
+      Views views;
+      views.host(call.arguments[1].toTensor()).copy_(views.host(call.arguments[0].toTensor()));
+      continue;
+    }
+    Stack stack(call.arguments.begin(), call.arguments.end());
+    run_on_host(*call.op, *call.as, &stack);
+    for (size_t k = 0; k < call.results.size(); ++k) {
+      const auto& then = call.results[k];
+      const auto& again = stack[stack.size() - call.results.size() + k];
+      if (then.isTensor()) {
+        fill_again(then.toTensor(), again.toTensor());
+      } else if (then.isTensorList()) {
+        const auto tensors = then.toTensorVector(), filled = again.toTensorVector();
+        for (size_t i = 0; i < tensors.size(); ++i) fill_again(tensors[i], filled[i]);
+      }
+    }
+  }
+}
+
+#ifdef HAS_GRAPHS
+struct Graph final : at::GraphImplInterface {
+  explicit Graph(const at::GraphImplArgs&) {}
+  ~Graph() override {
+    if (capturing == &recording) capturing = nullptr;
+  }
+  void capture_begin(c10::MempoolId_t, at::GraphCaptureMode) override {
+    refuse_when_capturing("a capture");
+    capturing = &recording;
+  }
+  void capture_end() override {
+    capturing = nullptr;
+  }
+  void instantiate() override {}
+  void replay() override {
+    counters().add("replay");
+    ::replay(recording);
+  }
+  void reset() override {
+    recording.calls.clear();
+  }
+  c10::MempoolId_t pool() const override {
+    return {0, 0};
+  }
+  void enable_debug_mode() override {}
+  void debug_dump(const std::string&) override {}
+  Recording recording;
+};
+#endif
+
 // Their results have shapes that depend on values, or go to the host: a device would have to be waited for.
 const std::set<std::string> kWaits = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2",
@@ -434,9 +523,15 @@ void run_on_host(const c10::OperatorHandle& op, const c10::OperatorHandle& as, S
       !foreign || kTakesHost.count(name),
       "Expected all tensors to be on the same device: ", name, " has one on the host and others on the stand-in");
   if (views.device < 0) views.device = current_device;
-  if (kWaits.count(name)) counters().add("host_read");
-  if ((name == "aten::index" || name == "aten::_unsafe_index") && is_mask(arguments[1])) counters().add("host_read");
-  counters().add("kernel");
+  if (kWaits.count(name)) {
+    refuse_when_capturing(name);
+    counters().add("host_read");
+  }
+  if ((name == "aten::index" || name == "aten::_unsafe_index") && is_mask(arguments[1])) {
+    refuse_when_capturing(name + " with a mask");
+    counters().add("host_read");
+  }
+  if (!replaying) counters().add("kernel");
 
   const bool draws = schema.name() != "aten::_fused_sdp_choice" && op.hasTag(at::Tag::nondeterministic_seeded);
   std::optional<DrawsOnDevice> drawing;
@@ -460,6 +555,8 @@ void run_on_host(const c10::OperatorHandle& op, const c10::OperatorHandle& as, S
       slot = list;
     }
   }
+  if (capturing)
+    capturing->calls.push_back({op, as, arguments, {stack->end() - num_returns, stack->end()}});
 }
 
 void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
@@ -507,6 +604,10 @@ Tensor empty_strided(
 Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
   Views views;
   auto is_ours = [](const Tensor& t) { return t.device().type() == kDevice; };
+  if (capturing && is_ours(from) && is_ours(to))
+    capturing->calls.push_back({std::nullopt, std::nullopt, {from, to}, {}});
+  else
+    refuse_when_capturing("a copy between host and device");
   if (is_ours(from) && !is_ours(to)) {
     counters().add("to_host", int64_t(from.nbytes()));
     if (!non_blocking) counters().add("host_read");
@@ -599,7 +700,16 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 }
 
 TORCH_LIBRARY(standin, m) {
-  m.def("install", [] { at::RegisterPrivateUse1HooksInterface(new Hooks()); });
+  m.def("install", [] {
+    at::RegisterPrivateUse1HooksInterface(new Hooks());
+#ifdef HAS_GRAPHS
+    at::GraphImplRegistry()->Register(
+        c10::DeviceTypeName(kDevice, false),
+        [](const at::GraphImplArgs& args) -> std::unique_ptr<at::GraphImplInterface> {
+          return std::make_unique<Graph>(args);
+        });
+#endif
+  });
   m.def("default_generator", [](int64_t device) { return default_generator(device); });
   m.def("current_device", []() -> int64_t { return current_device; });
   m.def("set_device", [](int64_t device) { Guard().setDevice({kDevice, DeviceIndex(device)}); });

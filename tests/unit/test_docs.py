@@ -79,6 +79,24 @@ def test_the_code_of_a_page_runs_in_its_order(
     assert float(namespace["final_loss"]) < 0.5  # type: ignore[arg-type]
 
 
+def test_the_equation_of_the_page_on_pdes_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "pdes.md").read_text()
+    task, train = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (job,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "cubic.py").write_text(task)
+    (tmp_path / "cubic.yaml").write_text(job)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "pdes"}
+    exec(train, namespace)
+    result = namespace["result"]
+    assert isinstance(result, dict)
+    assert result["status"] == "FINISHED"
+    assert result["eval_relative_error"] < 1e-3
+    assert (Path(result["run_dir"]) / "plots" / "solution.png").is_file()
+
+
 def test_links_between_the_repository_s_files_lead_somewhere() -> None:
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "deploy" / "README.md"):
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):

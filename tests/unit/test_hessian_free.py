@@ -666,3 +666,23 @@ def test_bad_forward_says_what_it_must_return(returned: Any) -> None:
     p = torch.ones(2, requires_grad=True)
     with pytest.raises(TypeError, match="forward\\(\\) must return"):
         HessianFree([p], curvature_opt="hessian").step(lambda: returned)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_few_bits_are_refused(dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 2).to(dtype)
+    with pytest.raises(ValueError, match=f"{dtype}.*product_autocast='bfloat16'"):
+        HessianFree(model.parameters())
+    model.bias.data = model.bias.data.float()  # solver and steps are in the widest type
+    HessianFree(model.parameters())
+
+
+def test_a_state_of_a_version_with_fewer_options_is_loaded() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = HessianFree(model.parameters(), damping=0.5)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["capture_products"]
+    optimizer.load_state_dict(state)
+    assert optimizer.options.capture_products is False
+    assert optimizer.options.damping == 0.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,13 @@ from hfdist.bench.optimizers.curve import Curve, Update
 from hfdist.config.job import RunConfig
 from hfdist.curvature.microbatch import as_sum
 from hfdist.data.loader import BatchLoader
-from hfdist.data.plan import plan_step
+from hfdist.data.plan import StepPlan, plan_step
+from hfdist.data.points import plan_points
 from hfdist.data.stream import is_stream
 from hfdist.devices import resolve
 from hfdist.errors import ConfigError
 from hfdist.tasks.task import Batch, num_examples
-from hfdist.training.worker import build
+from hfdist.training.worker import build, term_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +64,35 @@ class Arena:
                 f"batches.gradient is {config.batches.gradient}: optimizers are compared on whole batches of "
                 f"{self.num_examples} examples; leave it out, or give the task fewer"
             )
-        plan = plan_step(
+        self._terms = term_sizes(data)
+        self._redraws = any(term.every_step for term in self._terms or ())
+        self._loader = BatchLoader(self.task, data, self.device, getattr(torch, config.dtype))
+        self.batches: list[Batch] = []
+        self._load(0)
+        self._known_weight = 1.0 if self.task.loss_reduction == "sum" else None
+
+    def _load(self, step: int) -> None:
+        plan = self._plan(step)
+        self.batches = [self._loader.load(part) for part in plan.gradient.microbatches]
+
+    def _plan(self, step: int) -> StepPlan:
+        config = self.config
+        if self._terms is not None:
+            return plan_points(config.batches, self._terms, step=step, rank=0, world_size=1)
+        return plan_step(
             config.batches,
             num_examples=self.num_examples,
             seed=config.seed,
-            step=0,
+            step=step,
             rank=0,
             world_size=1,
         )
-        loader = BatchLoader(self.task, data, self.device, getattr(torch, config.dtype))
-        self.batches: list[Batch] = [loader.load(part) for part in plan.gradient.microbatches]
-        loader.close()
-        self._known_weight = 1.0 if self.task.loss_reduction == "sum" else None
+
+    def begin(self, step: int) -> None:
+        """An update begins: the points of terms that are drawn anew in every step are those of a job's step
+        of that number."""
+        if self._redraws:
+            self._load(step)
 
     def model(self) -> nn.Module:
         """A fresh model, the same every time, in training mode."""
@@ -131,17 +149,30 @@ class Run:
     updates: Iterator[Update]
 
 
-def race(arena: Arena, runs: Sequence[Run], budget: Budget) -> list[Curve]:
-    """Let them spend the budget, the one that has spent least next; losses at the end are off the clock."""
+def race(
+    arena: Arena,
+    runs: Sequence[Run],
+    budget: Budget,
+    watch: Callable[[Run], None] = lambda run: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Curve]:
+    """Let them spend the budget, the one that has spent least next; losses at the end are off the clock.
+
+    Args:
+        arena, runs, budget: The problem, who takes part, and until when.
+        watch: Told of a contender after each of its updates; off the clock.
+        clock: Seconds.
+    """
     live = list(runs)
     for run in runs:
         run.curve.is_interleaved = len(runs) > 1
     while live:
         run = min(live, key=lambda run: budget.spent(run.curve))
-        start = time.perf_counter()
+        start = clock()
         update = next(run.updates, None)
         if update is not None:
-            run.curve.add(update, time.perf_counter() - start)
+            run.curve.add(update, clock() - start)
+            watch(run)
         if update is None or run.curve.has_diverged or budget.spent(run.curve) >= 1.0:
             run.curve.losses.append(arena.loss(run.model))
             run.updates = iter(())

@@ -3,7 +3,7 @@ but sizes, the L2 coefficient and the losses to reach."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ class Comparison:
     task_args: dict[str, Any] = field(default_factory=dict)
     weight_decay: float = 0.0
     microbatch: int | None = None
+    dtype: str = "float32"
     thresholds: tuple[float, ...] = ()
     """Losses to reach; none: what the best rival reaches (see `tables.thresholds_of`)."""
 
@@ -79,13 +80,20 @@ COMPARISONS: dict[str, Comparison] = {
 }
 
 
-def named(name: str, overrides: Sequence[str]) -> tuple[str, RunConfig, tuple[float, ...]]:
+def named(
+    name: str, overrides: Sequence[str], problems: Mapping[str, Comparison] = COMPARISONS
+) -> tuple[str, RunConfig, tuple[float, ...]]:
     """A problem by its name, or a job file: its name, job and thresholds.
+
+    Args:
+        name: Of the problem, or the job file's path.
+        overrides: Changes of the job, KEY=VALUE.
+        problems: To choose from.
 
     Raises:
         ConfigError: It is neither.
     """
-    known = COMPARISONS.get(name)
+    known = problems.get(name)
     if known is not None:
         values = {
             "name": name,
@@ -93,11 +101,12 @@ def named(name: str, overrides: Sequence[str]) -> tuple[str, RunConfig, tuple[fl
             "task_args": known.task_args,
             "optim": {"weight_decay": known.weight_decay},
             "batches": {"microbatch": known.microbatch},
+            "dtype": known.dtype,
         }
         return name, from_dict(merged(values, overrides), name), known.thresholds
     if not Path(name).suffix:
         raise ConfigError(
-            f"unknown problem {name!r}: choose from {', '.join(COMPARISONS)}, or name a job file"
+            f"unknown problem {name!r}: choose from {', '.join(problems)}, or name a job file"
         )
     config = load_config(name, overrides)
     return config.name, config, ()

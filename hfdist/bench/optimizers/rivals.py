@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,12 +25,15 @@ WARM_UP = 0.05
 GRADIENTS_PER_STATISTIC = 2 / 6
 
 
+Start = Callable[[Arena, nn.Module, Callable[[], float]], Iterator[Update]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """One place on a rival's grid."""
 
     text: str
-    start: Callable[[Arena, nn.Module, Callable[[], float]], Iterator[Update]]
+    start: Start
     """(arena, model, part of the budget that is spent) -> its updates."""
 
 
@@ -39,55 +42,77 @@ def enter(arena: Arena, optimizer: str, setting: Setting, spent: Callable[[Curve
     model = arena.model()
     curve = Curve(optimizer=optimizer, setting=setting.text, seed=arena.config.seed)
     updates = setting.start(arena, model, lambda: spent(curve))
-    return Run(curve=curve, model=model, updates=updates)
+    return Run(curve=curve, model=model, updates=_on_their_points(arena, updates))
 
 
-def rivals(arena: Arena, names: Sequence[str] | None = None) -> dict[str, list[Setting]]:
+def _on_their_points(arena: Arena, updates: Iterator[Update]) -> Iterator[Update]:
+    for step in itertools.count():
+        arena.begin(step)
+        update = next(updates, None)
+        if update is None:
+            return
+        yield update
+
+
+def rivals(
+    arena: Arena,
+    names: Sequence[str] | None = None,
+    grids: Mapping[str, Grid] | None = None,
+) -> dict[str, list[Setting]]:
     """Their grids; of K-FAC only where it knows all of the model's layers.
 
     Args:
         arena: The problem.
         names: Which; None: all that can run.
+        grids: To choose from; None: those of this file.
 
     Raises:
         ConfigError: An unknown name, or the package of a rival is not installed.
     """
-    unknown = set(names or ()) - set(_GRIDS)
+    grids = _GRIDS if grids is None else grids
+    unknown = set(names or ()) - set(grids)
     if unknown:
         raise ConfigError(
-            f"unknown optimizer {sorted(unknown)[0]!r}: choose from {', '.join(_GRIDS)}"
+            f"unknown optimizer {sorted(unknown)[0]!r}: choose from {', '.join(grids)}"
         )
-    found = {name: _GRIDS[name](arena) for name in names or _GRIDS}
+    found = {name: grids[name](arena) for name in names or grids}
     return {name: grid for name, grid in found.items() if grid}
 
 
 # -- grids -------------------------------------------------------------------------------------------
 
+Grid = Callable[[Arena], list[Setting]]
 _Make = Callable[[nn.Module], torch.optim.Optimizer]
 
 
-def _adam(arena: Arena) -> list[Setting]:
-    def make(lr: float) -> _Make:
-        return lambda model: torch.optim.Adam(model.parameters(), lr=lr)
+def adam(lr: float) -> _Make:
+    """torch's, with its defaults."""
+    return lambda model: torch.optim.Adam(model.parameters(), lr=lr)
 
-    return _scheduled(make, (1e-3, 3e-3, 1e-2, 3e-2))
+
+def soap(lr: float) -> _Make:
+    """Every 10th step refreshes the eigenvectors, as published [Vyas et al. 2024].
+
+    Raises:
+        ConfigError: Its package is not installed.
+    """
+    optimizers = _import("pytorch_optimizer")
+    return lambda model: optimizers.SOAP(_trainable(model), lr=lr, weight_decay=0.0)
+
+
+def _adam(arena: Arena) -> list[Setting]:
+    return scheduled(adam, (1e-3, 3e-3, 1e-2, 3e-2))
 
 
 def _sgd(arena: Arena) -> list[Setting]:
     def make(lr: float) -> _Make:
         return lambda model: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
 
-    return _scheduled(make, (1e-2, 1e-1, 1.0))
+    return scheduled(make, (1e-2, 1e-1, 1.0))
 
 
 def _soap(arena: Arena) -> list[Setting]:
-    """Every 10th step refreshes the eigenvectors, as published [Vyas et al. 2024]."""
-    optimizers = _import("pytorch_optimizer")
-
-    def make(lr: float) -> _Make:
-        return lambda model: optimizers.SOAP(_trainable(model), lr=lr, weight_decay=0.0)
-
-    return _scheduled(make, (3e-3, 1e-2, 3e-2, 1e-1))
+    return scheduled(soap, (3e-3, 1e-2, 3e-2, 1e-1))
 
 
 def _muon(arena: Arena) -> list[Setting]:
@@ -108,12 +133,13 @@ def _muon(arena: Arena) -> list[Setting]:
 
         return optimizer
 
-    return _scheduled(make, (1e-2, 3e-2, 1e-1))
+    return scheduled(make, (1e-2, 3e-2, 1e-1))
 
 
-def _lbfgs(arena: Arena) -> list[Setting]:
+def lbfgs(arena: Arena) -> list[Setting]:
+    """torch's, with two lengths of its history."""
     return [
-        Setting(text=f"history {history}", start=partial(_lbfgs_updates, history=history))
+        Setting(text=f"history {history}", start=partial(lbfgs_updates, history=history))
         for history in (10, 100)
     ]
 
@@ -143,17 +169,17 @@ def _kfac(arena: Arena) -> list[Setting]:
     return [
         Setting(
             text=f"lr {lr:g}, damping {damping:g}, covariances {lr_cov:g}",
-            start=_first_order(make(lr, damping, lr_cov), schedule=False, work=work),
+            start=first_order(make(lr, damping, lr_cov), schedule=False, work=work),
         )
         for lr, damping, lr_cov in itertools.product((1e-2, 3e-2, 1e-1), (1e-3, 1e-1), (0.05,))
     ]
 
 
-_GRIDS: dict[str, Callable[[Arena], list[Setting]]] = {
+_GRIDS: dict[str, Grid] = {
     "SOAP": _soap,
     "Muon": _muon,
     "Adam": _adam,
-    "L-BFGS": _lbfgs,
+    "L-BFGS": lbfgs,
     "K-FAC": _kfac,
     "SGD": _sgd,
 }
@@ -178,19 +204,23 @@ def _trainable(model: nn.Module) -> list[Tensor]:
 # -- updates -----------------------------------------------------------------------------------------
 
 
-def _scheduled(make: Callable[[float], _Make], rates: Sequence[float]) -> list[Setting]:
+def scheduled(
+    make: Callable[[float], _Make],
+    rates: Sequence[float],
+    schedules: Sequence[bool] = (False, True),
+) -> list[Setting]:
     """Every learning rate, constant, and with warm-up and cosine over the budget."""
     return [
         Setting(
             text=f"lr {lr:g}" + (", cosine" if schedule else ""),
-            start=_first_order(make(lr), schedule=schedule),
+            start=first_order(make(lr), schedule=schedule),
         )
         for lr in rates
-        for schedule in (False, True)
+        for schedule in schedules
     ]
 
 
-def _first_order(make: _Make, *, schedule: bool, work: float = 1.0) -> Any:
+def first_order(make: _Make, *, schedule: bool, work: float = 1.0) -> Start:
     """One gradient an update."""
 
     def start(arena: Arena, model: nn.Module, spent: Callable[[], float]) -> Iterator[Update]:
@@ -218,10 +248,10 @@ _LBFGS_AT_ONCE = 10
 """Every call of its step evaluates the gradient once more, at its start."""
 
 
-def _lbfgs_updates(
+def lbfgs_updates(
     arena: Arena, model: nn.Module, spent: Callable[[], float], history: int
 ) -> Iterator[Update]:
-    """torch's, with its strong Wolfe line search; ten iterations at once."""
+    """torch's L-BFGS with its strong Wolfe line search; ten iterations at once."""
     optimizer = torch.optim.LBFGS(
         model.parameters(),
         lr=1.0,

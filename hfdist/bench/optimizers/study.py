@@ -92,7 +92,7 @@ def compare(
     first, *others = (config.model_copy(update={"seed": seed}) for seed in seeds)
     arena = Arena(first)
     grids = rivals(arena, names)
-    study = Study(problem=problem, job=_identity(config), budget=budget, thresholds=[])
+    study = Study(problem=problem, job=identity(config), budget=budget, thresholds=[])
     known: dict[tuple[str, str, int], Curve] = {}
     if path is not None and path.is_file():
         former = Study.load(path)
@@ -139,7 +139,8 @@ def _best_settings(study: Study, grids: dict[str, list[Setting]]) -> list[tuple[
     return best
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
+def identity(config: RunConfig) -> dict[str, Any]:
+    """What curves belong to: task, arguments, L2 coefficient, type."""
     return {
         "task": config.task,
         "task_args": config.task_args,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +12,7 @@ from torch import Tensor
 from hfdist.comm.balance import balanced
 from hfdist.curvature.kronecker.factors import (
     Factor,
-    inverse,
+    inverses,
     multiply_left,
     multiply_right,
     packed,
@@ -138,14 +137,23 @@ class BlockDiagonal:
 
 
 class _Damping:
-    """How much is added to which factor."""
+    """How much is added to which factor, computed where the factors are: the host looks at none of it.
+
+    Scalars are float64 tensors on the device, of shape [] or [groups].
+    """
 
     def __init__(self, problem: Problem, damping: float | None, relative: float) -> None:
         self._params = problem.params
-        self._shift = problem.regularisation.shift(damping or 0.0)
+        shift = problem.regularisation.shift(damping or 0.0)
+        self._shift = shift
+        self._pieces = self._params.pieces(shift) if isinstance(shift, Tensor) else None
         self._is_metric = damping is None
         self._of_metric = relative
-        self._typical = 1.0
+        self._typical = self._scalar(1.0)
+
+    def _scalar(self, value: float) -> Tensor:
+        """Filled in there: a copy from the host would wait."""
+        return torch.full((), value, dtype=torch.float64, device=self._params.device)
 
     def parts(self, plan: BlockPlan, statistics: Statistics) -> list[Part]:
         """The blocks with damping."""
@@ -154,21 +162,20 @@ class _Damping:
         for index, keys in plan.biases.items():
             diagonal = sum(statistics.layers[key][1].diagonal().flatten() for key in keys)
             vectors.append(((index,), diagonal[:, None, None]))  # type: ignore[index]
-        means = [float((G.means() * A.means()).mean()) for G, A in factors]
-        means += [float(_diagonal(blocks).double().mean()) for _, blocks in vectors]
-        others = {k: float(mean) for k, mean in statistics.others.items()}
-        positive = [mean for mean in [*means, *others.values()] if mean > 0.0]
+        means = [(G.means() * A.means()).mean() for G, A in factors]
+        means += [_diagonal(blocks).double().mean() for _, blocks in vectors]
+        others = {k: mean.double().view(()) for k, mean in statistics.others.items()}
         # A block without curvature (nothing depends on it, or not in this sample) has the others' scale.
-        self._typical = sum(positive) / len(positive) if positive else 1.0
+        self._typical = _mean_of_positive([*means, *others.values()], self._typical)
         parts: list[Part] = []
         for layer, (G, A) in zip(plan.layers, factors):
             parts.append(LayerPart(layer, self._layer(layer, G, A)))
         for params, blocks in vectors:
             parts.append(VectorPart(params, [self._vector(params, blocks)]))
         for k in plan.others:
-            mean = others[k] + self._shift_of([k])
-            full = torch.full_like(statistics.others[k].view(1, 1, 1), mean or self._typical)
-            parts.append(VectorPart((k,), [full]))
+            mean = self._or_typical(others[k] + self._shift_of([k]))
+            blocks = statistics.others[k].view(1, 1, 1)
+            parts.append(VectorPart((k,), [mean.to(blocks).expand_as(blocks)]))
         return parts
 
     def _layer(self, layer: LayerBlock, G: Factor, A: Factor) -> list[Tensor]:
@@ -178,38 +185,58 @@ class _Damping:
         relative = self._relative(shift)
         g, a = G.means(), A.means()  # [groups]
         pi = torch.where((g > 0) & (a > 0), (a / g).sqrt(), 1.0)
-        add_g, add_a = math.sqrt(shift) / pi, math.sqrt(shift) * pi
-        is_empty = (g * a == 0) & (shift == 0.0)
-        add_G = (add_g + relative * g)[:, None].expand(-1, G.n).clone()
-        add_A = (add_a + relative * a)[:, None].expand(-1, A.n).clone()
-        if layer.bias is not None and relative:
+        root = shift.sqrt()
+        add_g, add_a = pi.reciprocal() * root, root * pi
+        is_empty = ((g * a == 0) & (shift == 0.0))[:, None]
+        add_G = (add_g + relative * g)[:, None].expand(-1, G.n)
+        add_A = (add_a + relative * a)[:, None].expand(-1, A.n)
+        if layer.bias is not None:
             # The 1 beside the inputs has units of its own: rescaled inputs must not change its share.
             inputs = A.diagonal().double()
-            add_A[:, :-1] = (add_a + relative * inputs[:, :-1].mean(1))[:, None]
-            add_A[:, -1] = add_a + relative * inputs[:, -1]
-        add_G[is_empty] = add_A[is_empty] = math.sqrt(self._typical)
-        return [shifted(G, add_G), shifted(A, add_A)]
+            of_inputs = (add_a + relative * inputs[:, :-1].mean(1))[:, None].expand(-1, A.n - 1)
+            of_one = (add_a + relative * inputs[:, -1])[:, None]
+            add_A = torch.where(relative > 0.0, torch.cat((of_inputs, of_one), 1), add_A)
+        typical = self._typical.sqrt()
+        return [
+            shifted(factor, torch.where(is_empty, typical, add))
+            for factor, add in ((G, add_G), (A, add_A))
+        ]
 
     def _vector(self, params: tuple[int, ...], blocks: Tensor) -> Tensor:
         shift = self._shift_of(params)
-        mean = float(_diagonal(blocks).double().mean())
-        shift = shift + self._relative(shift) * mean or self._typical
-        return blocks + shift * torch.eye(
-            blocks.shape[-1], dtype=blocks.dtype, device=blocks.device
-        )
+        mean = _diagonal(blocks).double().mean()
+        shift = self._or_typical(shift + self._relative(shift) * mean)
+        found = blocks.clone()
+        _diagonal(found).add_(shift.to(found))
+        return found
 
-    def _relative(self, shift: float) -> float:
+    def _or_typical(self, value: Tensor) -> Tensor:
+        """The value; where it is 0, the typical scale."""
+        return torch.where(value == 0.0, self._typical, value)
+
+    def _relative(self, shift: Tensor) -> Tensor:
         """What is added relative to a block's own scale, where so much is added otherwise."""
         if self._is_metric:
-            return self._of_metric
-        return LEAST_DAMPING if shift == 0.0 else 0.0
+            return self._scalar(self._of_metric)
+        return (shift == 0.0) * self._scalar(LEAST_DAMPING)
 
-    def _shift_of(self, params: Sequence[int]) -> float:
+    def _shift_of(self, params: Sequence[int]) -> Tensor:
         """Mean of L2 and damping over some parameters."""
-        if not isinstance(self._shift, Tensor):
-            return self._shift
-        pieces = self._params.pieces(self._shift)
-        return float(torch.cat([pieces[k].reshape(-1) for k in params]).double().mean())
+        if self._pieces is None:
+            assert not isinstance(self._shift, Tensor)
+            return self._scalar(self._shift)
+        return torch.cat([self._pieces[k].reshape(-1) for k in params]).double().mean()
+
+
+def _mean_of_positive(scalars: Sequence[Tensor], otherwise: Tensor) -> Tensor:
+    """Mean of those above 0; of none of them `otherwise`."""
+    if not scalars:
+        return otherwise
+    values = torch.stack([s.double() for s in scalars])
+    is_positive = values > 0.0  # (a mean that is not a number is none of them)
+    number = is_positive.sum()
+    total = torch.where(is_positive, values, 0.0).sum()
+    return torch.where(number > 0, total / number.clamp(min=1), otherwise)
 
 
 def _diagonal(blocks: Tensor) -> Tensor:
@@ -247,7 +274,8 @@ def _inverted(problem: Problem, parts: Sequence[Sequence[Tensor]]) -> list[list[
     found = {k: flat[k].reciprocal() for k in range(len(flat)) if flat[k].shape[-1] == 1}
     costs = [float(flat[k].numel() * flat[k].shape[-1]) for k in large]
     mine = {large[i] for i in balanced(costs, comm.world_size)[comm.rank]}
-    own = [inverse(flat[k]) if k in mine else torch.zeros_like(flat[k]) for k in large]
+    inverted = dict(zip(sorted(mine), inverses([flat[k] for k in sorted(mine)])))
+    own = [inverted[k] if k in mine else torch.zeros_like(flat[k]) for k in large]
     if comm.world_size > 1 and own:
         own = unpacked(comm.all_reduce(packed(own)), own)
     found.update(zip(large, own))

@@ -99,29 +99,55 @@ def shifted(factor: Factor, shift: Tensor) -> Tensor:
 
 
 def inverse(matrix: Tensor) -> Tensor:
-    """Inverse of symmetric, positive definite matrices [.., m, m] by Cholesky factors.
+    """Inverse of symmetric, positive definite matrices [.., m, m]; see `inverses`."""
+    return inverses([matrix])[0]
+
+
+def inverses(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Inverse of symmetric, positive definite matrices, each [.., m, m], by Cholesky factors.
 
     In float64 where their own precision is not enough. A matrix that is not positive definite but by
-    rounding is raised a little; it must be finite.
+    rounding is raised a little; it must be finite. The host looks once at all of them, and once more for each
+    further try of those that need one.
     """
-    if matrix.shape[-1] == 1:
-        return matrix.reciprocal()
-    size = matrix.diagonal(dim1=-2, dim2=-1).amax(-1)  # [..]
+    found: dict[int, Tensor] = {
+        k: matrix.reciprocal() for k, matrix in enumerate(matrices) if matrix.shape[-1] == 1
+    }
+    rest = [k for k in range(len(matrices)) if k not in found]
     for raised in (None, 0.0, 1e-14, 1e-10, 1e-6):
-        wide = matrix if raised is None else matrix.double()
-        if raised:
-            wide = wide + torch.diag_embed(
-                (raised * size.double())[..., None].expand(wide.shape[:-1])
-            )
-        L, info = torch.linalg.cholesky_ex(wide)
-        if bool(info.any()):
-            continue
+        if not rest:
+            break
+        tries = [_inverse(matrices[k], raised) for k in rest]
+        is_good = torch.stack([good for _, good in tries]).tolist()
+        found.update((k, M) for k, (M, _), good in zip(rest, tries, is_good) if good)
+        rest = [k for k, good in zip(rest, is_good) if not good]
+    for k in rest:
+        diagonal = matrices[k].diagonal(dim1=-2, dim2=-1)
+        found[k] = torch.diag_embed(diagonal.reciprocal())
+    return [found[k] for k in range(len(matrices))]
+
+
+def _inverse(matrix: Tensor, raised: float | None) -> tuple[Tensor, Tensor]:
+    """The inverse, in the matrix's own precision or, raised by so much of its greatest diagonal element, in
+    float64; and whether it is good, a bool on the device."""
+    size = matrix.diagonal(dim1=-2, dim2=-1).amax(-1)  # [..]
+    wide = matrix if raised is None else matrix.double()
+    if raised:
+        wide = wide + torch.diag_embed((raised * size.double())[..., None].expand(wide.shape[:-1]))
+    L, info = torch.linalg.cholesky_ex(wide)
+    is_positive = info == 0  # [..]
+    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    L = torch.where(is_positive[..., None, None], L, identity)
+    if L.device.type == "cpu":
         found = torch.cholesky_inverse(L)
+    else:  # of which the host would read an error code
+        found = torch.cholesky_solve(identity.expand_as(L), L)
+    good = is_positive.all()
+    if raised is None:
         # |M| |M^-1|, a bound of the condition number by the diagonals alone.
         condition = size * found.diagonal(dim1=-2, dim2=-1).amax(-1) * matrix.shape[-1]
-        if raised is not None or bool((condition * torch.finfo(matrix.dtype).eps < 1e-2).all()):
-            return found.to(matrix.dtype)
-    return torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1).reciprocal())
+        good = good & (condition * torch.finfo(matrix.dtype).eps < 1e-2).all()
+    return found.to(matrix.dtype), good
 
 
 def eigen(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch.autograd import grad
 from torch.utils._pytree import tree_map
 
 from hfdist.curvature.linearize.call import Call, Unsupported
+from hfdist.devices import is_out_of_memory
 
 
 class generic:
@@ -37,6 +38,8 @@ class generic:
         try:
             self._build(call)
         except Exception as e:
+            if is_out_of_memory(e):
+                raise
             raise Unsupported(f"{call.func}: {e}") from e
 
     def _build(self, call: Call) -> None:

@@ -19,6 +19,7 @@ from hfdist.curvature.linearize.program import REARRANGEMENTS, Program, Step
 from hfdist.curvature.linearize.rules import READS_NO_CONSTANT, READS_RESULT_ONLY, RULES
 from hfdist.curvature.linearize.rules.table import Rule
 from hfdist.curvature.outputs import Edge, edge, is_met
+from hfdist.devices import is_out_of_memory
 
 _STOPS = {"aten::detach"}  # what is computed from it does not depend on the parameters
 _CONSTANT = {
@@ -198,6 +199,8 @@ class Recorder(Watch):
         except Unsupported:
             raise
         except Exception as e:
+            if is_out_of_memory(e):
+                raise
             raise Unsupported(f"{call.func}: {type(e).__name__}: {e}") from e
         if isinstance(linear_map, generic) or base not in READS_NO_CONSTANT:
             call.kept += call.constants()

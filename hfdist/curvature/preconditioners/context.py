@@ -24,8 +24,11 @@ approximation alone (+ l2): in units of B and positive definite relative to itse
 loss is one on C."""
 
 
+DECAY = 0.8
+"""`preconditioner_decay` where a step sees all examples: statistics are of one random vector an example, and
+the mean over some steps has less of that noise than it lags behind."""
 STOCHASTIC_DECAY = 0.9
-"""`preconditioner_decay` where a step does not see all examples."""
+"""The same where a step does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,5 +56,5 @@ class Context:
         """Of moving averages over steps."""
         decay = self.options.preconditioner_decay
         if decay is None:
-            return 0.0 if self.sees_all_examples else STOCHASTIC_DECAY
+            return DECAY if self.sees_all_examples else STOCHASTIC_DECAY
         return decay

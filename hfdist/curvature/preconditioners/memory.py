@@ -27,7 +27,7 @@ class PreconditionerMemory:
         """For going back to when a step is abandoned; shares tensors where steps replace them."""
         kept = copy.copy(self)
         kept.statistics, kept.diagonal = copy.copy(self.statistics), copy.deepcopy(self.diagonal)
-        kept.pairs = copy.deepcopy(self.pairs)
+        kept.pairs = self.pairs.copy()
         return kept
 
     def state_dict(self, whole: Vectors = lambda part: part) -> dict[str, Any]:
@@ -97,6 +97,12 @@ class PairMemory:
         self._last: list[tuple[Tensor, Tensor]] = []
         self._now: list[tuple[Tensor, Tensor]] = []
         self._stride, self._count = 1, 0
+
+    def copy(self) -> PairMemory:
+        """Shares the vectors, which nothing writes to."""
+        kept = copy.copy(self)
+        kept._last, kept._now = list(self._last), list(self._now)
+        return kept
 
     def begin(self, part: Vectors) -> list[tuple[Tensor, Tensor]]:
         """Pairs of the solve that ended; a new one begins.

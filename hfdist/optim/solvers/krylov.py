@@ -69,7 +69,7 @@ FACTOR = 4.0
 """Between the lambdas of neighbouring candidates."""
 RUNGS = 16
 """Candidates on each side of the step's lambda, at most."""
-WORTH = 2.0
+WORTH = 1.5
 """A product must buy this much more of the decrease than the step so far did on average: the next step, with
 a new gradient and the last step beside it, buys more than the average."""
 NOTHING = 1e-6

@@ -294,6 +294,8 @@ def test_files_that_are_no_jobs(write: Any, text: str, words: list[str]) -> None
         ("optim.damping=-1", ["optim.damping is -1", "at least 0"]),
         ("optim.preset=sed", ["optim.preset is 'sed'", "'pytorch_hessianfree' or 'seed'"]),
         ("optim.preset=[a]", ["optim.preset is ['a']", "'pytorch_hessianfree' or 'seed'"]),
+        ("dtype=bfloat16", ["dtype is 'bfloat16'", "optim.product_autocast=bfloat16"]),
+        ("tf32=maybe", ["tf32 is 'maybe'", "true or false"]),
         ("dtype=float16", ["dtype is 'float16'", "'float32' or 'float64'"]),
         ("device=gpu", ["device is 'gpu'", "cuda:N"]),
         ("device=meta", ["device is 'meta'", "cuda:N"]),

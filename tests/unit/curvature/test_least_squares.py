@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -475,3 +477,86 @@ def test_truth_is_dense() -> None:
         rows.append(math.sqrt(part.term.weight / n) * J)
     J = torch.cat(rows)
     torch.testing.assert_close(ls.gram(), J.T @ J, rtol=1e-10, atol=1e-12)
+
+
+# -- momentum ------------------------------------------------------------------------------------------
+
+MOMENTUM: dict[str, Any] = {**EXACT, "solver": "sample_space", "momentum": True}
+
+
+class Kept(Equation):
+    """The same model for every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._model = super().model()
+
+    def model(self) -> nn.Module:
+        return self._model
+
+
+def explicit(task: ResidualTask, step: int) -> tuple[Tensor, Tensor]:
+    """r [N] and J [N, P] of a step's points, by torch alone."""
+    model = task.model()
+    torch.manual_seed(3)
+    data = task.train_data()
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
+    theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    def residuals(theta: Tensor) -> Tensor:
+        pieces = theta.split([shape.numel() for shape in shapes])
+        values = {name: piece.view(s) for name, piece, s in zip(names, pieces, shapes)}
+
+        def moved(x: Tensor) -> Tensor:
+            return torch.func.functional_call(model, values, (x,))
+
+        found = []
+        for k, (term, n) in enumerate(zip(data.terms, data.sizes)):
+            _, points = data.points(k, step if term.every_step else 0, torch.arange(n))
+            r = term.residuals(moved, points)  # type: ignore[arg-type]
+            found.append((term.weight / n) ** 0.5 * r.reshape(-1))
+        return torch.cat(found)
+
+    return residuals(theta), torch.autograd.functional.jacobian(residuals, theta)  # type: ignore[no-untyped-call]
+
+
+def steps_with_momentum(comm: Communicator, decay: float = 0.0) -> list[Tensor]:
+    """Parameters before and after each of three steps."""
+    task, options = Kept(), HFOptions(**MOMENTUM, weight_decay=decay)
+    state, path = HFState(damping=2.0), []
+    for step in range(3):
+        problem = problem_of(task, comm, step, regularisation=Regularisation(weight_decay=decay))
+        path.append(problem.params.read().clone())
+        report, state = hf_step(problem, state, options)
+        assert report.num_loss_evaluations == 1  # the step's own lambda: no other was tried
+        state = dataclasses.replace(state, damping=2.0)
+    path.append(problem.params.read().clone())
+    return path
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_momentum_is_the_minimiser_of_spring(decay: float) -> None:
+    """x = argmin |Jx + r|^2 + decay |theta + x|^2 + lambda |x - mu x_before|^2, with mu = cg_decay_x0."""
+    path = steps_with_momentum(SerialCommunicator(), decay)
+    task, mu, lam = Kept(), HFOptions().cg_decay_x0, 2.0
+    before = torch.zeros_like(path[0])
+    for step, (theta, moved) in enumerate(itertools.pairwise(path)):
+        torch.nn.utils.vector_to_parameters(theta, task.model().parameters())
+        r, J = explicit(task, step)
+        A = J.T @ J + (decay + lam) * torch.eye(len(theta), dtype=theta.dtype)
+        x = torch.linalg.solve(A, -J.T @ r - decay * theta + lam * mu * before)
+        torch.testing.assert_close(moved - theta, x, rtol=1e-8, atol=1e-10)
+        before = x
+    plain = dataclasses.replace(HFOptions(**MOMENTUM, weight_decay=decay), momentum=False)
+    problem = problem_of(Kept(), SerialCommunicator())
+    _, state = hf_step(problem, HFState(damping=2.0), plain)
+    assert state.x0 is None
+
+
+@pytest.mark.ranks
+def test_momentum_on_ranks_is_the_serial_one() -> None:
+    serial = steps_with_momentum(SerialCommunicator())
+    for path in on_ranks(2, steps_with_momentum):
+        for theta, expected in zip(path, serial):
+            torch.testing.assert_close(theta, expected, rtol=1e-8, atol=1e-10)

@@ -133,6 +133,15 @@ def test_metrics_may_be_plain_numbers_and_pairs(job: Any) -> None:
     assert [result[f"eval_{name}"] for name in "abcd"] == [1.0, 1.0, 0.5, 3.0]
 
 
+def test_a_task_file_that_was_edited_is_read_again(job: Any) -> None:
+    """Within the second, and of the same length: what Python's own cache would not see."""
+    for number in (1.0, 2.0):
+        path, _ = job("metrics", f"return {{'a': {number}}}")
+        assert hfdist.train(path)["eval_a"] == number
+    task = load_task(f"{path.parent / 'task.py'}:Own", {})
+    assert type(task) is type(load_task(f"{path.parent / 'task.py'}:Own", {}))
+
+
 def test_data_that_is_none_or_empty_says_whose(job: Any) -> None:
     path, _ = job("train_data", "return None")
     with pytest.raises(TaskError, match=r"train_data\(\) returns None"):
