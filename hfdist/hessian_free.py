@@ -472,7 +472,13 @@ class HessianFree(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`: options, damping, warm start and counters are all in it."""
-        super().load_state_dict(state_dict)
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        # torch copies groups in depth, which tensors of some devices do not bear, and which these do not
+        # need: a step replaces them.
+        memory = groups[0].pop("preconditioner_memory", {}) if groups else {}
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        self.param_groups[0]["preconditioner_memory"] = memory
+        self._load_memory()
         for group in self.param_groups:  # of a version that had not all of today's options
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
