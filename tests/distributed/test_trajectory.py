@@ -126,7 +126,14 @@ def test_ranks_follow_the_serial_trajectory(
 
 @pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
-    "case", ["mlp", "mlp_default", "conv_default", "mlp_preconditioned", "conv"]
+    "case",
+    [
+        "mlp_default",
+        "conv",
+        "mlp_preconditioned",
+        pytest.param("mlp", marks=pytest.mark.slow),
+        pytest.param("conv_default", marks=pytest.mark.slow),
+    ],
 )
 def test_shards_follow_the_serial_trajectory(
     case: str, world_size: int, serial: Any, tmp_path: Path

@@ -117,6 +117,7 @@ def test_the_failing_rank_is_named_all_end_and_resume_goes_on(
     assert result(job, kind)["parameters_sha256"] == undisturbed["parameters_sha256"]
 
 
+@pytest.mark.slow
 def test_a_group_is_restarted_as_often_as_the_job_allows(
     job: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -154,6 +155,7 @@ def test_torchrun_gives_the_same_run(job: Path, undisturbed: dict[str, Any]) -> 
     assert result(job, "torchrun")["parameters_sha256"] == undisturbed["parameters_sha256"]
 
 
+@pytest.mark.slow
 def test_elastic_torchrun_goes_on_from_the_checkpoint(
     job: Path, undisturbed: dict[str, Any]
 ) -> None:

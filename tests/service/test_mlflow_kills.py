@@ -147,6 +147,7 @@ def test_the_two_records_agree_after_kills(server, tmp_path, task, fate):
     assert walls == sorted(walls)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_before_it_has_come_as_far_again(server, tmp_path):
     client = MlflowClient(server.uri)
     job, run_dir = write_job(tmp_path, "Slow", server.uri), tmp_path / "runs" / "short"

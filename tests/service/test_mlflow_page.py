@@ -91,6 +91,7 @@ def test_the_page_shows_what_the_run_was(
     assert len(run.data.tags["hfdist.source.sha256"]) == 64  # no git here
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_each_picture_once_a_step_and_keeps_what_people_wrote(
     client: MlflowClient, job: Path
 ) -> None:

@@ -157,6 +157,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnCluster]:
         yield cluster
 
 
+@pytest.mark.slow
 def test_google_cloud_storage(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same through another client: a run that is resumed from another machine."""
     import gcsfs
@@ -417,6 +418,7 @@ def test_two_workers_however_they_are_started(bucket: Any, job: Path) -> None:
     assert steps_of(bucket, "group") == steps_of(bucket, "local") == [0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_every_rank_of_a_group_says_that_there_is_no_bucket(bucket: Any, job: Path) -> None:
     output = "s3://nowhere/team"

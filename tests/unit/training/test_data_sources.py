@@ -129,6 +129,7 @@ def test_a_resumed_run_sees_what_the_undisturbed_one_sees(
         assert [json.loads(line)["examples"] for line in lines] == [8.0, 16.0, 24.0, 32.0, 40.0]
 
 
+@pytest.mark.slow
 def test_random_numbers_of_loaders_belong_to_their_microbatch(job: Path) -> None:
     """Whoever loads it, and in whatever order."""
     changes = ["task=task.py:Noisy", "batches.microbatch=4"]
