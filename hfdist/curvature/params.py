@@ -9,6 +9,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+COMPLEX = (
+    "hold real and imaginary part as a real parameter (torch.view_as_real), and make it complex in forward() "
+    "(torch.view_as_complex)"
+)
+"""What to do about complex parameters."""
+
 
 class ParameterVector:
     """The trainable tensors of a problem, seen as one vector [P].
@@ -33,10 +39,7 @@ class ParameterVector:
                 "move the model to one"
             )
         if any(t.is_complex() for t in self.tensors):
-            raise ValueError(
-                "complex parameters are not supported: hold real and imaginary part as a real parameter "
-                "(torch.view_as_real), and make it complex in forward() (torch.view_as_complex)"
-            )
+            raise ValueError(f"complex parameters are not supported: {COMPLEX}")
         self.device = self.tensors[0].device
         self.dtype = self.tensors[0].dtype
         for t in self.tensors[1:]:

@@ -26,7 +26,7 @@ from hfdist.curvature.layout import Sharded, make_layout
 from hfdist.curvature.memory import reserved_bytes
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, from_task
 from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
-from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.params import COMPLEX, ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
 from hfdist.curvature.preconditioners.memory import PreconditionerMemory
 from hfdist.curvature.step_memory import BATCHES, StepMemory, told_when_out_of_memory
@@ -633,6 +633,18 @@ def build(config: RunConfig, device: torch.device) -> tuple[Task, nn.Module]:
         raise TaskError(f"{name}.model() must return a torch.nn.Module, not {type(model).__name__}")
     if not any(p.requires_grad for p in model.parameters()):
         raise TaskError(f"{name}.model() has no trainable parameter: unfreeze at least one")
+    for key, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            fix = (
+                "run the model once on a batch in model(), so that its lazy layers know their sizes"
+            )
+            raise TaskError(f"{name}.model(): parameter {key} has no shape yet: {fix}")
+        if p.numel() == 0:
+            raise TaskError(
+                f"{name}.model(): parameter {key} of shape {list(p.shape)} has no elements: a layer is 0 wide"
+            )
+        if p.is_complex():  # the move below would drop the imaginary part
+            raise TaskError(f"{name}.model(): parameter {key} is complex: {COMPLEX}")
     return task, model.to(device=device, dtype=getattr(torch, config.dtype))
 
 

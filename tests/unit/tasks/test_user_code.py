@@ -133,6 +133,21 @@ def test_metrics_may_be_plain_numbers_and_pairs(job: Any) -> None:
     assert [result[f"eval_{name}"] for name in "abcd"] == [1.0, 1.0, 0.5, 3.0]
 
 
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        ("torch.nn.LazyLinear(3)", r"weight has no shape yet: run the model once"),
+        ("torch.nn.Linear(2, 0)", r"weight of shape \[0, 2\] has no elements"),
+        ("torch.nn.Linear(2, 3, dtype=torch.complex64)", r"weight is complex: .*view_as_real"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_parameters_that_cannot_be_trained_are_named(job: Any, layer: str, words: str) -> None:
+    path, _ = job("model", "import torch", f"return {layer}")
+    with pytest.raises(TaskError, match=rf"Own\.model\(\): parameter {words}"):
+        hfdist.train(path)
+
+
 def test_a_task_file_that_was_edited_is_read_again(job: Any) -> None:
     """Within the second, and of the same length: what Python's own cache would not see."""
     for number in (1.0, 2.0):
