@@ -261,6 +261,15 @@ def copy_stream(device: torch.device) -> CopyStream:
     return CopyStream(device)
 
 
+def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of the host on the device, in the order of what is computed there; the host does not wait,
+    where it has pinned memory."""
+    tensor = tensor if dtype is None else tensor.to(dtype)
+    if is_accelerator(device) and _pins_memory():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @cache
 def _pins_memory() -> bool:
     """Whether the accelerator can copy from the host's memory on its own."""

@@ -119,17 +119,20 @@ class BlockDiagonal:
         self._params = problem.params
         self._parts = _Damping(problem, damping, relative).parts(plan, statistics)
         self._inverses = _inverted(problem, [part.matrices for part in self._parts])
+        self._out: Tensor | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
-        """C^-1 v."""
+        """C^-1 v; the next call overwrites it."""
         return self._apply(self._inverses, v)
 
     def product(self, v: Tensor) -> Tensor:
-        """C v."""
+        """C v; the next call overwrites it."""
         return self._apply([part.matrices for part in self._parts], v)
 
     def _apply(self, matrices: Sequence[Sequence[Tensor]], v: Tensor) -> Tensor:
-        out = torch.empty_like(v)
+        if self._out is None:
+            self._out = torch.empty_like(v)
+        out = self._out
         given, results = self._params.pieces(v), self._params.pieces(out)
         for part, own in zip(self._parts, matrices):
             part.apply(own, given, results)

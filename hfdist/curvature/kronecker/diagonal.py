@@ -52,7 +52,7 @@ def ggn_diagonal(problem: Problem, share: float, samples: int | None) -> Tensor:
                 if number == 1 or samples is None:
                     for k, v in pulled.others:
                         params.pieces(sums)[k].add_(v)
-    ends = torch.tensor([weight], dtype=squares.dtype, device=squares.device)
+    ends = squares.new_full((1,), weight)  # filled in there: a copy from the host would wait
     total = problem.comm.all_reduce(torch.cat((squares, sums, ends)))
     squares, sums, ends = total.split([params.numel, params.numel, 1])
     if float(ends) == 0.0 and share < 1.0:  # none of few examples was chosen

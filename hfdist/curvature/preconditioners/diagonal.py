@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hfdist.curvature.objective import Problem
+from hfdist.devices import sent
 
 RELATIVE_FLOOR = 1e-3
 """Least element of a metric's diagonal, in units of the mean over its parameter tensor."""
@@ -21,12 +22,21 @@ class DiagonalPreconditioner:
         damping: lambda >= 0, plus the L2 coefficient where there is one; one value, or one an
             element, [P].
         exponent: xi in (diag + lambda)^xi; 1 is Jacobi's preconditioner, 0 none.
+        overwrites: Each call overwrites what the last one returned, so that a solver's iterations take no
+            memory.
 
     Raises:
         ValueError: A negative damping.
     """
 
-    def __init__(self, diagonal: Tensor, damping: float | Tensor, exponent: float = 0.75) -> None:
+    def __init__(
+        self,
+        diagonal: Tensor,
+        damping: float | Tensor,
+        exponent: float = 0.75,
+        *,
+        overwrites: bool = False,
+    ) -> None:
         if not isinstance(damping, Tensor) and damping < 0.0:
             raise ValueError(f"damping is {damping}: it must be at least 0")
         damped = diagonal + damping
@@ -34,9 +44,15 @@ class DiagonalPreconditioner:
         # zero, so that any finite value serves.
         damped = torch.where(damped == 0.0, torch.ones_like(damped), damped)
         self.inverse = damped.pow_(-exponent)  # [P]
+        self._overwrites = overwrites
+        self._out: Tensor | None = None
 
     def __call__(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """M^-1 v, [P]; written into `out` (which may be v itself) if given."""
+        if out is None and self._overwrites:
+            if self._out is None:
+                self._out = torch.empty_like(v)
+            out = self._out
         return torch.mul(v, self.inverse, out=out)
 
 
@@ -54,7 +70,7 @@ def fisher_metric(problem: Problem, squares: Tensor) -> DiagonalPreconditioner:
     problem.count_products(1)
     c = float(problem.total(torch.dot(v.double(), Bv.double()))) / problem.numel
     diagonal = problem.part_of(F) * (c if c > 0.0 else 1.0)
-    return DiagonalPreconditioner(diagonal, problem.shift_part(), 1.0)
+    return DiagonalPreconditioner(diagonal, problem.shift_part(), 1.0, overwrites=True)
 
 
 def floored(problem: Problem, diagonal: Tensor) -> Tensor:
@@ -70,4 +86,4 @@ def random_signs(problem: Problem, number: int = 0) -> Tensor:
     """A vector [P] of +1 and -1, the same on all ranks."""
     generator = torch.Generator().manual_seed(number)
     signs = torch.randint(0, 2, (problem.numel,), generator=generator).mul_(2).sub_(1)
-    return signs.to(device=problem.params.device, dtype=problem.params.dtype)
+    return sent(signs, problem.params.device, problem.params.dtype)

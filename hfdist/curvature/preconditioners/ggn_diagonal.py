@@ -35,9 +35,10 @@ def ggn_diagonal(context: Context) -> Builder:
             taken.append(average.take(lambda: estimate(problem), decay, refresh))
         if damping is None:
             diagonal = problem.part_of(floored(problem, taken[0]))
-            return DiagonalPreconditioner(diagonal, problem.shift_part(), 1.0)
+            return DiagonalPreconditioner(diagonal, problem.shift_part(), 1.0, overwrites=True)
         diagonal, shift = problem.part_of(taken[0]), problem.shift_part(damping)
-        return DiagonalPreconditioner(diagonal, shift, options.preconditioner_exponent)
+        exponent = options.preconditioner_exponent
+        return DiagonalPreconditioner(diagonal, shift, exponent, overwrites=True)
 
     return build
 

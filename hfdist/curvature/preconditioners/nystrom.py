@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hfdist.curvature.objective import Problem
 from hfdist.curvature.preconditioners.context import Builder, Context
+from hfdist.devices import sent
 from hfdist.optim.objective import Operator
 
 
@@ -83,7 +84,8 @@ def approximation(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
 def _normal(problem: Problem, number: int) -> Tensor:
     """A random vector [P], the same on all ranks."""
     generator = torch.Generator().manual_seed(number)
-    return torch.randn(problem.numel, generator=generator).to(problem.params.zeros()[:0])
+    vector = torch.randn(problem.numel, generator=generator)
+    return sent(vector, problem.params.device, problem.params.dtype)
 
 
 def _mean(shift: float | Tensor, problem: Problem) -> float:

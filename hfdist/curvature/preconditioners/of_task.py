@@ -39,6 +39,7 @@ def empirical_fisher(context: Context) -> Builder:
             return fisher_metric(problem, problem.comm.all_reduce(squares))
         diagonal = problem.sum_to_part(squares).mul_(problem.gradient_scale)
         diagonal.add_(options.weight_decay)
-        return DiagonalPreconditioner(diagonal, damping, options.preconditioner_exponent)
+        exponent = options.preconditioner_exponent
+        return DiagonalPreconditioner(diagonal, damping, exponent, overwrites=True)
 
     return build
