@@ -150,17 +150,6 @@ def _inverse(matrix: Tensor, raised: float | None) -> tuple[Tensor, Tensor]:
     return found.to(matrix.dtype), good
 
 
-def eigen(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [.., m], not negative, and eigenvectors [.., m, m] of symmetric blocks, in float64."""
-    wide = blocks.double()
-    wide = (wide + wide.mT) / 2
-    try:
-        values, vectors = torch.linalg.eigh(wide)
-    except torch.linalg.LinAlgError:  # it did not converge: rare, and another method may
-        vectors, values, _ = torch.linalg.svd(wide)
-    return values.clamp(min=0.0), vectors
-
-
 def multiply_left(blocks: Tensor, V: Tensor) -> Tensor:
     """Block-diagonal [groups, number, m, m] times V [groups, n, k]."""
     groups, number, size, _ = blocks.shape
