@@ -99,6 +99,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_parameters(
     assert all((run_dir / "checkpoints" / name / "manifest.json").exists() for name in left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
 )

@@ -336,6 +336,7 @@ def kill_after(process: subprocess.Popen[str], step: int) -> None:
     process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_client_that_is_killed_leaves_a_record_without_gaps_and_doubles(server, client, tmp_path):
     arguments = (tmp_path, "crash", server.uri)
     kill_after(run_client(*arguments, 0), 150)  # while it delivers
