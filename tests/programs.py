@@ -64,7 +64,7 @@ class Net(nn.Module):
         self._run = _compiled(program.forward, program.outputs)
 
     def forward(self, data: dict[str, Tensor]) -> Any:
-        return self._run(dict(data) | dict(self.named_parameters()))
+        return self._run(_own(data) | dict(self.named_parameters()))
 
 
 class ProgramTask(Task):
@@ -81,8 +81,13 @@ class ProgramTask(Task):
         return model(batch)
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
-        names = dict(batch) | dict(self._net.named_parameters()) | {"outputs": outputs}
+        names = _own(batch) | dict(self._net.named_parameters()) | {"outputs": outputs}
         return self._loss(names)
+
+
+def _own(batch: Any) -> dict[str, Any]:
+    """A copy, which a program may write into: the next pass would see what it writes into the batch."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in dict(batch).items()}
 
 
 def data() -> dict[str, Tensor]:
