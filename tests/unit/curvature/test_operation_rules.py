@@ -20,7 +20,26 @@ Function = Callable[[Tensor, Tensor], Any]  # of x [2, 3, 4] and y [2, 3, 4], bo
 
 MASK = torch.tensor([True, False, True, True])
 INDEX = torch.tensor([2, 0, 2])
+
+
+def _written_after_a_copy(x: Tensor, y: Tensor) -> Tensor:
+    """The copy's tangent is the original's, which is read again."""
+    k = x * 1.5
+    h = torch.zeros_like(x).copy_(k)
+    h.cumsum_(1).neg_().tril_().triu_(-1)
+    return h + k
+
+
+def _turned_in_place(x: Tensor, y: Tensor) -> Tensor:
+    k = x * 1.5
+    h = torch.zeros_like(x).copy_(k)
+    h.transpose_(0, 1).unsqueeze_(0)
+    return h[0].transpose(0, 1) + k
+
+
 FUNCTIONS: dict[str, Function] = {
+    "written after a copy": _written_after_a_copy,
+    "turned in place": _turned_in_place,
     # rearrangements
     "view": lambda x, y: x.view(6, 4) + 0,
     "permute": lambda x, y: x.permute(2, 0, 1).reshape(4, 6),

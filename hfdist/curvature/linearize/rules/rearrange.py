@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfdist.curvature.linearize.call import Call, Map, NoDerivative, Unsupported, zeros_like
-from hfdist.curvature.linearize.rules.table import rule
+from hfdist.curvature.linearize.rules.table import can_hold, rule
 
 aten = torch.ops.aten
 
@@ -43,12 +43,18 @@ def _reshape(call: Call) -> Map:
     "index",
 )  # fmt: skip
 def _same_operation(call: Call) -> Map:
-    """The operation itself, on the tangent."""
+    """The operation itself, on the tangent; in place only where nobody reads that again."""
     call.only(0)
-    func, rest, kwargs = call.func, call.args[1:], call.kwargs
+    func, rest, kwargs, writes = call.func, call.args[1:], call.kwargs, call.in_place
+    # An operation in place may change shape and strides alone, of a tensor that other tangents are views of.
+    moves = call.aliases
 
     def f(t: Sequence[Tensor], free: Sequence[bool]) -> Any:
-        return func(t[0], *rest, **kwargs)
+        x = t[0]
+        if writes:
+            is_own = moves or can_hold(x, free[0], x.shape, x.dtype)
+            x = x.detach() if is_own else x.clone()
+        return func(x, *rest, **kwargs)
 
     return f
 
