@@ -168,6 +168,7 @@ def test_a_job_from_submission_to_its_continuation(
     assert left == ["one"]
 
 
+@pytest.mark.slow
 def test_jobs_that_wait_say_their_place_and_why_and_go_by_priority(
     command: Command, dashboard: str, project: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_grid_is_nested_in_one_run(tmp_path: Path) -> None:
     assert found[good["run_id"]].data.tags["mlflow.parentRunId"] == parent.info.run_id
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_random_points_are_halved_and_the_sweep_goes_on_after_a_kill(tmp_path: Path) -> None:
