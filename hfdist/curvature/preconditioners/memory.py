@@ -26,7 +26,7 @@ class PreconditionerMemory:
     def copy(self) -> PreconditionerMemory:
         """For going back to when a step is abandoned; shares tensors where steps replace them."""
         kept = copy.copy(self)
-        kept.statistics, kept.diagonal = copy.copy(self.statistics), copy.deepcopy(self.diagonal)
+        kept.statistics, kept.diagonal = copy.copy(self.statistics), copy.copy(self.diagonal)
         kept.pairs = self.pairs.copy()
         return kept
 
