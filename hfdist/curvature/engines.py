@@ -12,7 +12,6 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 
 from hfdist.comm import Communicator
 from hfdist.curvature.captured import CapturedProduct
@@ -27,6 +26,7 @@ from hfdist.curvature.memory import MemoryCounter, memory_left
 from hfdist.curvature.microbatch import Evaluation, LossTraits, Microbatch, TryAgain
 from hfdist.curvature.outputs import are_nested, is_reached
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.reverse import grad
 from hfdist.curvature.verify import EvaluateAt, Point, Verifier, explained, flat, nearby, suspects
 from hfdist.devices import is_accelerator, is_out_of_memory, to_be_captured
 from hfdist.errors import TaskError

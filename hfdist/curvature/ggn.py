@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 
 from hfdist.curvature.layout import Product
 from hfdist.curvature.linearize import Jacobian
 from hfdist.curvature.loss_hessian import LossHessian
+from hfdist.curvature.reverse import grad
 
 
 class GGNProduct:

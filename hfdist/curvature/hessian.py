@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.autograd import grad
+
+from hfdist.curvature.reverse import grad
 
 
 class HessianProduct:

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hfdist.curvature.dispatch import Watch
 from hfdist.curvature.outputs import Edge, edge
+from hfdist.curvature.reverse import grad
 from hfdist.devices import is_out_of_memory
 
 _LEAST_EXAMPLES = 4

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 
 from hfdist.comm import Communicator
 from hfdist.curvature.jacobian_rows import RowMethod, UseWatch, jacobian_rows
@@ -21,6 +20,7 @@ from hfdist.curvature.loss_hessian import LossHessian
 from hfdist.curvature.memory import memory_left
 from hfdist.curvature.microbatch import Evaluation, Microbatch
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.reverse import grad
 from hfdist.curvature.symmetric import add_upper, mirror
 from hfdist.errors import ConfigError, TaskError
 

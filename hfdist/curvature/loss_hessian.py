@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from hfdist.curvature.linearize import Program, Recorder, Unsupported
 from hfdist.curvature.outputs import Edge, edge, is_reached
+from hfdist.curvature.reverse import grad
 from hfdist.tasks.robust import residual_loss, weights
 
 Diagonal = Callable[[Tensor], Tensor]  # tangent of a loss function's input -> its Hessian times it
@@ -55,7 +55,7 @@ class ByDoubleBackward:
         known = [torch.zeros_like(z) if t is None else t for z, t in zip(self._inputs, v)]
         return list(
             grad(
-                self._gradient,  # type: ignore[arg-type]
+                self._gradient,
                 self._inputs,
                 known,
                 retain_graph=True,

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 
 from hfdist.curvature.example_signs import example_seeds, of_examples, signs_like
 from hfdist.curvature.loss_hessian import ByDoubleBackward, derivatives_in
 from hfdist.curvature.microbatch import Evaluation
 from hfdist.curvature.outputs import Edge, edge, is_reached
+from hfdist.curvature.reverse import grad
 
 NUM_PROBES = 4
 

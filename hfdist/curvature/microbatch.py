@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import grad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -27,6 +26,7 @@ from hfdist.curvature.outputs import (
     reached_first,
     replaced,
 )
+from hfdist.curvature.reverse import grad
 from hfdist.errors import TaskError
 from hfdist.tasks.task import Batch, Outputs, Task, num_examples
 

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 
 from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.curvature.dispatch import Watch
@@ -29,6 +28,7 @@ from hfdist.curvature.least_squares import ResidualSystem
 from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.microbatch import Evaluation, Microbatch, TryAgain
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.reverse import grad
 from hfdist.curvature.step_memory import GRAPHS, LOSSES, METRIC, StepMemory
 from hfdist.curvature.structural import Scaled, StructuralDamping, hidden_microbatch
 from hfdist.curvature.verify import Verifier

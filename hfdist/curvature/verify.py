@@ -27,7 +27,6 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -37,6 +36,7 @@ from hfdist.curvature.linearize import Recorder
 from hfdist.curvature.loss_hessian import ByDoubleBackward, ClosedForm
 from hfdist.curvature.microbatch import Evaluation, Microbatch
 from hfdist.curvature.params import ParameterVector
+from hfdist.curvature.reverse import grad
 from hfdist.devices import is_out_of_memory
 from hfdist.errors import TaskError
 

@@ -26,6 +26,7 @@ from hfdist.curvature.kronecker.calls import (
 )
 from hfdist.curvature.kronecker.keys import KroneckerKey, Rows, VectorKey
 from hfdist.curvature.outputs import edge
+from hfdist.curvature.reverse import grad
 
 Shared = Literal["expand", "reduce"]
 
@@ -451,7 +452,7 @@ class LayerWatch(TorchFunctionMode):
         def squares(g: Tensor) -> list[Tensor]:
             seen = per_example(g * factor, own.shape, n).square().sum(0)
             with torch.enable_grad():
-                (found,) = torch.autograd.grad(own, [parameter], seen.to(own), retain_graph=True)
+                (found,) = grad(own, [parameter], seen.to(own), retain_graph=True)
             return [found]
 
         self.vectors.append(

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 from torch.utils._pytree import tree_map
 
 from hfdist.curvature.linearize.call import Call, Unsupported
+from hfdist.curvature.reverse import grad
 from hfdist.devices import is_out_of_memory
 
 
