@@ -148,6 +148,7 @@ class Problem:
         self._trial: Tensor | None = None
         self._reference_weight: float | None = None
         self._loss_weight = 0.0
+        self._gradient: Tensor | None = None
         self._gradient_loss: float | None = None
         self._start_loss: float | None = None
         self._products: list[Product] | None = None
@@ -157,6 +158,13 @@ class Problem:
         self._has_damping_metric = False
         self._summed: SummedProduct | None = None
         self._memory = self.memory or StepMemory(self.params.device)
+
+    @property
+    def gradient(self) -> Tensor:
+        """This rank's part, once `loss_and_gradient` was called; do not write into it."""
+        if self._gradient is None:
+            raise RuntimeError("the gradient is not known yet")
+        return self._gradient
 
     @property
     def gradient_scale(self) -> float:
@@ -305,7 +313,7 @@ class Problem:
         if system is not None:
             system.close(1.0 / scale)
             self._system, self._product_weight = system, weight
-        self._gradient_loss = loss_sum * scale + penalty
+        self._gradient, self._gradient_loss = g, loss_sum * scale + penalty
         if self.roles.loss is self.roles.gradient:
             self._start_loss = self._gradient_loss
         return self._gradient_loss, g
@@ -499,7 +507,7 @@ class Problem:
 
     def release(self) -> None:
         with self._memory.part(GRAPHS):
-            self._products = self._summed = self._system = None
+            self._products = self._summed = self._system = self._gradient = None
 
     def preconditioner(self, damping: float | None) -> Operator | None:
         make = self.overrides.preconditioner

@@ -27,6 +27,12 @@ LEAST_DAMPING = 1e-4
 """What adds nothing else to a factor that is no metric's adds this, in units of its mean diagonal element."""
 
 
+MOST_MOVED = 100.0
+"""The most that C^-1 g may be of a block's parameters, by norm; sound blocks stay below some 25. A larger one
+has no curvature on these examples (a recurrence whose state dies at once), and no loss says how far is too
+far."""
+
+
 class Part(Protocol):
     """A block: a product with it, or with its inverse."""
 
@@ -40,6 +46,10 @@ class Part(Protocol):
             matrices: `self.matrices`, or their inverses.
             v, out: Vectors in pieces shaped like the parameters.
         """
+        ...
+
+    def pieces(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """What is this block's of a vector; views."""
         ...
 
 
@@ -65,7 +75,12 @@ class LayerPart:
             R = R[:, :, :-1]
         self._of_groups(out).copy_(R)
 
-    def _of_groups(self, pieces: list[Tensor]) -> Tensor:
+    def pieces(self, v: Sequence[Tensor]) -> list[Tensor]:
+        bias = self.block.bias
+        own = [self._of_groups(v)]
+        return own if bias is None else [*own, v[bias.index].reshape(-1)[bias.start : bias.stop]]
+
+    def _of_groups(self, pieces: Sequence[Tensor]) -> Tensor:
         """The weight's rows as [groups, out, in]; a view."""
         key = self.block.keys[0]
         W = pieces[key.rows.index][key.rows.start : key.rows.stop]
@@ -92,6 +107,9 @@ class VectorPart:
             results = list((M @ torch.stack(parts, 1)[:, :, None])[:, :, 0].unbind(1))
         for k, result in zip(self.params, results):
             out[k].copy_(result.view(out[k].shape))
+
+    def pieces(self, v: Sequence[Tensor]) -> list[Tensor]:
+        return [v[k] for k in self.params]
 
 
 class BlockDiagonal:
@@ -120,6 +138,19 @@ class BlockDiagonal:
         self._parts = _Damping(problem, damping, relative).parts(plan, statistics)
         self._inverses = _inverted(problem, [part.matrices for part in self._parts])
         self._out: Tensor | None = None
+        if damping is None:
+            self._limit(problem.params.tensors, problem.whole(problem.gradient))
+
+    def _limit(self, parameters: Sequence[Tensor], gradient: Tensor) -> None:
+        """Enlarge the blocks where C^-1 g is more than MOST_MOVED times the parameters, which it is compared
+        with since that needs no unit. Parameters that are all 0 say nothing. The host looks at none of it."""
+        moved = self._params.pieces(self(gradient))
+        for part, own in zip(self._parts, self._inverses):
+            size, step = (_norm(part.pieces(v)) for v in (parameters, moved))
+            factor = torch.where(size > 0.0, step / (MOST_MOVED * size), 1.0).clamp(min=1.0)
+            factor = torch.where(factor < torch.inf, factor, 1.0)  # and not NaN
+            part.matrices[0] = part.matrices[0] * factor.to(part.matrices[0])
+            own[0] = own[0] / factor.to(own[0])
 
     def __call__(self, v: Tensor) -> Tensor:
         """C^-1 v; the next call overwrites it."""
@@ -240,6 +271,10 @@ def _mean_of_positive(scalars: Sequence[Tensor], otherwise: Tensor) -> Tensor:
     number = is_positive.sum()
     total = torch.where(is_positive, values, 0.0).sum()
     return torch.where(number > 0, total / number.clamp(min=1), otherwise)
+
+
+def _norm(pieces: Sequence[Tensor]) -> Tensor:
+    return torch.stack([piece.detach().double().square().sum() for piece in pieces]).sum().sqrt()
 
 
 def _diagonal(blocks: Tensor) -> Tensor:

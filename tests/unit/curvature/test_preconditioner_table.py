@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from hfdist.curvature.example_signs import example_seeds
 from hfdist.curvature.fixed_randomness import FixedRandomness
+from hfdist.curvature.kronecker import blocks
 from hfdist.curvature.microbatch import from_task
 from hfdist.curvature.objective import Overrides, Problem, Roles
 from hfdist.curvature.params import ParameterVector
@@ -197,3 +200,35 @@ def test_it_leaves_the_model_as_it_was(name: str) -> None:
     assert torch.equal(problem.params.read(), before)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(t.grad is None for t in problem.params.tensors)
+
+
+class WithAFlatLayer(nn.Module):
+    """A layer, and another that the outputs hardly see."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.seen, self.flat = copy.deepcopy(layer), copy.deepcopy(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.seen(x) + 1e-6 * self.flat(x).tanh()
+        return z
+
+
+def test_a_layer_without_curvature_moves_by_no_more_than_a_multiple_of_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+
+    def moves(most: float) -> Tensor:
+        """Of both layers, in units of their size."""
+        monkeypatch.setattr(blocks, "MOST_MOVED", most)
+        problem, M = built("linear-mse", "kfac", None, model=WithAFlatLayer(layer))
+        p = problem.params.pieces(M(problem.gradient).clone())
+        sizes = torch.stack([torch.cat([x.flatten() for x in p[k : k + 2]]).norm() for k in (0, 2)])
+        return sizes / torch.cat([q.detach().flatten() for q in layer.parameters()]).norm()
+
+    most = blocks.MOST_MOVED
+    free, limited = moves(math.inf), moves(most)
+    assert free[1] > 1e4
+    assert limited[1].item() == pytest.approx(most)
+    assert limited[0] == free[0] < 25
