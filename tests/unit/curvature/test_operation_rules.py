@@ -50,6 +50,8 @@ FUNCTIONS: dict[str, Function] = {
     "cat": lambda x, y: torch.cat([x, torch.ones(2, 1, 4, dtype=x.dtype), y], 1),
     "stack": lambda x, y: torch.stack([x, y.detach(), y], 1),
     "diagonal": lambda x, y: x[0].diagonal() + x[0, :, :3].t().diagonal(),
+    "overlapping-windows": lambda x, y: (x * 2.0).unfold(2, 2, 1).tanh().square(),
+    "overlapping-strides": lambda x, y: (x * 2.0).as_strided((2, 3, 3), (12, 2, 1)).sin() * 2,
     "windows": lambda x, y: x.unfold(2, 2, 1).sum(-1) + F.unfold(y[:, None], 2).sum(),
     "folded": lambda x, y: F.fold(x[:, :2].reshape(1, 4, 4), (3, 3), 2),
     "repeat": lambda x, y: x.repeat(1, 2, 1).triu(),

@@ -36,8 +36,21 @@ def rule(
 
 def can_hold(x: Tensor, free: bool, shape: Any, dtype: Any) -> bool:
     """Whether a tangent may be overwritten with a result of this shape and type."""
-    # An expanded tensor (stride 0) holds one number in many places.
-    return free and x.shape == shape and x.dtype == dtype and 0 not in x.stride()
+    return free and x.shape == shape and x.dtype == dtype and not overlaps(x)
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether one number in memory may be in several places of a tensor, as in those of expand, unfold and
+    as_strided: none of them can be written to alone."""
+    if x.is_contiguous():
+        return False
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += stride * (size - 1)
+    return False
 
 
 def scaled(p: int, factor: Any, out: Tensor) -> Map:
