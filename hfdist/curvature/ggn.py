@@ -51,7 +51,11 @@ class GGNProduct:
         # Jv -> H_L Jv
         HJv = _scaled(self.H(Jv), factor)
         # H_L Jv -> J' H_L Jv
-        return grad(self._z, self._tensors, HJv, retain_graph=True, allow_unused=True)
+        return self.pulled_back(HJv)
+
+    def pulled_back(self, u: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """J'u, shaped like the parameters, for u shaped like the outputs; None stands for zero."""
+        return grad(self._z, self._tensors, u, retain_graph=True, allow_unused=True)
 
 
 class DoubleBackwardJacobian:

@@ -342,8 +342,7 @@ class Verifier:
                 noise = 100 * torch.finfo(t.dtype).eps * product.H.size * _size(known[k])
                 if _size(t - reference) > tolerance.rounding * _size(reference) + noise:
                     return "the loss's Hessian in closed form is not that of double backward"
-        Gd = product(d)
-        left = _inner(d, Gd)
+        left = _inner(d, product.pulled_back(HJd))
         right = _inner(known, HJd)
         size = math.sqrt(_inner(known, known) * _inner(HJd, HJd))
         if abs(left - right) > tolerance.rounding * size:
