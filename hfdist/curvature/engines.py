@@ -399,7 +399,7 @@ def _explained() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise TaskError(
-            f"torch cannot differentiate this model and loss twice: {type(error).__name__}: "
+            f"torch cannot differentiate this model and loss as products need it: {type(error).__name__}: "
             f"{explained(error)}"
         ) from error
 

@@ -461,6 +461,8 @@ _FIXES = {
     "scaled_dot_product": "use attention that torch computes by matrix products (Hugging Face: "
     'attn_implementation="eager")',
     "cudnn": "set torch.backends.cudnn.enabled = False around the recurrent layer",
+    "modified by an inplace operation": "an operation in place overwrites what a backward pass reads, "
+    "loss.backward() fails, too: write h = h + x in place of h += x where that is",
     "sparse": "use nn.Embedding(sparse=False)",
 }
 """What an error of autograd contains, and what to do about it."""

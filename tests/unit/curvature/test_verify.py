@@ -566,3 +566,15 @@ def test_ctc_names_the_fix() -> None:
 
     with pytest.raises(TaskError, match="CTC loss has no second derivative"):
         problem_of(model, loss, lambda: model(x)).loss_and_gradient()
+
+
+def test_an_overwritten_value_is_named_with_its_fix() -> None:
+    layer = nn.Linear(3, 3)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        h = layer(torch.ones(2, 3)).sigmoid()
+        h += 1.0  # sigmoid's backward pass reads h
+        return h.square().mean(), h
+
+    with pytest.raises(TaskError, match=r"in place overwrites .* write h = h \+ x"):
+        HessianFree(layer.parameters()).step(closure)
