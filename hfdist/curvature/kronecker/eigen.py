@@ -33,6 +33,10 @@ class EigenBasis:
     """U_A, of D^-1 A D^-1."""
     scale: Tensor
     """D [groups, in]: other units of the inputs must not turn them against the 1 beside them."""
+    flat_G: Tensor
+    """1 where the factor has nothing, and rounding alone chose the vectors, [groups, out]; else 0."""
+    flat_A: Tensor
+    """[groups, in]."""
 
     def into(self, V: Tensor) -> Tensor:
         """U_G' V U_A."""
@@ -42,20 +46,37 @@ class EigenBasis:
         """U_G R U_A'."""
         return multiply_right(multiply_left(self.G, R), self.A.mT)
 
+    def levelled(self, moments: Tensor) -> Tensor:
+        """Moments [groups, out, in], with means over the flat directions of each side in place of theirs:
+        what each of them has depends on how these vectors were chosen, the mean does not."""
+        return _levelled(_levelled(moments.mT, self.flat_G).mT, self.flat_A)
+
     def values(self, G: Factor, A: Factor) -> tuple[Tensor, Tensor]:
         """Diagonals of the factors in the basis, U_G' G U_G [groups, out] and U_A' D^-1 A D^-1 U_A
-        [groups, in]."""
+        [groups, in]; levelled."""
         found = []
-        for U, blocks, n in ((self.G, G.blocks, G.n), (self.A, _scaled(A, self.scale), A.n)):
-            found.append(((blocks @ U) * U).sum(2).flatten(1)[:, :n].clamp(min=0.0))
+        sides = (self.G, G.blocks, self.flat_G), (self.A, _scaled(A, self.scale), self.flat_A)
+        for U, blocks, flat in sides:
+            diagonal = ((blocks @ U) * U).sum(2).flatten(1)[:, : flat.shape[1]]
+            found.append(_levelled(diagonal[:, None].clamp(min=0.0), flat)[:, 0])
         return found[0], found[1]
 
     def of_identity(self) -> Tensor:
-        """Diagonal of the identity of the weight's own coordinates, U_A' D^-2 U_A [groups, in]."""
+        """Diagonal of the identity of the weight's own coordinates, U_A' D^-2 U_A [groups, in]; levelled."""
         groups, number, size, _ = self.A.shape
         n = self.scale.shape[1]
         d = F.pad(self.scale, (0, number * size - n), value=1.0).view(groups, number, size, 1)
-        return (self.A / d).square().sum(2).flatten(1)[:, :n]
+        diagonal = (self.A / d).square().sum(2).flatten(1)[:, :n]
+        return _levelled(diagonal[:, None], self.flat_A)[:, 0]
+
+
+def _levelled(values: Tensor, flat: Tensor) -> Tensor:
+    """Along the last axis of values [groups, k, n], the mean of those that are flat [groups, n] in place of
+    each."""
+    flat = flat[:, None, :]
+    number = flat.sum(2, keepdim=True).clamp(min=1.0)
+    mean = (values * flat).sum(2, keepdim=True) / number
+    return values * (1.0 - flat) + mean * flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,30 +126,45 @@ def eigenbases(
     for (G, A), scale in zip(factors.values(), scales):
         matrices += [_isolated(G.blocks, G.n), _isolated(_scaled(A, scale), A.n)]
     found = [torch.ones_like(matrix) for matrix in matrices]
+    flat = [torch.zeros_like(matrix[..., 0]) for matrix in matrices]
     large = [k for k, matrix in enumerate(matrices) if matrix.shape[-1] > 1]
     costs = [float(matrices[k].numel() * matrices[k].shape[-1]) for k in large]
     mine = {large[i] for i in balanced(costs, comm.world_size)[comm.rank]}
     for k in large:
-        found[k] = eigenvectors(matrices[k]) if k in mine else torch.zeros_like(matrices[k])
+        if k in mine:
+            found[k], flat[k] = eigenvectors(matrices[k])
+        else:
+            found[k] = torch.zeros_like(found[k])
     if comm.world_size > 1 and large:
-        total = comm.all_reduce(torch.cat([found[k].reshape(-1) for k in large]))
-        for k, part in zip(large, total.split([found[k].numel() for k in large])):
-            found[k] = part.view(found[k].shape)
-    pairs = zip(found[::2], found[1::2])
-    return {
-        block: EigenBasis(G=G, A=A, scale=scale)
-        for block, scale, (G, A) in zip(factors, scales, pairs)
-    }
+        own = [t for k in large for t in (found[k], flat[k])]
+        total = comm.all_reduce(torch.cat([t.reshape(-1) for t in own]))
+        shared = [part.view(t.shape) for part, t in zip(total.split([t.numel() for t in own]), own)]
+        for k, vectors, is_flat in zip(large, shared[::2], shared[1::2]):
+            found[k], flat[k] = vectors, is_flat
+    bases = {}
+    for i, (block, (G, A)) in enumerate(factors.items()):
+        flats = [
+            f.flatten(1)[:, :n] for f, n in zip(flat[2 * i : 2 * i + 2], (G.n, A.n), strict=True)
+        ]
+        bases[block] = EigenBasis(
+            G=found[2 * i], A=found[2 * i + 1], scale=scales[i], flat_G=flats[0], flat_A=flats[1]
+        )
+    return bases
 
 
-def eigenvectors(matrices: Tensor) -> Tensor:
-    """Of symmetric matrices [.., m, m], in columns by rising eigenvalue; computed in float64. Where there are
-    none (a matrix that is not finite) the identity: moments are exact in any basis."""
+def eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Of symmetric, positive semidefinite matrices [.., m, m], in columns by rising eigenvalue, and which of
+    these are flat [.., m] (see `EigenBasis`); computed in float64. Where there are none (a matrix that is not
+    finite) the identity: moments are exact in any basis."""
+    m, dtype = matrices.shape[-1], matrices.dtype
     try:
-        return torch.linalg.eigh(matrices.double())[1].to(matrices.dtype)
+        values, vectors = torch.linalg.eigh(matrices.double())
     except torch.linalg.LinAlgError:
-        identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-        return identity.expand_as(matrices).clone()
+        identity = torch.eye(m, dtype=dtype, device=matrices.device)
+        return identity.expand_as(matrices).clone(), torch.zeros_like(matrices[..., 0])
+    size = matrices.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    flat = values <= 10.0 * m**0.5 * torch.finfo(dtype).eps * size
+    return vectors.to(dtype), flat.to(dtype)
 
 
 def _scale(block: LayerBlock, A: Factor, is_metric: bool) -> Tensor:
@@ -156,8 +192,8 @@ def _isolated(blocks: Tensor, n: int) -> Tensor:
     if number * size == n:
         return blocks
     beyond = torch.arange(number * size, device=blocks.device).view(number, size) >= n
-    trace = blocks.diagonal(dim1=2, dim2=3).sum(-1, keepdim=True)
-    return blocks + torch.diag_embed(beyond * (1.0 + 2.0 * trace))
+    size = blocks.diagonal(dim1=2, dim2=3).sum(-1, keepdim=True)
+    return blocks + torch.diag_embed(beyond * (torch.finfo(size.dtype).tiny + 2.0 * size))
 
 
 # -- moments -----------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ class StatisticsMemory:
                 [
                     [_plain(key) for key in block.keys],
                     None if block.bias is None else _plain(block.bias),
-                    [own.basis.G, own.basis.A, own.basis.scale, own.values],
+                    [*_tensors(own.basis), own.values],
                 ]
                 for block, own in found.moments.items()
             ],
@@ -180,9 +180,14 @@ class StatisticsMemory:
             block = LayerBlock(
                 tuple(_layer_key(key) for key in keys), None if bias is None else Rows(*bias)
             )
-            G, A, scale, values = (t.to(like) for t in tensors)
-            moments[block] = Moments(basis=EigenBasis(G=G, A=A, scale=scale), values=values)
+            G, A, scale, flat_G, flat_A, values = (t.to(like) for t in tensors)
+            basis = EigenBasis(G=G, A=A, scale=scale, flat_G=flat_G, flat_A=flat_A)
+            moments[block] = Moments(basis=basis, values=values)
         self._statistics = self._statistics.with_moments(moments)
+
+
+def _tensors(basis: EigenBasis) -> list[Tensor]:
+    return [basis.G, basis.A, basis.scale, basis.flat_G, basis.flat_A]
 
 
 def _plain(key: Any) -> list[Any]:

@@ -248,7 +248,9 @@ class _LocalSums:
     def scaled_moments(self, sums: Sequence[Tensor], scale: float) -> dict[LayerBlock, Moments]:
         """Sums over all ranks, in the order of the bases, as means."""
         return {
-            block: Moments(basis=basis, values=total.view_as(self.moments[block]) * scale)
+            block: Moments(
+                basis=basis, values=basis.levelled(total.view_as(self.moments[block]) * scale)
+            )
             for (block, basis), total in zip(self.bases.items(), sums)
         }
 
