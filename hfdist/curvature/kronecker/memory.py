@@ -49,6 +49,7 @@ class StatisticsMemory:
         self._mass = 0.0
         self._age = 0
         self._age_of_bases = 0
+        self._bases_are_metric = True
         self._shapes: list[list[int]] = []
         self._loaded: Mapping[str, Any] = {}
 
@@ -91,6 +92,7 @@ class StatisticsMemory:
             bases = eigenbases(problem.comm, factors, correction.is_metric)
             fresh = take_moments(problem, sampling, bases)
             statistics, self._age_of_bases = statistics.with_moments(fresh, old, kept), 1
+            self._bases_are_metric = correction.is_metric
         # What the next step does not need is no part of a checkpoint.
         is_needed = (
             decay > 0.0 or refresh > 1 or (correction is not None and correction.refresh > 1)
@@ -103,7 +105,10 @@ class StatisticsMemory:
         """Those of earlier steps, as long as they serve."""
         if correction is None or self._statistics is None:
             return {}
-        if self._age_of_bases >= correction.refresh:
+        is_other = (
+            correction.is_metric != self._bases_are_metric
+        )  # (a run resumed with another solver)
+        if is_other or self._age_of_bases >= correction.refresh:
             return {}
         return {block: own.basis for block, own in self.moments.items()}
 
@@ -141,6 +146,7 @@ class StatisticsMemory:
             return {}
         return {
             "age_of_bases": self._age_of_bases,
+            "bases_are_metric": self._bases_are_metric,
             "moments": [
                 [
                     [_plain(key) for key in block.keys],
@@ -175,6 +181,7 @@ class StatisticsMemory:
             others={int(k): mean.to(like) for k, mean in state["others"]},
         )
         self._age_of_bases = int(state.get("age_of_bases", 0))
+        self._bases_are_metric = bool(state.get("bases_are_metric", True))
         moments = {}
         for keys, bias, tensors in state.get("moments", []):
             block = LayerBlock(

@@ -130,6 +130,17 @@ def test_a_basis_serves_several_steps_and_moments_follow_it_to_the_next() -> Non
     assert number == [0, 0, 2, 2, 4]
 
 
+def test_a_basis_of_a_metric_does_not_serve_for_a_damped_matrix() -> None:
+    """In a metric the inputs have units of their own, in which damping is no diagonal."""
+    memory = PreconditionerMemory()
+    for damping in (None, 0.3):
+        problem = problem_of(RELU, "ekfac", memory=memory)
+        problem.loss_and_gradient()
+        problem.preconditioner(damping)
+    for own in memory.statistics.moments.values():
+        assert torch.equal(own.basis.scale, torch.ones_like(own.basis.scale))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_it_goes_on_from_a_checkpoint_with_the_same_bits(steps: int) -> None:
     memory, options = PreconditionerMemory(), {"ekfac_basis_refresh": 2}
