@@ -122,9 +122,10 @@ def eigenbases(
             is a diagonal in the basis, too.
     """
     scales = [_scale(block, A, is_metric) for block, (_, A) in factors.items()]
-    matrices = []
+    matrices, sizes = [], []
     for (G, A), scale in zip(factors.values(), scales):
-        matrices += [_isolated(G.blocks, G.n), _isolated(_scaled(A, scale), A.n)]
+        matrices += [G.blocks, _scaled(A, scale)]
+        sizes += [G.n, A.n]
     found = [torch.ones_like(matrix) for matrix in matrices]
     flat = [torch.zeros_like(matrix[..., 0]) for matrix in matrices]
     large = [k for k, matrix in enumerate(matrices) if matrix.shape[-1] > 1]
@@ -132,7 +133,7 @@ def eigenbases(
     mine = {large[i] for i in balanced(costs, comm.world_size)[comm.rank]}
     for k in large:
         if k in mine:
-            found[k], flat[k] = eigenvectors(matrices[k])
+            found[k], flat[k] = eigenvectors(matrices[k], sizes[k])
         else:
             found[k] = torch.zeros_like(found[k])
     if comm.world_size > 1 and large:
@@ -152,18 +153,26 @@ def eigenbases(
     return bases
 
 
-def eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Of symmetric, positive semidefinite matrices [.., m, m], in columns by rising eigenvalue, and which of
-    these are flat [.., m] (see `EigenBasis`); computed in float64. Where there are none (a matrix that is not
-    finite) the identity: moments are exact in any basis."""
-    m, dtype = matrices.shape[-1], matrices.dtype
+def eigenvectors(blocks: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Of a positive semidefinite factor, in columns by rising eigenvalue, and which of these are flat (see
+    `EigenBasis`); computed in float64. Where there are none (a matrix that is not finite) the identity:
+    moments are exact in any basis.
+
+    Args:
+        blocks: [groups, number, m, m].
+        n: Rows of the factor (see `Factor`).
+
+    Returns:
+        [groups, number, m, m] and [groups, number, m].
+    """
+    m, dtype = blocks.shape[-1], blocks.dtype
     try:
-        values, vectors = torch.linalg.eigh(matrices.double())
+        values, vectors = torch.linalg.eigh(_isolated(blocks.double(), n))
     except torch.linalg.LinAlgError:
-        identity = torch.eye(m, dtype=dtype, device=matrices.device)
-        return identity.expand_as(matrices).clone(), torch.zeros_like(matrices[..., 0])
-    size = matrices.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
-    flat = values <= 10.0 * m**0.5 * torch.finfo(dtype).eps * size
+        identity = torch.eye(m, dtype=dtype, device=blocks.device)
+        return identity.expand_as(blocks).clone(), torch.zeros_like(blocks[..., 0])
+    largest = blocks.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    flat = values <= 10.0 * m**0.5 * torch.finfo(dtype).eps * largest
     return vectors.to(dtype), flat.to(dtype)
 
 
@@ -192,8 +201,8 @@ def _isolated(blocks: Tensor, n: int) -> Tensor:
     if number * size == n:
         return blocks
     beyond = torch.arange(number * size, device=blocks.device).view(number, size) >= n
-    size = blocks.diagonal(dim1=2, dim2=3).sum(-1, keepdim=True)
-    return blocks + torch.diag_embed(beyond * (torch.finfo(size.dtype).tiny + 2.0 * size))
+    trace = blocks.diagonal(dim1=2, dim2=3).sum(-1, keepdim=True)
+    return blocks + torch.diag_embed(beyond * (torch.finfo(trace.dtype).tiny + 2.0 * trace))
 
 
 # -- moments -----------------------------------------------------------------------------------------

@@ -216,10 +216,17 @@ def test_moments_in_another_basis_are_the_diagonal_there(max_size: int) -> None:
 
 
 def test_without_eigenvectors_the_basis_is_the_parameters_own() -> None:
-    broken = torch.full((2, 3, 3), torch.nan)
-    vectors, flat = eigenvectors(broken)
-    assert torch.equal(vectors, torch.eye(3).expand(2, 3, 3))
+    broken = torch.full((2, 1, 3, 3), torch.nan)
+    vectors, flat = eigenvectors(broken, 3)
+    assert torch.equal(vectors, torch.eye(3).expand(2, 1, 3, 3))
     assert not flat.any()
+
+
+def test_directions_are_flat_by_the_factors_own_size() -> None:
+    """Not by what keeps the rows beyond n apart."""
+    blocks = torch.diag_embed(torch.tensor([[[1.0, 1.0, 0.0], [1.0, 3e-6, 0.0]]]))
+    _, flat = eigenvectors(blocks, 5)
+    assert flat.tolist() == [[[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]
 
 
 def test_more_samples_and_shared_uses_are_taken_too() -> None:
