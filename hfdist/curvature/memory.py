@@ -84,11 +84,12 @@ def reserved_bytes(params: ParameterVector, options: HFOptions, world_size: int 
 
 def preconditioner_numbers(params: ParameterVector, options: HFOptions) -> int:
     """Most numbers that a preconditioner takes: four times the factors of kfac and 2 P, where a weight [out,
-    in] has factors of (in + 1)^2 and out^2 numbers, at most 2048 a row; 4 P of a diagonal; 2 P for each
-    vector of nystrom, 6 P for each pair of lbfgs."""
+    in] has factors of (in + 1)^2 and out^2 numbers, at most 2048 a row, six times and 5 P of ekfac; 4 P of a
+    diagonal; 2 P for each vector of nystrom, 6 P for each pair of lbfgs."""
     P, name = params.numel, options.preconditioner
-    if name in ("kfac", "auto"):
-        return 4 * sum(_of_factors(t) for t in params.tensors) + 2 * P
+    if name in ("kfac", "auto", "ekfac"):
+        of_factors, of_vectors = (6, 5) if name == "ekfac" else (4, 2)
+        return of_factors * sum(_of_factors(t) for t in params.tensors) + of_vectors * P
     if name in ("nystrom", "lbfgs"):
         return P * (2 * options.nystrom_rank if name == "nystrom" else 6 * options.lbfgs_pairs)
     return 0 if name == "none" else 4 * P

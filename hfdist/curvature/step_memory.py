@@ -178,7 +178,7 @@ def _advice(
                 found.append(f"{key}shard_solver_state=true{workers}")
         if name == METRIC and options.preconditioner == "nystrom":
             found.append(f"{key}nystrom_rank (below {options.nystrom_rank})")
-        if name == METRIC and options.preconditioner in ("kfac", "auto"):
+        if name == METRIC and options.preconditioner in ("kfac", "ekfac", "auto"):
             other = "empirical_fisher" if in_job else "none"  # which an own loop gives as M_func
             found.append(f"{key}preconditioner={other}")
     return list(dict.fromkeys(found))
@@ -191,6 +191,8 @@ def _of_solver(options: HFOptions) -> list[str]:
         return ["solver=krylov"]
     if options.solver in ("auto", "krylov"):
         fewer = [f"krylov_max_dim (below {options.krylov_max_dim})"]
+        if options.krylov_basis == "none":
+            return []
         return fewer if options.krylov_basis == "host" else ["krylov_basis=host", *fewer]
     return []
 

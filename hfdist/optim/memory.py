@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from hfdist.optim.options import HFOptions
-from hfdist.optim.solvers.krylov import ROWS
+from hfdist.optim.solvers.basis import ROWS, WINDOW
+from hfdist.optim.solvers.krylov import SHIFT_RUNGS
 
 WORKING = 8
 """Vectors that a solve works on: gradient, right-hand side, product, iterate, residual, direction, what a
@@ -24,12 +25,16 @@ def solver_vectors(options: HFOptions, numel: int, itemsize: int = 4) -> float:
 
     Returns:
         cg: 8, and the iterates of the backtracking grid up to `cg_max_iter`. krylov: 8, and two for every
-        dimension of the space, 4 at a time. steihaug: 8. metric: 5. dense: 8, and two matrices.
+        dimension of the space, 4 at a time; without a basis 30, or 24 without momentum. steihaug: 8.
+        metric: 5. dense: 8, and two matrices.
         sample_space: 8; its matrices are as large as the residuals are many, and not in this number.
     """
     kept_as = options.krylov_basis if options.solver in ("auto", "krylov") else options.cg_iterates
     size = _OF_A_NUMBER.get(kept_as, 2.0 / itemsize)
     if options.solver in ("auto", "krylov"):
+        if kept_as == "none":
+            joins = options.krylov_momentum
+            return WORKING + 2 * WINDOW + (2 + joins) * (2 * SHIFT_RUNGS + 1) + joins
         dim = min(options.krylov_max_dim, numel)
         return WORKING + 2 * size * ROWS * -(-dim // ROWS)
     if options.solver == "cg":

@@ -85,31 +85,36 @@ class PreconditionerOptions(OptionGroup):
         "preconditioner_samples": (1, 1000),
         "preconditioner_refresh": (1, 10**9),
         "preconditioner_decay": (0.0, 0.9999),
+        "ekfac_basis_refresh": (1, 10**9),
         "nystrom_rank": (1, 10**6),
         "lbfgs_pairs": (1, 1000),
     }
 
     preconditioner: Literal[
-        "none", "auto", "kfac", "ggn_diagonal", "empirical_fisher", "nystrom", "lbfgs"
+        "none", "auto", "kfac", "ekfac", "ggn_diagonal", "empirical_fisher", "nystrom", "lbfgs"
     ] = "kfac"
-    """none; Kronecker factors of the layers' Gauss-Newton blocks (Martens & Grosse 2015); the Gauss-Newton
-    diagonal [3]; the empirical Fisher diagonal [1, sec. 4.7]; a random low-rank approximation (Frangella et
-    al. 2023); BFGS pairs of the last solve [5]. auto: kfac where at least half of the parameters are in
-    layers that it knows, else empirical_fisher."""
+    """none; Kronecker factors of the layers' Gauss-Newton blocks (Martens & Grosse 2015), or the blocks' own
+    diagonal in these factors' eigenvectors (George et al. 2018); the Gauss-Newton diagonal [3]; the empirical
+    Fisher diagonal [1, sec. 4.7]; a random low-rank approximation (Frangella et al. 2023); BFGS pairs of the
+    last solve [5]. auto: kfac where at least half of the parameters are in layers that it knows, else
+    empirical_fisher."""
     preconditioner_exponent: float = 0.75
     """Exponent of the diagonal preconditioners of `cg` and `steihaug`; metrics have none."""
     preconditioner_examples: float = 0.25
-    """Share of the gradient's examples that the statistics of `kfac` and `ggn_diagonal` are taken from."""
+    """Share of the gradient's examples that the statistics of `kfac`, `ekfac` and `ggn_diagonal` are taken
+    from."""
     preconditioner_samples: int = 1
     """Random vectors an example for these statistics; each is a backward pass, or a product."""
     preconditioner_refresh: int = 1
-    """New statistics of `kfac` and `ggn_diagonal` are taken every so many steps."""
+    """New statistics of `kfac`, `ekfac` and `ggn_diagonal` are taken every so many steps."""
     preconditioner_decay: float | None = None
     """Weight of what earlier steps saw in the moving average of these statistics, a factor a refresh; null:
     0.8 where a step sees all examples, 0.9 otherwise."""
     kfac_shared: Literal["expand", "reduce"] = "expand"
     """Uses of one weight within an example (positions of a convolution, of a sequence) count as examples of
     their own, or as one use of the mean input (Eschenhagen et al. 2023)."""
+    ekfac_basis_refresh: int = 4
+    """New eigenvectors of `ekfac` every so many refreshes of its statistics."""
     ggn_diagonal_estimate: Literal["mc", "exact", "hutchinson"] = "mc"
     """From random vectors of the outputs; from all columns of the loss's Hessian, a backward pass each; or
     from products with random vectors of the parameters."""

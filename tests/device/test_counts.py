@@ -30,7 +30,7 @@ def step(
     return on("standin", on_device.counted_step, sizes, {**lengths, **changes}, layers)
 
 
-@pytest.mark.parametrize("preconditioner", ["none", "kfac", "ggn_diagonal"])
+@pytest.mark.parametrize("preconditioner", ["none", "kfac", "ekfac", "ggn_diagonal"])
 @pytest.mark.parametrize("solver", COUNTED)
 def test_the_host_reads_once_an_iteration_and_nothing_large_is_allocated(
     solver: str, preconditioner: str

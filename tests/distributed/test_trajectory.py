@@ -26,6 +26,11 @@ CASES: dict[str, dict[str, Any]] = {
     "mlp": {"task": "rank_tasks:Mlp"},
     "mlp_default": {"task": "rank_tasks:Mlp", "optim": DEFAULT, "batches": {"curvature": "auto"}},
     "conv_default": {"task": "rank_tasks:Conv", "optim": DEFAULT},
+    "conv_ekfac": {
+        "task": "rank_tasks:Conv",
+        "optim": {**DEFAULT, "preconditioner": "ekfac"},
+        "batches": {"microbatch": 4},
+    },
     "mlp_hessian": {"task": "rank_tasks:Mlp", "optim": {"curvature_opt": "hessian"}},
     "mlp_preconditioned": {
         "task": "rank_tasks:Mlp",
@@ -107,7 +112,7 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(
     ("case", "world_size"),
     [(case, 2) for case in CASES]
-    + [("lstm", 3), ("mlp", 4), ("conv_default", 4)]
+    + [("lstm", 3), ("conv_ekfac", 3), ("mlp", 4), ("conv_default", 4)]
     + [
         pytest.param(case, 4, marks=pytest.mark.slow)
         for case in sorted(set(CASES) - {"mlp", "conv_default"})
@@ -131,6 +136,7 @@ def test_ranks_follow_the_serial_trajectory(
         "mlp_default",
         "conv",
         "mlp_preconditioned",
+        "conv_ekfac",
         pytest.param("mlp", marks=pytest.mark.slow),
         pytest.param("conv_default", marks=pytest.mark.slow),
     ],
@@ -218,7 +224,14 @@ def test_sharded_memory_and_reductions(rules: dict[str, Any], tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("first", "second", "case"),
-    [(3, 1, "mlp"), (1, 2, "mlp"), (2, 4, "mlp"), (2, 1, "mlp_default"), (1, 2, "mlp_default")],
+    [
+        (3, 1, "mlp"),
+        (1, 2, "mlp"),
+        (2, 4, "mlp"),
+        (2, 1, "mlp_default"),
+        (1, 2, "mlp_default"),
+        (3, 2, "conv_ekfac"),
+    ],
 )
 def test_a_run_goes_on_at_another_world_size(
     first: int, second: int, case: str, serial: Any, tmp_path: Path

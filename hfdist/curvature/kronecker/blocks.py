@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hfdist.comm.balance import balanced
+from hfdist.curvature.kronecker.eigen import EigenBasis, Moments
 from hfdist.curvature.kronecker.factors import (
     Factor,
     inverses,
@@ -63,12 +64,11 @@ class LayerPart:
 
     def apply(self, matrices: Sequence[Tensor], v: list[Tensor], out: list[Tensor]) -> None:
         key, bias = self.block.keys[0], self.block.bias
-        G, A = matrices
         V = self._of_groups(v)
         if bias is not None:
             b = v[bias.index].reshape(-1)[bias.start : bias.stop]
             V = torch.cat((V, b.view(key.groups, -1, 1)), 2)
-        R = multiply_right(multiply_left(G, V), A)
+        R = self._multiplied(matrices, V)
         if bias is not None:
             own = out[bias.index].view(-1)[bias.start : bias.stop]
             own.view(key.groups, -1).copy_(R[:, :, -1])
@@ -80,12 +80,29 @@ class LayerPart:
         own = [self._of_groups(v)]
         return own if bias is None else [*own, v[bias.index].reshape(-1)[bias.start : bias.stop]]
 
+    def _multiplied(self, matrices: Sequence[Tensor], V: Tensor) -> Tensor:
+        G, A = matrices
+        return multiply_right(multiply_left(G, V), A)
+
     def _of_groups(self, pieces: Sequence[Tensor]) -> Tensor:
         """The weight's rows as [groups, out, in]; a view."""
         key = self.block.keys[0]
         W = pieces[key.rows.index][key.rows.start : key.rows.stop]
         W = W.view(key.groups, W.shape[0] // key.groups, -1)
         return W.mT if key.input_first else W
+
+
+@dataclass
+class EigenPart(LayerPart):
+    """V [out, in] -> U_G (S * (U_G' V D U_A)) U_A' D: the matrices are S [groups, out, in, 1], as damped, and
+    D [groups, in, 1], which are their own inverses' inverses, number by number."""
+
+    basis: EigenBasis
+
+    def _multiplied(self, matrices: Sequence[Tensor], V: Tensor) -> Tensor:
+        S, D = (matrix[..., 0] for matrix in matrices)
+        D = D[:, None, :]
+        return self.basis.back(self.basis.into(V * D) * S) * D
 
 
 @dataclass
@@ -191,7 +208,7 @@ class _Damping:
 
     def parts(self, plan: BlockPlan, statistics: Statistics) -> list[Part]:
         """The blocks with damping."""
-        factors = [_factors(layer, statistics) for layer in plan.layers]
+        factors = [factors_of(layer, statistics) for layer in plan.layers]
         vectors = [(key.params, statistics.vectors[key]) for key in plan.vectors]
         for index, keys in plan.biases.items():
             diagonal = sum(statistics.layers[key][1].diagonal().flatten() for key in keys)
@@ -203,7 +220,13 @@ class _Damping:
         self._typical = _mean_of_positive([*means, *others.values()], self._typical)
         parts: list[Part] = []
         for layer, (G, A) in zip(plan.layers, factors):
-            parts.append(LayerPart(layer, self._layer(layer, G, A)))
+            moments = statistics.moments.get(layer)
+            if moments is None:
+                parts.append(LayerPart(layer, self._layer(layer, G, A)))
+            else:
+                S = self._moments(layer, G, A, moments)
+                scale = moments.basis.scale[..., None]
+                parts.append(EigenPart(layer, [S[..., None], scale], moments.basis))
         for params, blocks in vectors:
             parts.append(VectorPart(params, [self._vector(params, blocks)]))
         for k in plan.others:
@@ -235,6 +258,19 @@ class _Damping:
             shifted(factor, torch.where(is_empty, typical, add))
             for factor, add in ((G, add_G), (A, add_A))
         ]
+
+    def _moments(self, layer: LayerBlock, G: Factor, A: Factor, moments: Moments) -> Tensor:
+        """S, damped [groups, out, in]: the shift exactly and, in units of S's mean, what factored damping
+        adds to a product of the factors' values."""
+        basis, S = moments.basis, moments.values
+        shift = self._shift_of([layer.keys[0].rows.index])
+        relative = self._relative(shift).to(S)
+        g, a = (_in_units_of_mean(values) for values in basis.values(G, A))
+        mean = S.mean((1, 2), keepdim=True)  # [groups, 1, 1]
+        damped = S + relative * mean * (g[:, :, None] + a[:, None, :] + relative)
+        damped = damped + shift.to(S) * basis.of_identity()[:, None, :]
+        is_empty = (mean == 0) & (shift == 0.0)
+        return torch.where(is_empty, self._typical.to(S), damped)
 
     def _vector(self, params: tuple[int, ...], blocks: Tensor) -> Tensor:
         shift = self._shift_of(params)
@@ -277,11 +313,17 @@ def _norm(pieces: Sequence[Tensor]) -> Tensor:
     return torch.stack([piece.detach().double().square().sum() for piece in pieces]).sum().sqrt()
 
 
+def _in_units_of_mean(values: Tensor) -> Tensor:
+    """[groups, n]; of zeros zeros."""
+    mean = values.mean(1, keepdim=True)
+    return values / torch.where(mean > 0, mean, 1.0)
+
+
 def _diagonal(blocks: Tensor) -> Tensor:
     return blocks.diagonal(dim1=-2, dim2=-1)
 
 
-def _factors(layer: LayerBlock, statistics: Statistics) -> tuple[Factor, Factor]:
+def factors_of(layer: LayerBlock, statistics: Statistics) -> tuple[Factor, Factor]:
     """G and A of a weight, as its first key counts outputs and inputs.
 
     Of a weight that is used both ways round the block is the sum of Kronecker products; the product here has

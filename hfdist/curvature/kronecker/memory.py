@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from hfdist.curvature.kronecker.blocks import factors_of
+from hfdist.curvature.kronecker.eigen import EigenBasis, Moments, eigenbases
 from hfdist.curvature.kronecker.factors import Factor
 from hfdist.curvature.kronecker.keys import (
     BlockPlan,
     KroneckerKey,
+    LayerBlock,
     Rows,
     Seen,
     VectorKey,
     plan_blocks,
 )
-from hfdist.curvature.kronecker.statistics import Sampling, Statistics, take_statistics
+from hfdist.curvature.kronecker.statistics import (
+    Sampling,
+    Statistics,
+    take_moments,
+    take_statistics,
+)
 from hfdist.curvature.objective import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """Second moments in the factors' eigenvectors are taken, too (see `eigen`)."""
+
+    refresh: int = 1
+    """New eigenvectors every so many refreshes of the statistics."""
+    is_metric: bool = True
+    """See `eigenbases`."""
 
 
 class StatisticsMemory:
@@ -29,11 +48,18 @@ class StatisticsMemory:
         self._statistics: Statistics | None = None
         self._mass = 0.0
         self._age = 0
+        self._age_of_bases = 0
+        self._bases_are_metric = True
         self._shapes: list[list[int]] = []
         self._loaded: Mapping[str, Any] = {}
 
     def take(
-        self, problem: Problem, sampling: Sampling, decay: float = 0.0, refresh: int = 1
+        self,
+        problem: Problem,
+        sampling: Sampling,
+        decay: float = 0.0,
+        refresh: int = 1,
+        correction: Correction | None = None,
     ) -> tuple[BlockPlan, Statistics]:
         """Statistics for a step. Collective; to be called once a step.
 
@@ -42,6 +68,7 @@ class StatisticsMemory:
             sampling: How much is looked at.
             decay: Of the moving average, sum_k decay^k S_k / sum_k decay^k over the refreshes k ago.
             refresh: New statistics are taken every so many steps.
+            correction: Whether second moments are, and how.
         """
         if self._loaded:
             self._restore(self._loaded, problem.params.zeros()[:0])
@@ -52,15 +79,43 @@ class StatisticsMemory:
         if self._statistics is not None and self._seen is not None and self._age < refresh:
             self._age += 1
             return plan_blocks(self._seen, problem.params.tensors), self._statistics
-        plan, statistics, self._seen = take_statistics(problem, sampling, self._seen)
+        bases = self._bases(correction)
+        plan, statistics, self._seen = take_statistics(problem, sampling, self._seen, bases)
         kept = decay * self._mass
-        if self._statistics is not None and kept > 0.0:
-            statistics = statistics.averaged(self._statistics, kept)
+        old = self._statistics if kept > 0.0 else None
+        if old is not None:
+            statistics = statistics.averaged(old, kept)
+        self._age_of_bases += 1
+        if correction is not None and any(b not in statistics.moments for b in plan.layers):
+            # In the newest eigenvectors: the examples are gone through once more.
+            factors = {block: factors_of(block, statistics) for block in plan.layers}
+            bases = eigenbases(problem.comm, factors, correction.is_metric)
+            fresh = take_moments(problem, sampling, bases)
+            statistics, self._age_of_bases = statistics.with_moments(fresh, old, kept), 1
+            self._bases_are_metric = correction.is_metric
         # What the next step does not need is no part of a checkpoint.
-        is_needed = decay > 0.0 or refresh > 1
+        is_needed = (
+            decay > 0.0 or refresh > 1 or (correction is not None and correction.refresh > 1)
+        )
         self._statistics = statistics if is_needed else None
         self._mass, self._age = kept + 1.0, 1
         return plan, statistics
+
+    def _bases(self, correction: Correction | None) -> dict[LayerBlock, EigenBasis]:
+        """Those of earlier steps, as long as they serve."""
+        if correction is None or self._statistics is None:
+            return {}
+        is_other = (
+            correction.is_metric != self._bases_are_metric
+        )  # (a run resumed with another solver)
+        if is_other or self._age_of_bases >= correction.refresh:
+            return {}
+        return {block: own.basis for block, own in self.moments.items()}
+
+    @property
+    def moments(self) -> dict[LayerBlock, Moments]:
+        """Those of the last step, where they are kept."""
+        return {} if self._statistics is None else self._statistics.moments
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors; empty where the next step needs nothing of it."""
@@ -83,6 +138,23 @@ class StatisticsMemory:
             ],
             "vectors": [[_plain(key), blocks] for key, blocks in found.vectors.items()],
             "others": [[k, mean] for k, mean in found.others.items()],
+            **self._moments_state(found),
+        }
+
+    def _moments_state(self, found: Statistics) -> dict[str, Any]:
+        if not found.moments:
+            return {}
+        return {
+            "age_of_bases": self._age_of_bases,
+            "bases_are_metric": self._bases_are_metric,
+            "moments": [
+                [
+                    [_plain(key) for key in block.keys],
+                    None if block.bias is None else _plain(block.bias),
+                    [*_tensors(own.basis), own.values],
+                ]
+                for block, own in found.moments.items()
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -108,6 +180,21 @@ class StatisticsMemory:
             vectors={_vector_key(key): blocks.to(like) for key, blocks in state["vectors"]},
             others={int(k): mean.to(like) for k, mean in state["others"]},
         )
+        self._age_of_bases = int(state.get("age_of_bases", 0))
+        self._bases_are_metric = bool(state.get("bases_are_metric", True))
+        moments = {}
+        for keys, bias, tensors in state.get("moments", []):
+            block = LayerBlock(
+                tuple(_layer_key(key) for key in keys), None if bias is None else Rows(*bias)
+            )
+            G, A, scale, flat_G, flat_A, values = (t.to(like) for t in tensors)
+            basis = EigenBasis(G=G, A=A, scale=scale, flat_G=flat_G, flat_A=flat_A)
+            moments[block] = Moments(basis=basis, values=values)
+        self._statistics = self._statistics.with_moments(moments)
+
+
+def _tensors(basis: EigenBasis) -> list[Tensor]:
+    return [basis.G, basis.A, basis.scale, basis.flat_G, basis.flat_A]
 
 
 def _plain(key: Any) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -9,8 +11,16 @@ import torch
 from torch import Tensor
 
 from hfdist.curvature.kronecker.calls import LayerSums, vector_blocks, vector_rows
+from hfdist.curvature.kronecker.eigen import EigenBasis, Moments, Piece, moments
 from hfdist.curvature.kronecker.factors import Factor, packed, unpacked
-from hfdist.curvature.kronecker.keys import BlockPlan, KroneckerKey, Seen, VectorKey, plan_blocks
+from hfdist.curvature.kronecker.keys import (
+    BlockPlan,
+    KroneckerKey,
+    LayerBlock,
+    Seen,
+    VectorKey,
+    plan_blocks,
+)
 from hfdist.curvature.kronecker.passes import Pulled, WatchedPass
 from hfdist.curvature.kronecker.watch import Shared
 from hfdist.curvature.microbatch import Microbatch
@@ -39,6 +49,8 @@ class Statistics:
     """See `vector_blocks`."""
     others: dict[int, Tensor]
     """Of a parameter of no known layer, the mean of the diagonal [1]."""
+    moments: dict[LayerBlock, Moments] = field(default_factory=dict)
+    """Of weights, where eigenvalues are corrected."""
 
     def averaged(self, old: Statistics, mass: float) -> Statistics:
         """The mean of this and an older one that counts `mass` times; what only one of them has stays."""
@@ -57,11 +69,25 @@ class Statistics:
             layers={key: factors(key) for key in self.layers},
             vectors={k: mean(t, old.vectors.get(k, t)) for k, t in self.vectors.items()},
             others={k: mean(t, old.others.get(k, t)) for k, t in self.others.items()},
-        )
+        ).with_moments(self.moments, old, mass)
+
+    def with_moments(
+        self, new: Mapping[LayerBlock, Moments], old: Statistics | None = None, mass: float = 0.0
+    ) -> Statistics:
+        """These with second moments, averaged as above."""
+        before = {} if old is None else old.moments
+        found = {
+            block: own.averaged(before[block], mass) if block in before else own
+            for block, own in new.items()
+        }
+        return replace(self, moments=found)
 
 
 def take_statistics(
-    problem: Problem, sampling: Sampling, agreed: Seen | None = None
+    problem: Problem,
+    sampling: Sampling,
+    agreed: Seen | None = None,
+    bases: Mapping[LayerBlock, EigenBasis] | None = None,
 ) -> tuple[BlockPlan, Statistics, Seen]:
     """Statistics of a step. Collective: one reduction; an exchange first, where a rank has seen what is not
     in `agreed`.
@@ -70,6 +96,7 @@ def take_statistics(
         problem: The objective, after its gradient.
         sampling: How much is looked at.
         agreed: What any rank has seen in earlier steps, the same on all of them.
+        bases: Of weights whose second moments are wanted.
 
     Returns:
         The blocks, their statistics, and what any rank has seen by now.
@@ -77,17 +104,8 @@ def take_statistics(
     Raises:
         DataError: The weights of the examples add up to nothing.
     """
-    sums = _LocalSums(problem.params.zeros()[:0])
-    for microbatch in problem.roles.gradient:
-        part = microbatch if microbatch.part is None else microbatch.part(sampling.share)
-        if part is None:
-            continue
-        try:
-            sums.add_microbatch(problem, part, sampling)
-        except (RuntimeError, ValueError, IndexError):
-            if part is microbatch or not microbatch.part_may_fail:
-                raise
-            sums.add_microbatch(problem, microbatch, sampling)
+    sums = _LocalSums(problem.params.zeros()[:0], bases or {})
+    sums.add(problem, sampling)
     while True:
         if agreed is None:
             agreed = Seen()
@@ -99,8 +117,31 @@ def take_statistics(
         if isinstance(found, Statistics):
             return plan, found, agreed
         if found == "nothing":
-            return take_statistics(problem, replace(sampling, share=1.0), agreed)
+            return take_statistics(problem, replace(sampling, share=1.0), agreed, bases)
         agreed = None
+
+
+def take_moments(
+    problem: Problem, sampling: Sampling, bases: Mapping[LayerBlock, EigenBasis]
+) -> dict[LayerBlock, Moments]:
+    """Second moments alone, of the examples and random vectors that `take_statistics` sees. Collective: one
+    reduction.
+
+    Args:
+        problem, sampling: As there.
+        bases: Of weights.
+    """
+    sums = _LocalSums(problem.params.zeros()[:0], bases, with_factors=False)
+    sums.add(problem, sampling)
+    tensors = [sums.moments[block].view(-1) for block in bases]
+    tensors.append(sums.like.new_full((1,), sums.weight))
+    total = problem.comm.all_reduce(torch.cat(tensors))
+    *tensors, end = total.split([t.numel() for t in tensors])
+    weight = float(end)
+    if weight == 0.0 and sampling.share < 1.0:
+        return take_moments(problem, replace(sampling, share=1.0), bases)
+    problem.count_statistics(weight)
+    return sums.scaled_moments(tensors, problem.scale(weight) / sampling.samples)
 
 
 def _reduced(
@@ -123,8 +164,9 @@ def _reduced(
         sums.others.get(k, like.new_zeros(samples, *problem.params.tensors[k].shape)).view(-1)
         for k in plan.others
     ]
+    squares = [sums.moments[block].view(-1) for block in sums.bases]
     ends = torch.cat([like.new_full((1,), sums.weight), like.new_full((1,), float(is_new))])
-    tensors = [t for layer in layers for t in layer.tensors] + vectors + others + [ends]
+    tensors = [t for layer in layers for t in layer.tensors] + vectors + others + squares + [ends]
     if problem.comm.world_size > 1:
         tensors = unpacked(problem.comm.all_reduce(packed(tensors)), tensors)
     weight, num_new = tensors[-1].tolist()
@@ -132,7 +174,7 @@ def _reduced(
         return "new"
     if weight == 0.0 and may_be_nothing:
         return "nothing"
-    problem.count_statistics(weight)
+    problem.count_statistics(weight, (8 if sums.bases else 5) / 3)
     scale = problem.scale(weight) / samples
     rest = iter(tensors)
     result = Statistics(layers={}, vectors={}, others={})
@@ -148,7 +190,8 @@ def _reduced(
         # Signs of different examples are independent: in the mean, the square of the sum is the sum of
         # the squares.
         result.others[k] = next(rest).square().mean().reshape(1) * (scale * samples)
-    return result
+    found = sums.scaled_moments([next(rest) for _ in squares], scale)
+    return result.with_moments({b: found[b] for b in plan.layers if b in found})
 
 
 @dataclass
@@ -157,12 +200,35 @@ class _LocalSums:
 
     like: Tensor
     """Of the dtype and on the device of the sums."""
+    bases: Mapping[LayerBlock, EigenBasis] = field(default_factory=dict)
+    """Of second moments."""
+    with_factors: bool = True
+    """Whether anything else is added up."""
     seen: Seen = field(default_factory=Seen)
     layers: dict[KroneckerKey, LayerSums] = field(default_factory=dict)
     vectors: dict[VectorKey, Tensor] = field(default_factory=dict)
     others: dict[int, Tensor] = field(default_factory=dict)
     """J's of the parameters that no layer was seen of, [samples, *shape]."""
+    moments: dict[LayerBlock, Tensor] = field(default_factory=dict)
     weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for block, basis in self.bases.items():
+            key, n = block.keys[0], basis.scale.shape[1]
+            self.moments[block] = self.like.new_zeros(key.groups, key.num_outputs, n)
+
+    def add(self, problem: Problem, sampling: Sampling) -> None:
+        """All microbatches."""
+        for microbatch in problem.roles.gradient:
+            part = microbatch if microbatch.part is None else microbatch.part(sampling.share)
+            if part is None:
+                continue
+            try:
+                self.add_microbatch(problem, part, sampling)
+            except (RuntimeError, ValueError, IndexError):
+                if part is microbatch or not microbatch.part_may_fail:
+                    raise
+                self.add_microbatch(problem, microbatch, sampling)
 
     def add_microbatch(self, problem: Problem, microbatch: Microbatch, sampling: Sampling) -> None:
         """A forward pass, and a backward pass a sample."""
@@ -174,7 +240,26 @@ class _LocalSums:
         for sample in range(sampling.samples):
             pulled = watched.pull(watched.draw(sample))
             with torch.no_grad():
-                self._add(pulled, sample, sampling.samples)
+                if self.with_factors:
+                    self._add(pulled, sample, sampling.samples)
+                if self.bases:
+                    self._add_moments(pulled)
+
+    def scaled_moments(self, sums: Sequence[Tensor], scale: float) -> dict[LayerBlock, Moments]:
+        """Sums over all ranks, in the order of the bases, as means."""
+        return {
+            block: Moments(
+                basis=basis, values=basis.levelled(total.view_as(self.moments[block]) * scale)
+            )
+            for (block, basis), total in zip(self.bases.items(), sums)
+        }
+
+    def _add_moments(self, pulled: Pulled) -> None:
+        calls: dict[KroneckerKey, list[Iterable[Piece]]] = defaultdict(list)
+        for layer, g in pulled.layers:
+            calls[layer.key].append(layer.uses(g))
+        for block, basis in self.bases.items():
+            self.moments[block] += moments(block, basis, calls)
 
     def _add(self, pulled: Pulled, sample: int, samples: int) -> None:
         for layer, g in pulled.layers:

@@ -13,6 +13,7 @@ from hfdist.curvature.preconditioners import of_task
 from hfdist.curvature.preconditioners.auto import auto
 from hfdist.curvature.preconditioners.context import Builder, Context
 from hfdist.curvature.preconditioners.diagonal import DiagonalPreconditioner
+from hfdist.curvature.preconditioners.ekfac import ekfac
 from hfdist.curvature.preconditioners.empirical_fisher import (
     empirical_fisher_diagonal,
     sum_of_squared_gradients,
@@ -37,6 +38,7 @@ PRECONDITIONERS: dict[str, Callable[[Context], Builder | None]] = {
     "empirical_fisher": of_task.empirical_fisher,
     "auto": auto,
     "kfac": kfac,
+    "ekfac": ekfac,
     "ggn_diagonal": ggn_diagonal,
     "nystrom": nystrom,
     "lbfgs": lbfgs,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from hfdist.curvature.kronecker.blocks import BlockDiagonal
 from hfdist.curvature.kronecker.keys import BlockPlan
+from hfdist.curvature.kronecker.memory import Correction
 from hfdist.curvature.kronecker.statistics import Sampling, Statistics
 from hfdist.curvature.objective import Problem
 from hfdist.curvature.preconditioners.context import Builder, Context
@@ -25,16 +26,29 @@ steps, of a large lambda, have no use for what the metric says of flat direction
 
 def kfac(context: Context) -> Builder:
     """Blocks of layers; multiples of the identity elsewhere."""
-    relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5
 
     def build(problem: Problem, damping: float | None) -> Operator:
         plan, statistics = statistics_of(context, problem)
-        return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping, relative))
+        return block_diagonal(context, problem, plan, statistics, damping)
 
     return build
 
 
-def statistics_of(context: Context, problem: Problem) -> tuple[BlockPlan, Statistics]:
+def block_diagonal(
+    context: Context,
+    problem: Problem,
+    plan: BlockPlan,
+    statistics: Statistics,
+    damping: float | None,
+) -> Operator:
+    """The inverse of the blocks, damped."""
+    relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5
+    return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping, relative))
+
+
+def statistics_of(
+    context: Context, problem: Problem, correction: Correction | None = None
+) -> tuple[BlockPlan, Statistics]:
     """A step's statistics, taken once, whatever its dampings. Collective the first time."""
     options, step = context.options, context.of_step
     if "kfac" not in step:
@@ -44,7 +58,7 @@ def statistics_of(context: Context, problem: Problem) -> tuple[BlockPlan, Statis
             shared=options.kfac_shared,
         )
         step["kfac"] = context.memory.statistics.take(
-            problem, sampling, context.decay, options.preconditioner_refresh
+            problem, sampling, context.decay, options.preconditioner_refresh, correction
         )
     plan, statistics = step["kfac"]
     return plan, statistics

@@ -13,7 +13,7 @@ for u = C^-1 g. Scaling the loss or (in a metric that follows it) a layer's weig
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -24,9 +24,17 @@ from torch import Tensor
 from hfdist.optim.objective import Costs, Operator
 from hfdist.optim.option_group import OptionGroup
 from hfdist.optim.report import Stop
+from hfdist.optim.solvers.basis import Basis, Window
+from hfdist.optim.solvers.short_recurrence import Shifts, positive
 from hfdist.optim.solvers.solution import Candidate, Solution, System
-from hfdist.optim.solvers.subproblems import SUBPROBLEMS, Matrix, Projected, Small, Vector
-from hfdist.optim.space import Space
+from hfdist.optim.solvers.subproblems import (
+    SUBPROBLEMS,
+    Matrix,
+    Projected,
+    Small,
+    Subproblem,
+    Vector,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +61,21 @@ class KrylovOptions(OptionGroup):
     """The space is exhausted when a new direction is this small beside the product it comes from."""
     krylov_momentum: bool = True
     """The last step joins the space, at the price of a product."""
-    krylov_basis: Literal["full", "bfloat16", "host"] = "full"
-    """How the basis (2 vectors a dimension) is kept: as it is, rounded to bfloat16, or in the host's
-    memory."""
+    krylov_basis: Literal["full", "bfloat16", "host", "none"] = "full"
+    """How the basis (2 vectors a dimension) is kept: as it is, rounded to bfloat16, in the host's memory; or
+    not at all: then the steps of five lambda, fourfold apart, are updated along a short recurrence, and
+    `krylov_subproblem` must be `damping`."""
 
     def check(self) -> None:
         if self.krylov_min_dim > self.krylov_max_dim:
             raise ValueError(
                 f"krylov_min_dim is {self.krylov_min_dim}: it must not be above krylov_max_dim "
                 f"({self.krylov_max_dim})"
+            )
+        if self.krylov_basis == "none" and self.krylov_subproblem != "damping":
+            raise ValueError(
+                f"krylov_basis is none: without a basis only krylov_subproblem=damping can be solved, not "
+                f"{self.krylov_subproblem}"
             )
 
 
@@ -74,8 +88,8 @@ WORTH = 1.5
 a new gradient and the last step beside it, buys more than the average."""
 NOTHING = 1e-6
 """Part of the last step's curvature outside the space under which it has nothing outside."""
-ROWS = 4
-"""Vectors that a basis takes memory for at a time."""
+SHIFT_RUNGS = 2
+"""Candidates on each side of the step's lambda where there is no basis: each takes up to three vectors."""
 SAME = 1e-2
 """Candidates whose steps differ by less, in the metric and relative to their length, are one."""
 
@@ -87,10 +101,24 @@ def solve(system: System, options: KrylovOptions) -> Solution:
         system: Its start is the last step; `preconditioner(None)` gives C^-1, and None stands for C = I.
         options: The `krylov_*` keys.
     """
-    space = build(system, options)
+    shifts = None
+    if options.krylov_basis == "none":
+        shifts = Shifts(system, [FACTOR**rung for rung in range(-SHIFT_RUNGS, SHIFT_RUNGS + 1)])
+    space = build(system, options, shifts)
     projected, basis = space.projected()
     unit = space.unit
-    ladder = _ladder(projected, system.damping * unit, options)
+    shift = system.damping * unit
+    if shifts is None:
+        ladder = _ladder(projected, shift, SUBPROBLEMS[options.krylov_subproblem], RUNGS)
+    else:
+        ladder = _ladder(projected, shift, positive, SHIFT_RUNGS)
+
+    def step(index: int) -> Tensor:
+        y = ladder[index].y
+        if shifts is None:
+            return space.step(y, basis)
+        return shifts.step(ladder[index].shift, y @ basis)
+
     candidates = []
     for small in ladder:
         undamped = projected.model(small.y)
@@ -105,7 +133,7 @@ def solve(system: System, options: KrylovOptions) -> Solution:
         )
     return Solution(
         candidates=candidates,
-        step=lambda index: space.step(ladder[index].y, basis),
+        step=step,
         is_path=False,
         centre=_nearest([candidate.damping for candidate in candidates], system.damping),
         next_start=None,
@@ -115,19 +143,19 @@ def solve(system: System, options: KrylovOptions) -> Solution:
         stop=space.stop,
         residual=space.residual,
         num_products=space.num_products,
-        num_bytes=space.U.num_bytes + space.V.num_bytes,
+        num_bytes=space.num_bytes + (0 if shifts is None else shifts.num_bytes),
         start_curvature=None if space.last is None else space.last.curvature,
     )
 
 
-def _ladder(projected: Projected, shift: float, options: KrylovOptions) -> list[Small]:
-    """Steps by falling lambda, FACTOR apart, without those that hardly differ from their neighbour: so
-    lambda ends where it ceases to matter. The step of lambda itself is always among them, or a twin of it."""
-    rule = SUBPROBLEMS[options.krylov_subproblem]
+def _ladder(projected: Projected, shift: float, rule: Subproblem, most: int) -> list[Small]:
+    """Steps by falling lambda, FACTOR apart, at most so many on each side, without those that hardly differ
+    from their neighbour: so lambda ends where it ceases to matter. The step of lambda itself is always among
+    them, or a twin of it."""
     if not projected.b.size:
         return [Small(projected.b, 0.0)]
     found: list[Small] = []
-    rungs = range(RUNGS, -RUNGS - 1, -1) if shift > 0.0 else (0,)
+    rungs = range(most, -most - 1, -1) if shift > 0.0 else (0,)
     for rung in rungs:
         small = rule(projected, shift, FACTOR**rung)
         if not np.isfinite(small.y).all():
@@ -152,84 +180,6 @@ def _nearest(dampings: Sequence[float], damping: float) -> int:
 
 
 # -- the space ---------------------------------------------------------------------------------------
-
-
-class Basis:
-    """Vectors [n], one a row, and what is done with all of them at once.
-
-    Memory is taken for a few vectors at a time: how many there will be is not known, and a device gives at
-    once what it is asked for, used or not.
-
-    Args:
-        like: One of them [n].
-        kept: "full", "bfloat16" or "host".
-        space: How vectors lie over ranks.
-    """
-
-    def __init__(self, like: Tensor, kept: str, space: Space) -> None:
-        self._like, self._space = like, space
-        self._is_matrix = kept == "full"
-        self._dtype = torch.bfloat16 if kept == "bfloat16" else like.dtype
-        self._device = torch.device("cpu") if kept == "host" else like.device
-        self._blocks: list[Tensor] = []  # [ROWS, n] each
-        self.size = 0
-
-    @property
-    def num_bytes(self) -> int:
-        """On the vectors' device."""
-        on_device = (b.nbytes for b in self._blocks if b.device == self._like.device)
-        return sum(on_device)
-
-    def append(self, v: Tensor, divisor: Tensor) -> Tensor:
-        """Keep v / divisor; returns it as it is kept."""
-        if self.size == ROWS * len(self._blocks):
-            shape = (ROWS, self._like.numel())
-            self._blocks.append(torch.empty(shape, dtype=self._dtype, device=self._device))
-        row = self._blocks[-1][self.size % ROWS]
-        if self._is_matrix:
-            torch.div(v, divisor.to(v.dtype), out=row)
-        else:
-            row.copy_(v / divisor.to(v.dtype))
-        self.size += 1
-        return self._row(self.size - 1)
-
-    def _used(self) -> Iterator[tuple[int, Tensor]]:
-        """(number of its first vector, vectors) of each block."""
-        for k, block in enumerate(self._blocks):
-            if k * ROWS < self.size:
-                yield k * ROWS, block[: self.size - k * ROWS]
-
-    def dots(self, v: Tensor, *scalars: Tensor) -> Tensor:
-        """Each vector's product with v, float64 [size], followed by more scalars: one reduction."""
-        if self._is_matrix:
-            local = torch.cat([rows @ v for _, rows in self._used()]).double()
-        else:
-            local = torch.stack([torch.dot(self._row(i), v).double() for i in range(self.size)])
-        return self._space.total(torch.cat((local, *(s.double().reshape(1) for s in scalars))))
-
-    def dot(self, i: int, v: Tensor) -> Tensor:
-        """This rank's part of vector i's product with v."""
-        return torch.dot(self._row(i % self.size), v)
-
-    def subtract(self, v: Tensor, factors: Tensor) -> None:
-        """v -= sum_i factors_i row_i, in place."""
-        factors = factors.to(v.dtype)
-        if self._is_matrix:
-            for first, rows in self._used():
-                own = factors[first : first + len(rows)]
-                torch.addmv(v, rows.T, own, alpha=-1.0, out=v)
-        else:
-            for i in range(self.size):
-                v.addcmul_(self._row(i), factors[i], value=-1.0)
-
-    def combine(self, y: Vector) -> Tensor:
-        """sum_i y_i row_i [n]."""
-        out = torch.zeros_like(self._like)
-        self.subtract(out, torch.from_numpy(-y).to(out.device, non_blocking=True))
-        return out
-
-    def _row(self, i: int) -> Tensor:
-        return self._blocks[i // ROWS][i % ROWS].to(self._like)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +222,11 @@ class KrylovSpace:
         return len(self.T)
 
     @property
+    def num_bytes(self) -> int:
+        """On the vectors' device."""
+        return self.U.num_bytes + self.V.num_bytes
+
+    @property
     def unit(self) -> float:
         """Curvature along the preconditioned gradient: lambda counts in it."""
         size = abs(self.T[0][0]) if self.T else 1.0
@@ -312,9 +267,12 @@ class KrylovSpace:
         return x
 
 
-def build(system: System, options: KrylovOptions) -> KrylovSpace:
+def build(system: System, options: KrylovOptions, shifts: Shifts | None = None) -> KrylovSpace:
     """Lanczos' process for C^-1 B from C^-1 b in the inner product of C, with full reorthogonalisation:
     one product with B and one with C^-1 a dimension.
+
+    With `shifts` no basis is kept: their steps are updated along, and vectors are orthogonalised to the last
+    two.
 
     The host reads one small tensor an iteration, on devices that run beside it after the next product was
     started.
@@ -322,10 +280,13 @@ def build(system: System, options: KrylovOptions) -> KrylovSpace:
     vectors, M = system.space, system.preconditioner(None)
     B = system.curvature(0.0)
     max_dim = min(options.krylov_max_dim, vectors.numel(system.b))
-    space = KrylovSpace(
-        U=Basis(system.b, options.krylov_basis, vectors),
-        V=Basis(system.b, options.krylov_basis, vectors),
-    )
+
+    def basis() -> Basis:
+        if shifts is not None:
+            return Window(system.b, vectors)
+        return Basis(system.b, options.krylov_basis, vectors)
+
+    space = KrylovSpace(U=basis(), V=basis())
     lagged = system.b.device.type != "cpu"
     y = system.b.clone()  # [n]; this rank's part, as all vectors here
     u = y if M is None else M(y)
@@ -373,6 +334,10 @@ def build(system: System, options: KrylovOptions) -> KrylovSpace:
             space.b.append(0.0)
         space.T.append(column)
         space.to_last.append((with_Bd, with_Cd))
+        if (
+            shifts is not None and space.dim > 1
+        ):  # a vector behind: the next one has a part in its own
+            shifts.add(space, space.dim - 2, is_last=False)
         space.beta = math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else 0.0
         _follow(space, system.damping)
         if system.on_iteration is not None:
@@ -390,6 +355,8 @@ def build(system: System, options: KrylovOptions) -> KrylovSpace:
                 space.num_products += 1
             continue
         break
+    if shifts is not None and space.dim:
+        shifts.add(space, space.dim - 1, is_last=True)
     space.b = space.b[: space.dim]
     space.U.size = space.V.size = space.dim
     return space

@@ -32,7 +32,7 @@ MODELS = [
     "lstm",
 ]
 EVERY_LAYER = ["embedding-tied", "conv"]
-FOLLOWS_LAYERS = ["auto", "kfac", "ggn_diagonal", "empirical_fisher"]
+FOLLOWS_LAYERS = ["auto", "kfac", "ekfac", "ggn_diagonal", "empirical_fisher"]
 """Metrics in which other units of a layer's weights change nothing."""
 
 

@@ -93,6 +93,7 @@ def test_the_solvers_vectors() -> None:
     assert vectors(solver="cg", cg_iterates="bfloat16") == WORKING + kept / 2
     assert vectors(krylov_max_dim=50) == WORKING + 104
     assert vectors(krylov_basis="host") == WORKING
+    assert vectors(krylov_basis="none") == WORKING + 22
     assert solver_vectors(HFOptions(solver="dense"), 100) == WORKING + 200
     assert solver_vectors(HFOptions(krylov_max_dim=50), 3) == WORKING + 8
 
@@ -103,6 +104,8 @@ def test_reserved_bytes_of_a_layer() -> None:
     factors = 10**2 + 5**2 + 5**2  # of the weight, and the bias alone
     assert preconditioner_numbers(params, options) == 4 * factors + 2 * 50
     assert reserved_bytes(params, options) == 4 * (8 * 50 + 4 * factors + 2 * 50)
+    corrected = HFOptions(preconditioner="ekfac")
+    assert preconditioner_numbers(params, corrected) == 6 * factors + 5 * 50
     empty = ParameterVector(nn.Linear(9, 0).parameters())  # (what is wrong with it is said later)
     assert preconditioner_numbers(empty, options) == 4 * 10**2
     halves = HFOptions(

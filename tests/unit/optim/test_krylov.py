@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hfdist import HessianFree
 from hfdist.comm import Communicator
 from hfdist.optim.curvature_share import LEAST_SHARE, CurvatureShare
+from hfdist.optim.memory import solver_vectors
 from hfdist.optim.options import HFOptions
 from hfdist.optim.report import Stop
 from hfdist.optim.solvers import Solution, System
@@ -259,10 +260,101 @@ def test_how_the_basis_is_kept(kept: Any) -> None:
         assert least(other) < 0.95 * least(full)
 
 
+# -- without a basis ---------------------------------------------------------------------------------
+
+
+def assert_candidates_of_the_basis(given: System, **changes: Any) -> Solution:
+    """Those of five lambda, whichever the basis offers, too."""
+    full = solve(given, options(**changes))
+    short = solve(given, options(krylov_basis="none", **changes))
+    assert (short.iterations, short.num_products) == (full.iterations, full.num_products)
+    assert short.stop is full.stop
+    assert short.quadratic == pytest.approx(full.quadratic, rel=1e-9)
+    places = {round(math.log2(c.damping), 6): k for k, c in enumerate(full.candidates)}
+    for k, candidate in enumerate(short.candidates):
+        place = places[round(math.log2(candidate.damping), 6)]
+        of_basis = full.candidates[place]
+        assert candidate.model == pytest.approx(of_basis.model, rel=1e-8)
+        assert candidate.undamped_model == pytest.approx(of_basis.undamped_model, rel=1e-8)
+        x = full.step(place)
+        torch.testing.assert_close(
+            short.step(k), x, rtol=0, atol=1e-8 * float(x.abs().max()), msg=f"candidate {k}"
+        )
+    middle = math.log2(full.candidates[full.centre].damping)
+    near = [place for place in places if abs(place - middle) <= 4.0 + 1e-6]
+    assert len(short.candidates) == len(near)
+    assert short.candidates[short.centre].damping == pytest.approx(2.0**middle)
+    return short
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 6])
+@pytest.mark.parametrize("lambda_", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("C", [None, symmetric(1)])
+@pytest.mark.parametrize("start", [None, vector(3)])
+def test_without_a_basis_candidates_are_the_same(
+    dim: int, lambda_: float, C: Tensor | None, start: Tensor | None
+) -> None:
+    """In longer spaces rounding takes the vectors' orthogonality, as in CG."""
+    given = system(symmetric(0), vector(2), lambda_, C, start=start)
+    assert_candidates_of_the_basis(given, krylov_min_dim=1, krylov_max_dim=dim)
+
+
+def test_without_a_basis_memory_does_not_grow_with_the_space() -> None:
+    """3 vectors of U, 3 of C U, 3 of each of five lambda, and what U has of the last step; those of a
+    System are not counted."""
+    given = system(symmetric(0), vector(2), start=vector(3))
+    for dim in (5, 11):
+        found = solve(given, options(krylov_max_dim=dim, krylov_basis="none"))
+        assert found.num_bytes == (3 + 3 + 3 * 5 + 1) * 8 * P
+        assert found.num_bytes + 8 * 8 * P == 8 * P * solver_vectors(
+            options(krylov_max_dim=dim, krylov_basis="none"), P
+        )
+    alone = options(krylov_basis="none", krylov_momentum=False)
+    assert solve(given, alone).num_bytes == (3 + 3 + 2 * 5) * 8 * P
+    assert solver_vectors(alone, P) == 8 + 16
+
+
+def test_without_a_basis_an_exhausted_space_ends_the_solve() -> None:
+    b = torch.zeros(P, dtype=torch.float64)
+    b[:2] = 1.0
+    given = system(torch.diag(torch.linspace(1, 3, P).double()), b, 0.1, start=vector(3))
+    found = assert_candidates_of_the_basis(given)
+    assert found.stop is Stop.RESIDUAL
+
+
+def test_without_a_basis_lambdas_below_negative_curvature_are_left_out() -> None:
+    B, b = indefinite(0), vector(2)
+    found = solve(system(B, b, 1.0), options(krylov_max_dim=6, krylov_basis="none"))
+    space = build(system(B, b, 1.0), options(krylov_max_dim=6))
+    least = -float(space.projected()[0].theta[0]) / space.unit
+    assert 0 < len(found.candidates) < 5
+    assert all(candidate.damping > least for candidate in found.candidates)
+    for k in range(len(found.candidates)):
+        assert float(b @ found.step(k)) > 0.0  # downhill
+
+
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"damping"}))
+def test_without_a_basis_other_subproblems_are_refused(rule: Any) -> None:
+    with pytest.raises(ValueError, match=f"krylov_basis is none: .* not {rule}"):
+        options(krylov_basis="none", krylov_subproblem=rule)
+
+
+def test_training_without_a_basis() -> None:
+    model = nn.Linear(5, 3)
+    x, y = torch.randn(20, 5), torch.randn(20, 3)
+    optimizer = HessianFree(model.parameters(), krylov_basis="none")
+    for _ in range(3):
+        optimizer.step(lambda: (nn.functional.mse_loss(out := model(x), y), out))
+    best = torch.linalg.lstsq(torch.cat((x, torch.ones(20, 1)), 1), y).solution
+    least = nn.functional.mse_loss(torch.cat((x, torch.ones(20, 1)), 1) @ best, y)
+    with torch.no_grad():
+        assert float(nn.functional.mse_loss(model(x), y)) == pytest.approx(float(least), rel=1e-3)
+
+
 # -- over ranks --------------------------------------------------------------------------------------
 
 
-def steps_on_rank(comm: Communicator, is_sharded: bool) -> list[Tensor]:
+def steps_on_rank(comm: Communicator, is_sharded: bool, kept: str = "full") -> list[Tensor]:
     """Candidates' steps, whole, of vectors that lie whole on every rank or in parts."""
     rank, world_size = comm.rank, comm.world_size
     B, C, b, last = symmetric(0), symmetric(1), vector(2), vector(3)
@@ -287,20 +379,21 @@ def steps_on_rank(comm: Communicator, is_sharded: bool) -> list[Tensor]:
         start=last[mine],
         space=space,
     )
-    solution = solve(given, options(krylov_max_dim=7))
+    solution = solve(given, options(krylov_max_dim=5, krylov_basis=kept))
     return [whole(solution.step(k)) for k in range(len(solution.candidates))]
 
 
 @pytest.mark.ranks
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("is_sharded", [False, True])
-def test_ranks_have_the_serial_steps(is_sharded: bool) -> None:
+@pytest.mark.parametrize("kept", ["full", "none"])
+def test_ranks_have_the_serial_steps(is_sharded: bool, kept: Any) -> None:
     serial = solve(
         system(symmetric(0), vector(2), 0.1, symmetric(1), start=vector(3)),
-        options(krylov_max_dim=7),
+        options(krylov_max_dim=5, krylov_basis=kept),
     )
     expected = [serial.step(k) for k in range(len(serial.candidates))]
-    found = on_ranks(2, steps_on_rank, is_sharded, timeout=240.0)
+    found = on_ranks(2, steps_on_rank, is_sharded, kept, timeout=240.0)
     for steps in found:
         assert len(steps) == len(expected)
         for x, y in zip(steps, expected):
