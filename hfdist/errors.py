@@ -82,6 +82,10 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM during a step. Not an error: the run stops as KILLED and can be resumed."""
 
 
+class Leaving(Interrupted):
+    """A step is abandoned so that those before it are saved: a machine will soon be taken away."""
+
+
 def first_line(error: object) -> str:
     """What an error of a library says in its first line: those after it are for its developers."""
     try:

@@ -21,6 +21,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 STORE = 80 * 1024 * 1024  # bytes of object store a node
+SPARE_BYTES = 300 * 10**6
 FAST_DETECTION = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
@@ -91,6 +92,17 @@ class Nodes:
         above = {parent.pid for parent in process.parents()}
         (node,) = [node for node in self.members if _raylet(node).pid in above]
         return node
+
+    def spares(self) -> list[psutil.Process]:
+        """Processes that have torch in memory and nothing to do, of all nodes."""
+        found = []
+        for node in self.members:
+            for child in _raylet(node).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    is_idle = "ray::IDLE" in " ".join(child.cmdline())
+                    if is_idle and child.memory_info().rss > SPARE_BYTES:
+                        found.append(child)
+        return found
 
     def _signal(self, node: Any, number: int) -> None:
         raylet = _raylet(node)

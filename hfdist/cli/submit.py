@@ -52,6 +52,8 @@ def submit(
     from hfdist.launch.ray import jobs as ray_jobs
     from hfdist.launch.ray import queue
 
+    if not 0.0 < max_size < float("inf"):
+        raise ConfigError(f"max-size is {max_size:g}: it must be a number of megabytes above 0")
     place = queue.metadata(priority, label, at_most)
     config = load_config(job, [*(overrides or ()), "launch.backend=ray"])
     folder = (folder or job.parent).resolve()

@@ -29,7 +29,7 @@ def sweep(
     samples: Annotated[
         int | None, typer.Option(help="Try so many random points instead of the grid.", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random points.", min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the random points.", min=0)] = None,
     halving: Annotated[
         int | None,
         typer.Option(
@@ -38,7 +38,10 @@ def sweep(
             metavar="STEPS",
         ),
     ] = None,
-    eta: Annotated[int, typer.Option(help="With --halving: one in ETA goes on.", min=2)] = 3,
+    eta: Annotated[
+        int | None,
+        typer.Option(help="With --halving: one in ETA goes on; by default 3.", min=2),
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -65,10 +68,12 @@ def sweep(
     from hfdist.launch.ray import tune as ray_tune
 
     at = [f"launch.address={address}"] if address is not None else []
+    given = {"samples": samples, "seed": seed, "halving": halving, "eta": eta, "metric": metric}
+    _check_together({name for name, value in given.items() if value is not None}, resume)
     if resume:
         plan = ray_tune.load(job, [*(grid or ()), *at])
     else:
-        plan = _new(job, grid or [], at, samples, seed, halving, eta, metric)
+        plan = _new(job, grid or [], at, samples, seed or 0, halving, eta or 3, metric)
     tell = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
     if not as_json:
         print(f"sweep {plan.sweep_id}: {len(plan.trials)} runs", flush=True)
@@ -85,6 +90,17 @@ def sweep(
         sys.exit(130)
     if all(row["status"] == "FAILED" for row in rows):
         sys.exit(1)
+
+
+def _check_together(given: set[str], resume: bool) -> None:
+    from hfdist.errors import ConfigError
+
+    if resume and given:
+        names = ", ".join(f"--{name}" for name in sorted(given))
+        raise ConfigError(f"a sweep goes on as it was planned: leave {names} out")
+    for name, wanted in (("seed", "samples"), ("eta", "halving"), ("metric", "halving")):
+        if name in given and wanted not in given:
+            raise ConfigError(f"--{name} is for --{wanted}: give both, or leave it out")
 
 
 def _new(
@@ -104,16 +120,13 @@ def _new(
     from hfdist.rundir.locations import is_address
 
     fixed, values = ray_tune.split_grid(grid)
-    ranges = [o for o in fixed if ray_tune.is_random(o.partition("=")[2])]
+    ranges = [f"{k}={v[0]}" for k, v in values.items() if len(v) == 1]
     if ranges and samples is None:
         raise ConfigError(f"{ranges[0]} is a range: say how many points to draw, --samples=20")
-    for override in ranges:
-        fixed.remove(override)
-        key, _, text = override.partition("=")
-        values[key] = [text]
     if not values:
         raise ConfigError(
-            "there is nothing to vary: write several values, like optim.damping=0.1,1"
+            "there is nothing to vary: write several values, like optim.damping=0.1,1, or with --samples "
+            "a range: uniform(A,B), loguniform(A,B), randint(A,B)"
         )
     fixed += at
     base = load_config(job, fixed)

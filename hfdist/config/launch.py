@@ -44,6 +44,10 @@ class LaunchConfig:
     resources: dict[str, float] = field(default_factory=dict)
     """Ray: custom resources reserved for a worker."""
 
+    spares: bool = True
+    """Ray, where workers may be started again (`max_failures`, [min, max]): beside each worker its node keeps
+    a process that has imported everything, for the next one. Without it a restart takes longer, but less
+    memory is used."""
     placement_timeout: float | None = None
     """Ray: seconds that a job waits for resources which the cluster does not have; by default 900 where
     it scales itself, else 0."""

@@ -134,8 +134,8 @@ class Problem:
     """The solver asks for rows, not for products: they come from the gradient's forward pass."""
     structural: StructuralDamping | None = None
     """A further term of the curvature, for recurrent nets."""
-    abandon: Callable[[], bool] | None = None
-    """Whether this rank asks to abandon the step; summed over ranks with every product."""
+    abandon: Callable[[], float] | None = None
+    """Above 0 if this rank asks to abandon the step; summed over ranks with every product."""
     on_product: Callable[[Tensor, Tensor], None] | None = None
     """Called with v and Bv, without damping and L2, of every product; this rank's parts."""
     memory: StepMemory | None = None
@@ -386,7 +386,7 @@ class Problem:
         return B
 
     def _abort_flag(self) -> float:
-        return float(self.abandon is not None and self.abandon())
+        return 0.0 if self.abandon is None else float(self.abandon())
 
     @property
     def signal(self) -> Tensor | None:

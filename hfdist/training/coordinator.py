@@ -98,6 +98,8 @@ class Coordinator:
         self._info: Mapping[str, Any] = {}
         self._records: list[dict[str, Any]] = []
         self._saved_at: int | None = None
+        self._done = 0
+        """Steps that are committed."""
         self._clock = time.perf_counter()
 
     # -- start -----------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ class Coordinator:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.data.copy_(saved["model"][name])
-        self._saved_at = step
+        self._saved_at = self._done = step
         try:
             run, hf, data = saved["run"], saved["optimizer"], saved.get("data")
             x0 = hf.get("x0")
@@ -201,7 +203,7 @@ class Coordinator:
         flag = _STOP * self._stop.requested
         flag |= _LEAVING * (self._is_leaving is not None and self._is_leaving())
         flag = check_replicas(self._comm, params.tensors, flag)
-        done = report.step + 1
+        self._done = done = report.step + 1
         if self._comm.is_rank_0:
             if self._lease.is_cheap:
                 self._lease.check()
@@ -225,10 +227,22 @@ class Coordinator:
             self._display.step(report.step, report, extra | progress.evaluation)
         is_due = done % self._config.checkpoint.every == 0 or flag & _LEAVING
         if is_due and done < self._config.steps:
-            self.save(progress)
             if flag & _LEAVING:  # the machine may be gone before the next step ends
-                self._store.wait()
+                self.save_at_once(progress)
+            else:
+                self.save(progress)
         return bool(flag & _STOP)
+
+    def is_in_a_hurry(self) -> bool:
+        """Whether a machine will soon be taken away while there are steps that no checkpoint has: the step
+        in progress may take longer than that."""
+        is_unsaved = self._done > (self._saved_at or 0)
+        return is_unsaved and self._is_leaving is not None and self._is_leaving()
+
+    def save_at_once(self, progress: Progress) -> None:
+        """Write a checkpoint of the present state, and stay until it is written."""
+        self.save(progress)
+        self._store.wait()
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint of the present state, unless it is written already."""

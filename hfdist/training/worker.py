@@ -52,6 +52,7 @@ from hfdist.errors import (
     ConfigError,
     DataError,
     Interrupted,
+    Leaving,
     StepMemoryError,
     TaskError,
     TaskFailure,
@@ -78,6 +79,8 @@ from hfdist.training.evaluation import Evaluator
 
 logger = logging.getLogger(__name__)
 
+_STOP, _LEAVE = 1.0, 2.0**-17
+"""By which a rank asks to abandon a step; of all ranks that leave together it is less than one stop."""
 SMALL_BATCH = 256
 """Examples of a gradient, drawn anew each step, under which a job is warned (docs/choosing.md)."""
 
@@ -139,29 +142,15 @@ class Worker:
             verifier=Verifier(mode=optim.verify),
         )
         name = type(self.task).__name__
-        dtype = getattr(torch, job.config.dtype)
         self.data = self.task.train_data()
-        self._stream: Stream | None = None
-        """Of data without a length."""
         self.num_examples: int | None = None
         """Of data with a length."""
-        loaders = job.config.batches.loaders
-        self._loader: BatchLoader | StreamLoader
         if is_stream(self.data):
             _check_sizes(job.config, name)
-            self._stream = Stream(self.data, f"{name}.train_data()", comm.rank, comm.world_size)
-            self._loader = StreamLoader(
-                self.task, self._stream, comm.device, dtype, in_process=loaders > 0
-            )
         else:
             self.num_examples = length(self.data, f"{name}.train_data()", "train on")
-            self._loader = BatchLoader(
-                *(self.task, self.data, comm.device, dtype),
-                # Terms hold functions, which do not go from process to process.
-                processes=0 if isinstance(self.data, PointSets) else loaders,
-                seed=job.config.seed,
-            )
-        self._evaluation = Evaluator(self.task, job.config, comm, loaders)
+        self._loader, self._stream = self._make_loader()
+        self._evaluation = Evaluator(self.task, job.config, comm, job.config.batches.loaders)
         self._costs = _costs(self.task, self.num_examples)
         self._terms = term_sizes(self.data)
         # What is wrong with the job shows here, before anything is written.
@@ -219,6 +208,33 @@ class Worker:
             self._loader.close()
             self._evaluation.close()
 
+    def _go_back(self, progress: Progress) -> None:
+        """Load a step's data once more."""
+        self._loader.close()
+        self._loader, self._stream = self._make_loader()
+        self._go_to(progress)
+
+    def _make_loader(self) -> tuple[BatchLoader | StreamLoader, Stream | None]:
+        """What loads the data, and the stream that it is where it has no length."""
+        config, comm = self.config, self.comm
+        dtype, loaders = getattr(torch, config.dtype), config.batches.loaders
+        if is_stream(self.data):
+            name = f"{type(self.task).__name__}.train_data()"
+            stream = Stream(self.data, name, comm.rank, comm.world_size)
+            return (
+                StreamLoader(self.task, stream, comm.device, dtype, in_process=loaders > 0),
+                stream,
+            )
+        return (
+            BatchLoader(
+                *(self.task, self.data, comm.device, dtype),
+                # Terms hold functions, which do not go from process to process.
+                processes=0 if isinstance(self.data, PointSets) else loaders,
+                seed=config.seed,
+            ),
+            None,
+        )
+
     def _go_to(self, progress: Progress) -> None:
         """Begin to load the next steps' data."""
         if isinstance(self._loader, StreamLoader):
@@ -249,9 +265,13 @@ class Worker:
                 before = progress.memory.copy()
                 try:
                     report = self.step(progress)
-                except BaseException:
+                except BaseException as error:
                     progress.memory = before  # of a step that was not taken
-                    raise
+                    if not isinstance(error, Leaving):
+                        raise
+                    self._coordinator.save_at_once(progress)
+                    self._go_back(progress)
+                    continue
                 if report.finds_noise and self.comm.is_rank_0:
                     kept = max(report.kept_gain, 0.0)
                     logger.warning(ADVICE.format(kept=kept, key="batches.gradient"))
@@ -391,10 +411,12 @@ class Worker:
             self._loader.prepare(step + 1, self._plan(step + 1, share=share))
         options = self.config.optim
 
-        def on_cg_iteration(i: int, ranks_asking_to_stop: float) -> None:
+        def on_cg_iteration(i: int, signal: float) -> None:
             self._display.cg_iteration(step, i, options.cg_max_iter or self.params.numel)
-            if ranks_asking_to_stop > 0:
+            if signal >= _STOP:
                 raise Interrupted
+            if signal > 0:
+                raise Leaving
 
         return hf_step(problem, progress.state, options, on_cg_iteration=on_cg_iteration)
 
@@ -519,7 +541,7 @@ class Worker:
             autocast=autocast_dtype(options),
             residuals=self._terms is not None,
             row_solver=self._solves_rows(),
-            abandon=lambda: self._stop.requested,
+            abandon=self._asks_to_abandon,
             overrides=Overrides(
                 preconditioner=make_preconditioner(context),
                 damping_metric=make_damping_metric(context),
@@ -530,6 +552,11 @@ class Worker:
             if options.structural_damping
             else None,
         )
+
+    def _asks_to_abandon(self) -> float:
+        if self._stop.requested:
+            return _STOP
+        return _LEAVE if self._coordinator.is_in_a_hurry() else 0.0
 
     def _solves_rows(self) -> bool:
         """Whether the solver works on rows of the Jacobian."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,13 @@ def test_jobs_that_wait_say_their_place_and_why_and_go_by_priority(
     at = ("--address", dashboard)
     changes = ("steps=2000", "launch.cpus_per_worker=1", "tracking.enabled=false")
 
-    def submit(name: str, *options: str) -> None:
-        answer = command(
+    def submitted(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        return command(
             "submit", str(project / "job.yaml"), *changes, "--run-id", name, *options, *at
         )
+
+    def submit(name: str, *options: str) -> None:
+        answer = submitted(name, *options)
         assert answer.returncode == 0, answer.stderr
 
     def queue(condition: Callable[[dict[str, dict[str, Any]]], bool]) -> dict[str, dict[str, Any]]:
@@ -191,7 +195,11 @@ def test_jobs_that_wait_say_their_place_and_why_and_go_by_priority(
             assert time.monotonic() < deadline, found
             time.sleep(1.0)
 
-    submit("first", "--label", "q")
+    with ThreadPoolExecutor(2) as pool:  # of two at a time one is told that the other was first
+        twice = pool.map(submitted, ["first", "first"], ["--label", "--label"], ["q", "q"])
+    refused, accepted = sorted(twice, key=lambda answer: -answer.returncode)
+    assert (refused.returncode, accepted.returncode) == (2, 0), refused.stdout + refused.stderr
+    assert "the cluster has a job first already: choose another --run-id" in refused.stderr
     queue(lambda jobs: jobs["first"]["state"] == "running")
     submit("second")
     submit("third", "--priority", "5")
@@ -205,6 +213,9 @@ def test_jobs_that_wait_say_their_place_and_why_and_go_by_priority(
     assert "second: place 3 of 3 in the queue: third (priority 5) is before it" in shown
     assert "place 3 of 3" in command("jobs", "status", "second", *at).stdout
     assert "place 3 of 3" in command("jobs", "logs", "second", *at).stdout
+    refused = command("jobs", "delete", "second", *at)
+    assert refused.returncode == 2
+    assert "job second is waiting in the queue: `hfdist jobs stop second" in refused.stderr
     for name in ("fourth", "first"):  # one that waits, and the one that runs
         stopped = command("jobs", "stop", name, *at, "--json")
         assert json.loads(stopped.stdout)["status"] == "STOPPED"

@@ -106,6 +106,10 @@ def jobs_of(address: str) -> Iterator[JobSubmissionClient]:
                 f"the cluster at {address} has no job {found[1]}: see `hfdist jobs list`"
             ) from error
         # The last line that says something: servers end their answers with tracebacks and stops.
+        if found := re.search(r"submission_id (\S+) already exists", text):  # of two at a time
+            raise ConfigError(
+                f"the cluster has a job {found[1]} already: choose another --run-id"
+            ) from error
         lines = [line.strip() for line in text.splitlines() if re.search(r"\w{3}", line)]
         reason = lines[-1] if lines else f"{type(error).__name__}, and no more"
         if isinstance(error, AuthenticationError) or re.search(r"uthenticat|code 40[13]", text):
@@ -380,8 +384,10 @@ def delete(job_id: str, address: str) -> None:
             )
         status = str(known[job_id].status.value)
         if status == "RUNNING":
+            is_waiting = (known[job_id].metadata or {}).get("queue") == "waiting"
             raise ConfigError(
-                f"job {job_id} is running: `hfdist jobs stop {job_id} --address {address}` stops it"
+                f"job {job_id} is {'waiting in the queue' if is_waiting else 'running'}: `hfdist jobs stop "
+                f"{job_id} --address {address}` stops it, then it can be deleted"
             )
         if status in _ENDED and is_run_id(job_id):
             client.delete_job(job_id)

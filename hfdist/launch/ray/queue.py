@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hfdist.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 JOB_VARIABLE = "HFDIST_JOB_ID"
 """Names the job in its driver's environment."""
@@ -57,8 +60,8 @@ def metadata(priority: int = 0, label: str = "", at_most: int | None = None) -> 
         raise ConfigError(f"priority is {priority}: it must be from -1000 to 1000, 0 is usual")
     if at_most is not None and at_most < 1:
         raise ConfigError(f"at-most is {at_most}: it must be at least 1")
-    if len(label) > 200 or "\0" in label:
-        raise ConfigError(f"label {label[:40]!r}...: use at most 200 characters")
+    if len(label) > 200 or not label.isprintable():
+        raise ConfigError(f"label is {label[:40]!r}: use at most 200 characters, all in one line")
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name
@@ -178,8 +181,13 @@ class Queue:
     def __init__(self, job_id: str) -> None:
         self._job_id = job_id
         self._said = ""
-        limit = os.environ.get(LIMIT_VARIABLE, "")
+        limit = os.environ.get(LIMIT_VARIABLE, "").strip()
         self._per_user = int(limit) if limit.isdecimal() and int(limit) > 0 else None
+        if limit and self._per_user is None:
+            logger.warning(
+                "%s is %r, which is no limit: set it to a number from 1 where the cluster's head is started",
+                *(LIMIT_VARIABLE, limit[:40]),
+            )
 
     def wait(
         self,

@@ -237,6 +237,7 @@ class _Driver:
     def _trainer(self, name: str, failures: int) -> Any:
         import ray.train
 
+        from hfdist.launch.ray import spares
         from hfdist.launch.ray.scaling import Trainer
         from hfdist.launch.ray.worker import Assignment, FailureWatch, GroupConfig, work
 
@@ -282,6 +283,11 @@ class _Driver:
                 failure_config=train.FailureConfig(max_failures=launch.max_failures - failures),
                 logging_config=train.LoggingConfig(log_level="ERROR"),
                 callbacks=[FailureWatch(self._relay)],
+                worker_runtime_env={
+                    "env_vars": spares.variables(
+                        assignment.threads, with_mlflow=self._config.tracking.enabled
+                    )
+                },
             ),
         )
 

@@ -47,6 +47,7 @@ class TuneTrial(tune.Trainable):
         self._trial = assignment["trials"][config["number"]]
         self._folder = Path(assignment["folder"])
         self._reported = 0
+        self._has_metric = False
         self._thread: threading.Thread | None = None
         self._last: dict[str, Any] = {"loss": math.inf, "steps": 0}
 
@@ -59,6 +60,7 @@ class TuneTrial(tune.Trainable):
             if len(records) > self._reported:
                 record = records[self._reported]
                 self._reported += 1
+                self._look_for_metric(record)
                 loss = loss_of(record, self._assignment["metric"])
                 self._last = {"loss": loss, "steps": record["step"] + 1}
                 return self._last | {"done": False}
@@ -68,6 +70,19 @@ class TuneTrial(tune.Trainable):
                 self._thread = threading.Thread(target=self._run, name="hfdist-trial", daemon=True)
                 self._thread.start()
             time.sleep(_POLL)
+
+    def _look_for_metric(self, record: Mapping[str, Any]) -> None:
+        """End a run that cannot be compared: where it first would be, its record has no such metric."""
+        metric, halving = self._assignment["metric"], self._assignment["halving"]
+        self._has_metric |= metric is None or record.get(metric) is not None
+        if self._has_metric or halving is None or record["step"] + 1 < halving:
+            return
+        numbers = (k for k, v in record.items() if isinstance(v, int | float) and k != "time")
+        (self._folder / f"{self._trial.run_id}.error").write_text(
+            f"metric is {metric}: the first {halving} steps record {', '.join(sorted(numbers))}"
+        )
+        with contextlib.suppress(OSError):
+            (self._trial.run_dir / files.STOP_FILE).touch()
 
     def cleanup(self) -> None:
         """Tune is done with it: a run that has not ended writes a checkpoint and stops."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ _PARENT_SECONDS = 20.0
 _FOR_TRIALS = ("MLFLOW_", "HFDIST_")
 _ENDED = ("FINISHED", "FAILED")
 _PLAN_FILE = "plan.json"
+MAX_RUNS = 10_000
+"""Of a sweep."""
 _RANDOM = re.compile(r"(uniform|loguniform|randint)\(([^,()]+),([^,()]+)\)")
 
 
@@ -81,21 +84,26 @@ def split_grid(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]
     Commas inside of brackets, braces and quotes belong to a value.
 
     Raises:
-        ConfigError: A point of the grid is empty, or a key comes twice.
+        ConfigError: A point of the grid is empty, a key comes twice, or must be the same in all runs.
     """
     fixed: list[str] = []
     grid: dict[str, list[str]] = {}
     for override in overrides:
         key, _, text = override.partition("=")
         values = [value.strip() for value in _split(text)]
-        if len(values) == 1:
+        if len(values) == 1 and not is_random(text):
             fixed.append(override)
             continue
         if "" in values:
             raise ConfigError(f"{override}: a value between commas is empty")
         if key in grid:
             raise ConfigError(f"{key} comes twice: write all its values in one list")
+        if key == "output" or key.startswith("tracking."):
+            raise ConfigError(f"{key} cannot be varied: the runs of a sweep lie in one place")
         grid[key] = values
+    for override in fixed:
+        if (key := override.partition("=")[0]) in grid:
+            raise ConfigError(f"{key} comes twice: write all its values in one list")
     return fixed, grid
 
 
@@ -104,10 +112,15 @@ def samples(space: Mapping[str, Sequence[str]], count: int, seed: int) -> list[d
     `uniform(0,1)`, `loguniform(1e-3,10)` or `randint(1,100)`.
 
     Raises:
-        ConfigError: A range that is none.
+        ConfigError: A range that is none, too many points, or a seed that is too large.
     """
     import numpy
     from ray import tune
+
+    if count > MAX_RUNS:
+        raise ConfigError(f"samples is {count}: at most {MAX_RUNS}")
+    if seed >= 2**32:
+        raise ConfigError(f"seed is {seed}: it must be below 2**32")
 
     domains: dict[str, Any] = {}
     for key, values in space.items():
@@ -119,7 +132,10 @@ def samples(space: Mapping[str, Sequence[str]], count: int, seed: int) -> list[d
         try:
             limits = [int(x) if kind == "randint" else float(x) for x in (low, high)]
         except ValueError as error:
-            raise ConfigError(f"{key}={values[0]}: {error}") from error
+            wanted = "two whole numbers" if kind == "randint" else "two numbers"
+            raise ConfigError(f"{key}={values[0]}: {kind} wants {wanted}") from error
+        if not all(map(math.isfinite, limits)):
+            raise ConfigError(f"{key}={values[0]}: both numbers must be finite")
         if not limits[0] < limits[1] or (kind == "loguniform" and limits[0] <= 0):
             raise ConfigError(
                 f"{key}={values[0]}: write the smaller number first"
@@ -197,7 +213,16 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Plan:
 
 
 def points(grid: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """All combinations, the last key's values running fastest."""
+    """All combinations, the last key's values running fastest.
+
+    Raises:
+        ConfigError: They are too many.
+    """
+    count = math.prod(map(len, grid.values()))
+    if count > MAX_RUNS:
+        raise ConfigError(
+            f"the grid has {count} combinations: at most {MAX_RUNS} runs, or draw some of them with --samples"
+        )
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
@@ -293,6 +318,7 @@ class _Sweep:
         assignment = {
             "trials": list(plan.trials),
             "metric": plan.metric,
+            "halving": plan.halving,
             "parent": self._parent,
             "folder": str(self._folder),
             "cwd": str(Path.cwd()),

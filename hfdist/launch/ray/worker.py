@@ -29,6 +29,7 @@ from hfdist.launch.logs import logging_to_file, path_of
 from hfdist.launch.ray.failures import first_failure
 from hfdist.launch.ray.loopback import is_loopback
 from hfdist.launch.ray.relay import RelayDisplay, RelayHandler
+from hfdist.launch.ray.spares import keep_one
 from hfdist.rundir import files
 from hfdist.rundir.locations import home_of, is_address
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from hfdist.comm import Communicator
     from hfdist.config.job import RunConfig
+    from hfdist.config.launch import LaunchConfig
     from hfdist.training.display import Display
 
 logger = logging.getLogger(__name__)
@@ -199,16 +201,27 @@ def _work(job: Assignment, rank: int) -> dict[str, Any]:
             resume=comm.broadcast_object(resume),
             extra_tracker=RayMetricsTracker() if rank == 0 else None,
             retried=True,
-            is_leaving=_is_leaving,
+            is_leaving=_Notice(job.config.launch),
         ),
         comm,
         display,
     )
 
 
-def _is_leaving() -> bool:
-    """Whether a node of the group drains: spot instances and upgrades give such a notice."""
-    return get_preemption_info() is not None
+class _Notice:
+    """Asked after every step whether a node of the group drains: spot instances and upgrades give such a
+    notice. The first time, a spare process is asked for: before, it would have slowed that step down."""
+
+    def __init__(self, launch: LaunchConfig) -> None:
+        self._lacks_spare = launch.spares and (
+            launch.max_failures > 0 or not isinstance(launch.workers, int)
+        )
+
+    def __call__(self) -> bool:
+        if self._lacks_spare:
+            self._lacks_spare = False
+            keep_one()
+        return get_preemption_info() is not None
 
 
 def _join(job: Assignment) -> Communicator:

@@ -94,9 +94,20 @@ def test_what_a_submission_says() -> None:
     assert made is not None
     assert (made.priority, made.label, made.at_most, made.state) == (3, "night", 2, "waiting")
     assert queue.ticket("a", {"task": "x"}, 0) is None
-    for wrong in ((2000, "", None), (0, "", 0), (0, "x" * 300, None)):
+    for wrong in ((2000, "", None), (0, "", 0), (0, "x" * 300, None), (0, "two\nlines", None)):
         with pytest.raises(ConfigError):
             queue.metadata(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_limit"), [("2", True), ("", True), ("two", False), ("0", False)]
+)
+def test_a_limit_of_the_cluster_that_is_none_is_told(
+    text: str, is_limit: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(queue.LIMIT_VARIABLE, text)
+    queue.Queue("job")
+    assert ("HFDIST_MAX_RUNS_PER_USER" not in caplog.text) == is_limit
 
 
 def test_the_list_shows_places_and_reasons() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,11 +35,93 @@ def test_random_points_are_those_of_the_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["uniform(2,1)", "loguniform(0,1)", "randint(1,2.5)", "uniform(a,b)"]
+    ("text", "why"),
+    [
+        ("uniform(2,1)", "smaller number first"),
+        ("loguniform(0,1)", "both above 0"),
+        ("randint(1,2.5)", "two whole numbers"),
+        ("uniform(a,b)", "two numbers"),
+        ("uniform(nan,1)", "finite"),
+        ("uniform(1,inf)", "finite"),
+    ],
 )
-def test_a_range_that_is_none_is_told(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"optim\.damping"):
+def test_a_range_that_is_none_is_told(text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=rf"optim\.damping=.*{why}"):
         tune.samples({"optim.damping": [text]}, 1, seed=0)
+
+
+def test_a_sweep_that_would_not_end_is_told() -> None:
+    with pytest.raises(ConfigError, match="samples is 10001"):
+        tune.samples({"seed": ["1", "2"]}, 10_001, seed=0)
+    with pytest.raises(ConfigError, match=r"seed is 4294967296: it must be below"):
+        tune.samples({"seed": ["1", "2"]}, 1, seed=2**32)
+    with pytest.raises(ConfigError, match="the grid has 1000000 combinations"):
+        tune.points({f"task_args.k{k}": list("0123456789") for k in range(6)})
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["seed=1,2", "seed=3"], "seed comes twice"),
+        (["seed=3", "seed=1,2"], "seed comes twice"),
+        (["seed=uniform(1,2)", "seed=uniform(1,3)"], "seed comes twice"),
+        (["output=a,b"], "output cannot be varied"),
+        (["tracking.experiment=a,b"], r"tracking\.experiment cannot be varied"),
+    ],
+)
+def test_what_a_sweep_cannot_vary_is_told(words: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        tune.split_grid(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["folder", "--resume", "--samples", "3", "--eta", "2"], "leave --eta, --samples out"),
+        (["job.yaml", "seed=1,2", "--metric", "loss"], "--metric is for --halving"),
+        (["job.yaml", "seed=1,2", "--eta", "2"], "--eta is for --halving"),
+        (["job.yaml", "seed=1,2", "--seed", "2"], "--seed is for --samples"),
+    ],
+)
+def test_options_without_effect_are_told(
+    words: list[str],
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from hfdist.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["hfdist", "sweep", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert why in capsys.readouterr().err
+
+
+def test_a_run_without_the_metric_that_it_is_compared_by_ends(tmp_path: Path) -> None:
+    """Silently, its place among the others would be as good as drawn."""
+    from hfdist.launch.ray.trial import TuneTrial
+
+    made = plan(tmp_path)
+    trial: Any = TuneTrial.__new__(TuneTrial)
+    trial.setup(
+        {"number": 0},
+        trials=made.trials,
+        metric="eval/nope",
+        halving=2,
+        parent=None,
+        folder=str(made.folder),
+        cwd=str(tmp_path / "elsewhere"),
+        environment={},
+    )
+    last = [trial.step() for _ in range(3)][-1]
+    while not last["done"]:
+        last = trial.step()
+    row = tune._row(made.trials[0], made.folder)
+    assert row["status"] == "FAILED"
+    assert row["error"].startswith("metric is eval/nope: the first 2 steps record ")
+    assert "final_loss" in row["error"]
+    assert row["steps"] < 6
 
 
 def plan(tmp_path: Path, **more: object) -> tune.Plan:
