@@ -41,6 +41,10 @@ class LeastSquares(Protocol):
         """JJ' [N, N]."""
         ...
 
+    def kernel_times(self, w: Tensor) -> Tensor:
+        """JJ'w [N], or JJ'W [N, k], without the matrix JJ'."""
+        ...
+
     def times(self, v: Tensor) -> Tensor:
         """Jv [N]."""
         ...
