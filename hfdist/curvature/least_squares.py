@@ -258,13 +258,13 @@ class ResidualSystem:
             out.addmv_(J.T, piece)
         return self._comm.all_reduce(out).mul_(self._scale)
 
-    def second_derivative(self, v: Tensor, h: float) -> Tensor:
-        with self._at(self._params.read().add_(v, alpha=h)):
+    def remainder(self, v: Tensor) -> Tensor:
+        with self._at(self._params.read().add_(v)):
             moved = [self._evaluate(part.microbatch, None).outputs for part in self._parts]
         pieces = []
         for (part, J), outputs in zip(self._chunks(), moved):
-            change = part.root * (outputs[0].detach().reshape(-1) - part.z) / h
-            pieces.append((2.0 / h) * (change - J @ v))
+            change = part.root * (outputs[0].detach().reshape(-1) - part.z)
+            pieces.append(change.sub_(J @ v))
         return self._gathered(pieces)
 
     def _check_matrix(self, n: int, what: str, others: str) -> None:

@@ -237,42 +237,37 @@ def test_rows_are_those_of_the_objective() -> None:
     torch.testing.assert_close(ls.kernel_times(r), K @ r, rtol=1e-9, atol=1e-11)
 
 
-def test_the_second_derivative_of_the_residuals() -> None:
+def test_what_is_not_linear_in_the_residuals() -> None:
+    """r(theta + v) - r - Jv, with r at theta + v by its own pass."""
     problem = problem_of(Equation(), SerialCommunicator())
     problem.loss_and_gradient()
     ls = problem.least_squares
     assert ls is not None
     v = torch.linspace(-0.3, 0.5, problem.numel, dtype=torch.float64)
-    theta = problem.params.read()
-
-    def r_at(t: float) -> Tensor:
-        with problem.params.at(theta + t * v):
-            other = problem_of_same(problem)
-            return other.residuals()
-
-    def problem_of_same(p: Problem) -> Any:
-        twin = Problem(params=p.params, roles=p.roles, residuals=True, frozen=p.frozen)
-        found = twin.least_squares
-        assert found is not None
-        return found
-
-    h = 1e-3
-    central = (r_at(h) - 2 * r_at(0.0) + r_at(-h)) / h**2
-    torch.testing.assert_close(ls.second_derivative(v, 1e-4), central, rtol=1e-3, atol=1e-3)
+    with problem.params.at(problem.params.read() + v):
+        twin = Problem(
+            params=problem.params, roles=problem.roles, residuals=True, frozen=problem.frozen
+        )
+        assert twin.least_squares is not None
+        there = twin.least_squares.residuals()
+    expected = there - ls.residuals() - ls.times(v)
+    torch.testing.assert_close(ls.remainder(v), expected, rtol=1e-10, atol=1e-12)
+    small = 1e-4 * v
+    assert float(ls.remainder(small).norm()) < 1e-6 * float(expected.norm())
 
 
-def test_acceleration_saves_steps() -> None:
-    finals = {}
-    for accelerated in (False, True):
+def test_acceleration_and_its_correction_save_steps() -> None:
+    finals = []
+    for options in ({"geodesic_acceleration": False}, {"geodesic_corrections": 0}, {}):
         problem, state = problem_of(Equation(), SerialCommunicator()), HFState(damping=1.0)
-        options = HFOptions(solver="dense", geodesic_acceleration=accelerated)
         for _ in range(12):
             again = Problem(
                 params=problem.params, roles=problem.roles, residuals=True, row_solver=True
             )
-            report, state = hf_step(again, state, options)
-        finals[accelerated] = report.final_loss
-    assert finals[True] < finals[False]
+            report, state = hf_step(again, state, HFOptions(solver="dense", **options))  # type: ignore[arg-type]
+        finals.append(report.final_loss)
+    assert finals == sorted(finals, reverse=True)
+    assert finals[2] < finals[1] < finals[0]
 
 
 def test_rows_that_do_not_fit_are_computed_anew() -> None:

@@ -84,7 +84,7 @@ class Residuals:
     def transposed_times(self, w: Tensor) -> Tensor:
         return self.J.T @ w
 
-    def second_derivative(self, v: Tensor, h: float) -> Tensor:
+    def remainder(self, v: Tensor) -> Tensor:
         return torch.zeros(n, dtype=torch.float64)
 
 
