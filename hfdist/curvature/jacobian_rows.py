@@ -303,22 +303,34 @@ def _pulled_back(weight: Tensor, of_weight: Tensor, tensors: Sequence[Tensor]) -
     for i, t in enumerate(tensors):
         if base is t and weight.ndim == t.ndim == 2 and weight.stride() == t.t().stride():
             return {i: of_weight.transpose(1, 2)}  # W', by far the most frequent one
+    n, k = len(of_weight), weight.numel()
+    # A function of few numbers: its Jacobian takes fewer backward passes than the examples.
+    is_small = 4 * k <= n
+    seeds = torch.eye(k, dtype=weight.dtype, device=weight.device) if is_small else of_weight
     back = grad(
         weight,
         list(tensors),
-        of_weight,
+        seeds.view(len(seeds), *weight.shape),
         is_grads_batched=True,
         retain_graph=True,
         allow_unused=True,
     )
-    return {i: b for i, b in enumerate(back) if b is not None}
+    found = {i: b for i, b in enumerate(back) if b is not None}
+    if is_small:
+        flat = of_weight.reshape(n, k)
+        return {i: (flat @ b.reshape(k, -1)).view(n, *b.shape[1:]) for i, b in found.items()}
+    return found
 
 
 def _mm(use: Use, k: int, g: Tensor, layout: Layout, n: int) -> Tensor:
     A, B = use.args[-2:]
     is_left = (B if k == len(use.args) - 1 else A) is not B
     if not is_left and layout.axis == 0:  # A holds the examples in rows
-        return torch.bmm(layout.split(A, n).transpose(1, 2), layout.split(g, n))
+        # [n, out, in] in memory, as the weight of a layer is, whose transpose is used here.
+        a, rows = layout.split(A, n), layout.split(g, n)  # [n, s, in], [n, s, out]
+        if a.shape[1] == 1:
+            return torch.mul(rows.transpose(1, 2), a).transpose(1, 2)
+        return torch.bmm(rows.transpose(1, 2), a).transpose(1, 2)
     if is_left and layout.axis == 1:  # B holds them in columns: (AB)' = B'A'
         b, gt = layout.split(B, n), layout.split(g, n)  # [n, in, s], [n, out, s]
         return torch.bmm(gt, b.transpose(1, 2))

@@ -192,10 +192,10 @@ class ResidualSystem:
             assert J is not None
             yield part, J
 
-    def _gathered(self, pieces: Sequence[Tensor]) -> Tensor:
-        """[N] of all ranks, of this rank's pieces."""
+    def _gathered(self, pieces: Sequence[Tensor], columns: Sequence[int] = ()) -> Tensor:
+        """[N, *columns] of all ranks, of this rank's pieces."""
         whole = torch.zeros(
-            self.num_residuals, dtype=self._params.dtype, device=self._params.device
+            self.num_residuals, *columns, dtype=self._params.dtype, device=self._params.device
         )
         start = sum(self._counts[: self._comm.rank])
         for piece in pieces:
@@ -204,7 +204,7 @@ class ResidualSystem:
         return self._comm.all_reduce(whole).mul_(self._scale)
 
     def _own(self, w: Tensor) -> Iterator[Tensor]:
-        """This rank's pieces of a vector [N]."""
+        """This rank's pieces of a vector [N], or of [N, k]."""
         start = sum(self._counts[: self._comm.rank])
         for part in self._parts:
             yield w[start : start + len(part.z)]
@@ -225,7 +225,7 @@ class ResidualSystem:
         """By columns: each rank gets all rows for its part of the parameters, and one sum makes the
         matrix."""
         N, W = self.num_residuals, self._comm.world_size
-        self._check_matrix(N, "residuals", "dense or krylov")
+        self._check_matrix(N, "residuals", "dense or krylov, or give optim.sample_rank")
         n = self._comm.shard_size(self._params.numel)
         rows = torch.zeros(W, N, n, dtype=self._params.dtype, device=self._params.device)
         start = sum(self._counts[: self._comm.rank])
@@ -237,6 +237,18 @@ class ResidualSystem:
         K = mirror(add_upper(own.new_zeros(N, N), own))
         return self._comm.all_reduce(K).mul_(self._scale**2)
 
+    def kernel_times(self, w: Tensor) -> Tensor:
+        """Two passes over the rows, whatever the number of columns: rows that were not kept are computed
+        once for each."""
+        columns = w.shape[1:]
+        if columns:
+            self._check_sketch(len(w), columns[0])
+        JTw = torch.zeros(self._params.numel, *columns, dtype=w.dtype, device=w.device)
+        for (_, J), piece in zip(self._chunks(), self._own(w)):
+            JTw += J.T @ piece
+        self._comm.all_reduce(JTw).mul_(self._scale)
+        return self._gathered([J @ JTw for _, J in self._chunks()], columns)
+
     def times(self, v: Tensor) -> Tensor:
         return self._gathered([J @ v for _, J in self._chunks()])
 
@@ -246,13 +258,13 @@ class ResidualSystem:
             out.addmv_(J.T, piece)
         return self._comm.all_reduce(out).mul_(self._scale)
 
-    def second_derivative(self, v: Tensor, h: float) -> Tensor:
-        with self._at(self._params.read().add_(v, alpha=h)):
+    def remainder(self, v: Tensor) -> Tensor:
+        with self._at(self._params.read().add_(v)):
             moved = [self._evaluate(part.microbatch, None).outputs for part in self._parts]
         pieces = []
         for (part, J), outputs in zip(self._chunks(), moved):
-            change = part.root * (outputs[0].detach().reshape(-1) - part.z) / h
-            pieces.append((2.0 / h) * (change - J @ v))
+            change = part.root * (outputs[0].detach().reshape(-1) - part.z)
+            pieces.append(change.sub_(J @ v))
         return self._gathered(pieces)
 
     def _check_matrix(self, n: int, what: str, others: str) -> None:
@@ -261,6 +273,15 @@ class ResidualSystem:
             raise ConfigError(
                 f"a matrix of {n} x {n} {what} takes {_gib(size)} GiB with its factor, and "
                 f"{_gib(self._budget)} are free: take optim.solver={others}"
+            )
+
+    def _check_sketch(self, n: int, rank: int) -> None:
+        # The random vectors, the products, their factor and its basis [n, rank]; J' of the vectors.
+        size = rank * (4 * n + self._params.numel) * self._params.dtype.itemsize
+        if size > self._budget:
+            raise ConfigError(
+                f"a sketch of rank {rank} of {n} residuals takes {_gib(size)} GiB, and {_gib(self._budget)} "
+                f"are free: lower optim.sample_rank (below {rank}), or take optim.solver=krylov"
             )
 
 

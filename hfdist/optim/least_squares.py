@@ -41,6 +41,10 @@ class LeastSquares(Protocol):
         """JJ' [N, N]."""
         ...
 
+    def kernel_times(self, w: Tensor) -> Tensor:
+        """JJ'w [N], or JJ'W [N, k], without the matrix JJ'."""
+        ...
+
     def times(self, v: Tensor) -> Tensor:
         """Jv [N]."""
         ...
@@ -49,9 +53,8 @@ class LeastSquares(Protocol):
         """J'w [P]."""
         ...
 
-    def second_derivative(self, v: Tensor, h: float) -> Tensor:
-        """d2/dt2 r(theta + t v) at t = 0, [N], from the residuals at theta + h v:
-        2/h ((r(theta + h v) - r) / h - Jv) [Transtrum & Sethna 2012, arXiv:1201.5885, sec. 3.2]."""
+    def remainder(self, v: Tensor) -> Tensor:
+        """r(theta + v) - r - Jv [N], what is not linear in v; weights of robust losses are those at theta."""
         ...
 
 
@@ -59,13 +62,20 @@ class LeastSquares(Protocol):
 class LeastSquaresOptions(OptionGroup):
     """Solvers that assemble a matrix (`dense`, `sample_space`)."""
 
-    RANGES: ClassVar[dict[str, tuple[float, float]]] = {"geodesic_limit": (0.0, math.inf)}
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "geodesic_limit": (0.0, math.inf),
+        "geodesic_corrections": (0, 100),
+    }
 
     geodesic_acceleration: bool = True
     """Correct a step v by half of the second derivative a of the path that follows the residuals, at the
     price of one more evaluation of the residuals [Transtrum & Sethna 2012, arXiv:1201.5885]."""
     geodesic_limit: float = 0.75
     """The correction is taken where 2 |a| is at most this times |v|; otherwise the step is v."""
+    geodesic_corrections: int = 1
+    """Further corrections of the step, at the same price each: fixed-point iterations for the d with
+    J'(r(theta + d) - r - Jd) + (J'J + lambda)(d - v) = 0, whose first order is a/2. They end where they no
+    longer shrink."""
     momentum: bool = False
     """sample_space: minimise |J x + r|^2 + lambda |x - cg_decay_x0 x_before|^2, x_before the last step
     (SPRING, Goldshlager et al. 2024, arXiv:2401.10190)."""

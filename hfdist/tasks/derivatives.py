@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hfdist.errors import TaskError
 
 Model = Callable[[Any], Any]
+First = Tensor | Callable[[], Tensor]
 
 
 def laplacian(
-    model: Model, x: Tensor, coordinates: Sequence[int] | None = None
+    model: Model, x: Tensor, coordinates: Sequence[int] | None = None, gradient: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value, gradient and Laplacian of a model of points.
 
@@ -32,18 +33,20 @@ def laplacian(
             smooth activations, products, sums and rearrangements.
         x: Points [n, d].
         coordinates: The Laplacian's; None: all. (Of the coordinates t, x, y: 1, 2. None of them, []: where
-        the
-            gradient alone is wanted.)
+            the gradient alone is wanted.)
+        gradient: Whether du/dx is wanted; where it is not, the last layers need not carry it.
 
     Returns:
-        u [n, m], du/dx [n, d, m], sum of d2u/dx_k^2 over the coordinates [n, m].
+        u [n, m], du/dx [n, d, m] (without `gradient` [n, 0, m]), sum of d2u/dx_k^2 over the coordinates
+        [n, m].
 
     Raises:
         TaskError: The model uses a function of which no rule is known; it is named.
     """
     n = len(x)
     u = _along_axes(model, x, coordinates, collapsed=True)
-    return u.value, _full(u.first, n), _full(u.second_or_zero, n)[:, 0]
+    du = _full(u.first, n) if gradient else u.value.new_empty(n, 0, *u.value.shape[1:])
+    return u.value, du, _full(u.second_or_zero, n)[:, 0]
 
 
 def second_derivatives(model: Model, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +78,8 @@ class Jet:
 
     Args:
         value: [n, ..].
-        first: [n, d, ..], or [1, d, ..] where it is the same for all points.
+        first: [n, d, ..], or [1, d, ..] where it is the same for all points; or a function that computes it
+            where somebody asks.
         second: Second derivatives [n, d, ..] or, collapsed, their sum [n, 1, ..]; None for zero.
         along: Collapsed: which second derivatives the sum is of; None: they stay apart.
 
@@ -84,9 +88,15 @@ class Jet:
     """
 
     def __init__(
-        self, value: Tensor, first: Tensor, second: Tensor | None, along: list[int] | None
+        self, value: Tensor, first: First, second: Tensor | None, along: list[int] | None
     ) -> None:
-        self.value, self.first, self.second, self.along = value, first, second, along
+        self.value, self._first, self.second, self.along = value, first, second, along
+
+    @property
+    def first(self) -> Tensor:
+        if not isinstance(self._first, Tensor):
+            self._first = self._first()
+        return self._first
 
     @property
     def second_or_zero(self) -> Tensor:
@@ -95,7 +105,7 @@ class Jet:
         first = self.first
         return torch.zeros_like(first if self.along is None else first[:, :1])
 
-    def made_of(self, value: Tensor, first: Tensor, second: Tensor | None) -> Jet:
+    def made_of(self, value: Tensor, first: First, second: Tensor | None) -> Jet:
         return Jet(value, first, second, self.along)
 
     def each(self, f: Callable[[Tensor], Tensor]) -> Jet:
@@ -207,7 +217,7 @@ def _layer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Jet:
     if not isinstance(x, Jet) or isinstance(W, Jet) or isinstance(b, Jet):
         raise TaskError("laplacian(): a layer's weights depend on the points")
     second = None if x.second is None else F.linear(x.second, W)
-    return x.made_of(F.linear(x.value, W, b), F.linear(x.first, W), second)
+    return x.made_of(F.linear(x.value, W, b), lambda: F.linear(x.first, W), second)
 
 
 def _beside(constant: Any, x: Jet) -> Any:
@@ -262,10 +272,10 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Je
     x = args[0]
     y, d1, d2 = _derivatives(func, x.value, args[1:], kwargs)
     d1 = d1.unsqueeze(1)
-    squares = x.summed(x.first.square())
+    squares = x.summed(x.first.square()) if x.along != [] else None
     bent = None if squares is None else d2.unsqueeze(1) * squares
     second = None if x.second is None else d1 * x.second
-    return x.made_of(y, d1 * x.first, _added(bent, second))
+    return x.made_of(y, lambda: d1 * x.first, _added(bent, second))
 
 
 def _derivatives(

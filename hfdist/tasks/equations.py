@@ -135,7 +135,7 @@ class Poisson(Equation):
 
     def residual(self, model: nn.Module, x: Tensor) -> Tensor:
         factor = self._dimension if self._solution == "sines" else 1  # -Laplacian u = factor pi^2 u
-        return laplacian(model, x)[2][:, 0] + factor * pi**2 * self.solution(x)
+        return laplacian(model, x, gradient=False)[2][:, 0] + factor * pi**2 * self.solution(x)
 
     def condition_terms(self) -> list[Term]:
         return [

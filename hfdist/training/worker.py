@@ -565,7 +565,7 @@ class Worker:
         options = self.config.optim
         name: str = options.solver
         if name == "auto" and not isinstance(self._layout, Sharded):
-            name = choice(self.num_examples, self.params.numel)
+            name = choice(self.num_examples, self.params.numel, options.sample_rank)
         return name in ("dense", "sample_space") and options.curvature_opt == "ggn"
 
     def _stoppable(self, microbatch: Microbatch) -> Microbatch:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hfdist.optim.least_squares import LeastSquaresOptions
-from hfdist.optim.solvers import auto, cg, dense, krylov, metric, sample_space, steihaug
+from hfdist.optim.solvers import auto, cg, dense, krylov, metric, nystrom, sample_space, steihaug
 from hfdist.optim.solvers.solution import Candidate, Solution, System
 
 __all__ = ["SOLVERS", "Candidate", "Solution", "Solver", "SolverOptions", "System"]
@@ -32,7 +32,9 @@ SOLVERS: dict[str, Solver] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverOptions(krylov.KrylovOptions, cg.CGOptions, LeastSquaresOptions):
+class SolverOptions(
+    krylov.KrylovOptions, cg.CGOptions, nystrom.NystromOptions, LeastSquaresOptions
+):
     """Which solver, and every solver's options."""
 
     solver: Literal["auto", "krylov", "cg", "steihaug", "metric", "dense", "sample_space"] = "auto"

@@ -1,10 +1,13 @@
 """The normal equations in the space of the residuals: for fewer residuals N than parameters P.
 
 (J'J + lambda I)^-1 J' = J' (JJ' + lambda I)^-1 (ENGD-W, Guzman-Cordero et al. 2025, arXiv:2505.21404; the
-same is minSR), with the momentum of SPRING (Goldshlager et al. 2024, arXiv:2401.10190) as an option.
+same is minSR), with the momentum of SPRING (Goldshlager et al. 2024, arXiv:2401.10190) as an option; of more
+residuals than a matrix can have rows by CG (see `nystrom.py`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,12 +16,13 @@ from hfdist.optim.least_squares import LeastSquares, LeastSquaresOptions
 from hfdist.optim.report import Stop
 from hfdist.optim.solvers.cg import CGOptions
 from hfdist.optim.solvers.dense import nothing
+from hfdist.optim.solvers.nystrom import Nystrom, NystromOptions
 from hfdist.optim.solvers.shifted import Shifted
 from hfdist.optim.solvers.solution import Solution, System
 from hfdist.optim.solvers.trials import Trials
 
 
-class Options(LeastSquaresOptions, CGOptions):
+class Options(LeastSquaresOptions, NystromOptions, CGOptions):
     """What is read of the options."""
 
 
@@ -49,13 +53,19 @@ def solve(system: System, options: Options) -> Solution:
         )
     if not bool(b.any()):
         return nothing(system, Stop.ZERO_GRADIENT)
-    K, r = ls.kernel(), ls.residuals()
-    if not bool(torch.isfinite(K).all()):
+
+    def told(number: int) -> None:
+        if system.on_iteration is not None:
+            system.on_iteration(number, float(system.space.read_signal(b)))
+
+    r = ls.residuals()
+    inverse = _inverse(ls, r, options, told)
+    if inverse is None:
         return nothing(system, Stop.NON_FINITE)
     start = system.start if options.momentum else None
     if start is not None:
         start = options.cg_decay_x0 * start
-    space = _SampleSpace(ls, K, r, b, start)
+    space = _SampleSpace(ls, inverse, r, b, start)
 
     def models(v: Tensor) -> tuple[float, float]:
         Jv, vv = ls.times(v), float(torch.dot(v, v))
@@ -70,9 +80,15 @@ def solve(system: System, options: Options) -> Solution:
         least_squares=ls,
         bent=lambda damping, w: ls.transposed_times(space.solve(decay + damping, w)),
     )
-    if system.on_iteration is not None:
-        system.on_iteration(1, float(system.space.read_signal(b)))
     first = trials[0]
+    if isinstance(inverse, Nystrom):
+        iterations, products = max(inverse.iterations, 1), inverse.rank + inverse.iterations
+        residual, num_bytes = inverse.residual, inverse.num_bytes
+        is_solved = residual <= options.sample_tolerance
+    else:
+        told(1)
+        iterations, products, residual, is_solved = 1, 1, 0.0, True
+        num_bytes = 2 * len(r) ** 2 * r.itemsize
     return Solution(
         candidates=trials,
         step=trials.step,
@@ -80,28 +96,44 @@ def solve(system: System, options: Options) -> Solution:
         takes_first=True,
         next_start=trials.last_plain if options.momentum else None,
         quadratic=[0.0, first.model],
-        iterations=1,
-        stop=Stop.RESIDUAL,
-        residual=0.0,
-        num_products=1,
-        num_bytes=2 * K.nbytes + 4 * b.nbytes,
+        iterations=iterations,
+        stop=Stop.RESIDUAL if is_solved else Stop.MAX_ITERATIONS,
+        residual=residual,
+        num_products=products,
+        num_bytes=num_bytes + 4 * b.nbytes,
     )
+
+
+def _inverse(
+    ls: LeastSquares, r: Tensor, options: Options, told: Callable[[int], None]
+) -> Shifted | Nystrom | None:
+    """Solves with JJ' + mu I; None where JJ' is not finite."""
+    if options.sample_rank is None:
+        K = ls.kernel()
+        return Shifted(K) if bool(torch.isfinite(K).all()) else None
+    nystrom = Nystrom(ls.kernel_times, r, options, told)
+    return nystrom if nystrom.is_finite else None
 
 
 class _SampleSpace:
     """Solves with JJ' + mu I, and what follows from them in the space of the parameters."""
 
     def __init__(
-        self, ls: LeastSquares, K: Tensor, r: Tensor, b: Tensor, start: Tensor | None
+        self,
+        ls: LeastSquares,
+        inverse: Shifted | Nystrom,
+        r: Tensor,
+        b: Tensor,
+        start: Tensor | None,
     ) -> None:
-        self._ls, self._shifted, self._r, self._start = ls, Shifted(K), r, start
+        self._ls, self._inverse, self._r, self._start = ls, inverse, r, start
         # What is no combination of the rows of J: the L2 term, or the gradient of other examples.
         rest = b + ls.transposed_times(r)
         self._rest = rest if float(rest.norm()) > _SAME * float(b.norm()) else None
 
     def solve(self, mu: float, w: Tensor) -> Tensor:
         """(JJ' + mu I)^-1 w [N]."""
-        return self._shifted.solve(mu, w)
+        return self._inverse.solve(mu, w)
 
     def step(self, decay: float, damping: float) -> Tensor:
         """x [P] with (J'J + mu I) x = b + lambda start. With b + lambda start = -J'r + e:

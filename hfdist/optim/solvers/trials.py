@@ -68,7 +68,7 @@ class Trials(Sequence[Candidate]):
         return self._candidates[index]
 
     def step(self, index: int) -> Tensor:
-        """v + a/2 [P], or v where the correction is large."""
+        """v + a/2 [P], corrected further; v where a is large."""
         if self._last is None or self._last[0] != index:
             self._last = index, self._accelerated(index)
         return self._last[1]
@@ -86,10 +86,18 @@ class Trials(Sequence[Candidate]):
         v, ls = self._v(index), self._least_squares
         if ls is None or self._bent is None or not self._options.geodesic_acceleration:
             return v
-        bend = ls.second_derivative(v, _H)
-        if not bool(torch.isfinite(bend).all()):
+        damping = self._dampings[index]
+        second = ls.remainder(_H * v).mul_(2.0 / _H**2)  # r_vv
+        if not bool(torch.isfinite(second).all()):
             return v
-        a = -self._bent(self._dampings[index], bend)
+        a = -self._bent(damping, second)
         if 2.0 * float(a.norm()) > self._options.geodesic_limit * float(v.norm()):
             return v
-        return torch.add(v, a, alpha=0.5)
+        step, change = torch.add(v, a, alpha=0.5), 0.5 * float(a.norm())
+        for _ in range(self._options.geodesic_corrections):
+            further = v - self._bent(damping, ls.remainder(step))
+            before, change = change, float((further - step).norm())
+            if not change < before:
+                break
+            step = further
+        return step

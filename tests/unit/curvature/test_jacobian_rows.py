@@ -74,7 +74,9 @@ INTERACT = {"batch norm"}
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("n", [1, 3, 5, 8])
+@pytest.mark.parametrize(
+    "n", [1, 3, 5, 8, 64]
+)  # from four a number of a weight on: by its Jacobian
 def test_models(name: str, n: int) -> None:
     torch.manual_seed(0)
     model = MODELS[name]().double()

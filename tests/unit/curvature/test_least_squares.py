@@ -170,6 +170,30 @@ def test_ranks_take_the_serial_step(solver: str) -> None:
                 assert (loss, damping) == pytest.approx(serial[1:], rel=1e-8)
 
 
+def steps_of_ranks(comm: Communicator) -> list[tuple[Tensor, float, float]]:
+    """Of JJ' [17, 17] by products, with a sketch of rank 4 and of full rank."""
+    options = {"geodesic_acceleration": True}
+    return [
+        step_of(comm, "sample_space", {"boundary": 1}, 1e-3, {**options, "sample_rank": rank})
+        for rank in (4, 17)
+    ]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_step_of_a_rank_is_the_exact_one(world_size: int) -> None:
+    """To what the default `sample_tolerance` leaves, and of full rank to rounding; also where a rank of the
+    workers has no points of a term."""
+    options = {"geodesic_acceleration": True}
+    serial = SerialCommunicator()
+    expected, loss, _ = step_of(serial, "sample_space", {"boundary": 1}, 1e-3, options)
+    alone = world_size == 1
+    for found in [steps_of_ranks(serial)] if alone else on_ranks(world_size, steps_of_ranks):
+        for (theta, own_loss, _), tolerance in zip(found, (1e-6, 1e-8)):
+            torch.testing.assert_close(theta, expected, rtol=tolerance, atol=tolerance)
+            assert own_loss == pytest.approx(loss, rel=tolerance)
+
+
 def one_point(comm: Communicator) -> Tensor:
     """Of three ranks, two have nothing."""
 
@@ -208,44 +232,42 @@ def test_rows_are_those_of_the_objective() -> None:
     torch.testing.assert_close(float(Jv @ Jv), float(v @ G @ v))
     K = ls.kernel()
     torch.testing.assert_close(K @ r, ls.times(g), rtol=1e-9, atol=1e-11)
+    W = torch.stack((r, r.flip(0)), 1)
+    torch.testing.assert_close(ls.kernel_times(W), K @ W, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(ls.kernel_times(r), K @ r, rtol=1e-9, atol=1e-11)
 
 
-def test_the_second_derivative_of_the_residuals() -> None:
+def test_what_is_not_linear_in_the_residuals() -> None:
+    """r(theta + v) - r - Jv, with r at theta + v by its own pass."""
     problem = problem_of(Equation(), SerialCommunicator())
     problem.loss_and_gradient()
     ls = problem.least_squares
     assert ls is not None
     v = torch.linspace(-0.3, 0.5, problem.numel, dtype=torch.float64)
-    theta = problem.params.read()
-
-    def r_at(t: float) -> Tensor:
-        with problem.params.at(theta + t * v):
-            other = problem_of_same(problem)
-            return other.residuals()
-
-    def problem_of_same(p: Problem) -> Any:
-        twin = Problem(params=p.params, roles=p.roles, residuals=True, frozen=p.frozen)
-        found = twin.least_squares
-        assert found is not None
-        return found
-
-    h = 1e-3
-    central = (r_at(h) - 2 * r_at(0.0) + r_at(-h)) / h**2
-    torch.testing.assert_close(ls.second_derivative(v, 1e-4), central, rtol=1e-3, atol=1e-3)
+    with problem.params.at(problem.params.read() + v):
+        twin = Problem(
+            params=problem.params, roles=problem.roles, residuals=True, frozen=problem.frozen
+        )
+        assert twin.least_squares is not None
+        there = twin.least_squares.residuals()
+    expected = there - ls.residuals() - ls.times(v)
+    torch.testing.assert_close(ls.remainder(v), expected, rtol=1e-10, atol=1e-12)
+    small = 1e-4 * v
+    assert float(ls.remainder(small).norm()) < 1e-6 * float(expected.norm())
 
 
-def test_acceleration_saves_steps() -> None:
-    finals = {}
-    for accelerated in (False, True):
+def test_acceleration_and_its_correction_save_steps() -> None:
+    finals = []
+    for options in ({"geodesic_acceleration": False}, {"geodesic_corrections": 0}, {}):
         problem, state = problem_of(Equation(), SerialCommunicator()), HFState(damping=1.0)
-        options = HFOptions(solver="dense", geodesic_acceleration=accelerated)
         for _ in range(12):
             again = Problem(
                 params=problem.params, roles=problem.roles, residuals=True, row_solver=True
             )
-            report, state = hf_step(again, state, options)
-        finals[accelerated] = report.final_loss
-    assert finals[True] < finals[False]
+            report, state = hf_step(again, state, HFOptions(solver="dense", **options))  # type: ignore[arg-type]
+        finals.append(report.final_loss)
+    assert finals == sorted(finals, reverse=True)
+    assert finals[2] < finals[1] < finals[0]
 
 
 def test_rows_that_do_not_fit_are_computed_anew() -> None:
@@ -280,6 +302,28 @@ def test_more_than_memory(solver: str, budget: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         hf_step(problem, HFState(damping=1.0), HFOptions(solver=solver))
     assert torch.equal(problem.params.read(), before)
+
+
+def test_a_rank_takes_less_memory_than_the_matrix() -> None:
+    """Where JJ' [18, 18] is refused, a sketch of it is not; and where that does not fit, the message says
+    so."""
+    steps = {}
+    for rank, rows in ((2, 12), (2, 1000), (None, 1000)):
+        budget = rows * 21 * 8  # of rows of J; the matrix needs 47 of them
+        problem = problem_of(
+            Equation(), SerialCommunicator(), engine=ProductEngine(memory_budget=budget)
+        )
+        options = HFOptions(solver="sample_space", sample_rank=rank, sample_tolerance=1e-12)
+        hf_step(problem, HFState(damping=1.0), options)
+        steps[rank, rows] = problem.params.read()
+    for theta in steps.values():
+        torch.testing.assert_close(theta, steps[None, 1000], rtol=1e-8, atol=1e-9)
+    problem = problem_of(
+        Equation(), SerialCommunicator(), engine=ProductEngine(memory_budget=7 * 21 * 8)
+    )
+    words = r"a sketch of rank 12 of 18 residuals takes .*: lower optim.sample_rank \(below 12\)"
+    with pytest.raises(ConfigError, match=words):
+        hf_step(problem, HFState(damping=1.0), HFOptions(solver="sample_space", sample_rank=12))
 
 
 class AtTheEdge(Equation):

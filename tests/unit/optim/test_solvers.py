@@ -24,8 +24,9 @@ EXACT: dict[str, Any] = {
 }
 
 # "metric" uses no products: see test_metric_solver.py; "auto" is one of the others.
+OF_A_RANK = "sample_space of a rank"
 pytestmark = pytest.mark.parametrize(
-    "name", [name for name in SOLVERS if name not in ("metric", "auto")]
+    "name", [*(name for name in SOLVERS if name not in ("metric", "auto")), OF_A_RANK]
 )
 
 
@@ -74,17 +75,22 @@ class Residuals:
     def kernel(self) -> Tensor:
         return self.J @ self.J.T
 
+    def kernel_times(self, w: Tensor) -> Tensor:
+        return self.J @ (self.J.T @ w)
+
     def times(self, v: Tensor) -> Tensor:
         return self.J @ v
 
     def transposed_times(self, w: Tensor) -> Tensor:
         return self.J.T @ w
 
-    def second_derivative(self, v: Tensor, h: float) -> Tensor:
+    def remainder(self, v: Tensor) -> Tensor:
         return torch.zeros(n, dtype=torch.float64)
 
 
 def solve(name: str, given: System, **options: Any) -> Solution:
+    if name == OF_A_RANK:
+        name, options = "sample_space", {"sample_rank": 5, "sample_tolerance": 1e-12, **options}
     if name == "sample_space":
         A = given.curvature(0.0)
         B = torch.stack([A(e).clone() for e in torch.eye(n, dtype=torch.float64)])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import hessian, jacrev, vmap
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hfdist.curvature.engines import ProductEngine
 from hfdist.curvature.jacobian_rows import RowMethod, UseWatch, jacobian_rows
@@ -87,6 +89,37 @@ def test_against_torch_func(name: str) -> None:
         expected = ddu[:, coordinates or range(d)].sum(1)
         for a, b in zip(got, (u, du, expected)):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+class Count(TorchDispatchMode):
+    """Numbers that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numbers += sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
+        return out
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_the_gradient_the_last_layers_do_not_carry_it(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = MODELS[name]().double(), points()
+    numbers, found = [], []
+    for gradient in (True, False):
+        with Count() as count:
+            found.append(laplacian(model, x, gradient=gradient))
+        numbers.append(count.numbers)
+    assert torch.equal(found[1][0], found[0][0])
+    assert torch.equal(found[1][2], found[0][2])
+    assert found[1][1].shape == (len(x), 0, found[0][0].shape[1])
+    # Of layers and activations at the end; a product needs the derivatives of its factors at once.
+    assert numbers[1] < numbers[0] or name == "written"
 
 
 @pytest.mark.parametrize("name", ["Tanh", "GELU", "written"])
