@@ -22,7 +22,6 @@ _MODULES = (
     "hfdist.launch.ray.metrics",
     "hfdist.training.worker",
     "ray.train.v2._internal.execution.worker_group.worker",
-    "torch.fx.experimental.symbolic_shapes",  # sympy, which torch imports in the first step
 )
 """What a worker imports until its first step has ended."""
 _KEPT_SECONDS = 30 * 24 * 3600
