@@ -71,7 +71,8 @@ def test_a_killed_worker_costs_seconds(tmp_path: Path) -> None:
     totals = [sum(cost) for cost in costs]
     print(f"{KILLS} kills: {statistics.median(totals):.1f} s, at most {max(totals):.1f}")
     result = json.loads((run_dir / "result.json").read_text())
-    undisturbed = api.train(job, [f"steps={result['steps']}"], run_id="undisturbed")
+    quick = ["task=hfdist.tasks.digits:DigitsClassifier", f"steps={result['steps']}"]
+    undisturbed = api.train(job, quick, run_id="undisturbed")
     steps = [json.loads(s)["step"] for s in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert result["parameters_sha256"] == undisturbed["parameters_sha256"]
     assert steps == list(range(result["steps"]))
