@@ -10,7 +10,7 @@ import atexit
 import multiprocessing
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from typing import Any
 
 _workers: dict[tuple[str, int], ProcessPoolExecutor] = {}  # by kind of device and rank
@@ -56,6 +56,8 @@ def on_ranks(
             running = [rank for rank, f in enumerate(futures) if not f.done()]
             end_all()
             raise TimeoutError(f"ranks {running} of {world_size} did not return") from None
+    if any(isinstance(error, BrokenExecutor) for error in errors.values()):
+        end_all()  # the next call starts others
     if errors:
         rank, error = min(errors.items(), key=lambda item: _is_consequence(item[1]))
         raise RuntimeError(
