@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +102,11 @@ def test_a_run_without_the_metric_that_it_is_compared_by_ends(tmp_path: Path) ->
     """Silently, its place among the others would be as good as drawn."""
     from hfdist.launch.ray.trial import TuneTrial
 
-    made = plan(tmp_path)
-    long = replace(made.trials[0], config=replace(made.trials[0].config, steps=10_000))
+    made = plan(tmp_path, steps=10_000)
     trial: Any = TuneTrial.__new__(TuneTrial)
     trial.setup(
         {"number": 0},
-        trials=[long],
+        trials=made.trials,
         metric="eval/nope",
         halving=2,
         parent=None,
@@ -119,18 +117,18 @@ def test_a_run_without_the_metric_that_it_is_compared_by_ends(tmp_path: Path) ->
     last = [trial.step() for _ in range(3)][-1]
     while not last["done"]:
         last = trial.step()
-    row = tune._row(long, made.folder)
+    row = tune._row(made.trials[0], made.folder)
     assert row["status"] == "FAILED"
     assert row["error"].startswith("metric is eval/nope: the first 2 steps record ")
     assert "final_loss" in row["error"]
     assert row["steps"] < 10_000
 
 
-def plan(tmp_path: Path, **more: object) -> tune.Plan:
+def plan(tmp_path: Path, steps: int = 6) -> tune.Plan:
     from hfdist.config.job import load_config
 
     (tmp_path / "job.yaml").write_text(JOB)
-    fixed = ["task_args={}", f"output={tmp_path}"]
+    fixed = ["task_args={}", f"output={tmp_path}", f"steps={steps}"]
     trials = [
         tune.Trial(
             run_id=f"s-{k}",
