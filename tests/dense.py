@@ -110,3 +110,34 @@ def hessian(functions: Sequence[Function], params: Sequence[Tensor]) -> Tensor:
                     H[start + i] += flat(row, params)
             start += p.numel()
     return H / weight
+
+
+class Residuals:
+    """r + Jx, as least-squares solvers ask for it, with J [N, P] and r [N] written out."""
+
+    weight_decay = 0.0
+
+    def __init__(self, J: Tensor, r: Tensor) -> None:
+        self.J, self.r = J, r
+        self.num_residuals = len(r)
+
+    def residuals(self) -> Tensor:
+        return self.r
+
+    def gram(self) -> Tensor:
+        return self.J.T @ self.J
+
+    def kernel(self) -> Tensor:
+        return self.J @ self.J.T
+
+    def kernel_times(self, w: Tensor) -> Tensor:
+        return self.J @ (self.J.T @ w)
+
+    def times(self, v: Tensor) -> Tensor:
+        return self.J @ v
+
+    def transposed_times(self, w: Tensor) -> Tensor:
+        return self.J.T @ w
+
+    def remainder(self, v: Tensor) -> Tensor:
+        return torch.zeros_like(self.r)

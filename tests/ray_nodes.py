@@ -28,6 +28,24 @@ FAST_DETECTION = {
     "RAY_health_check_failure_threshold": "3",
     "RAY_health_check_initial_delay_ms": "1000",
 }
+SLOW_JOB = """
+name: digits
+task: slow.py:Slow
+launch: {workers: 2, threads_per_worker: 1, timeout_seconds: 30}
+checkpoint: {every: 1}
+tracking: {system_metrics: false, log_model: false}
+"""
+
+SLOW_TASK = """
+import time
+from hfdist.tasks.digits import DigitsClassifier
+
+class Slow(DigitsClassifier):
+    def loss(self, *arguments):
+        time.sleep(0.03)
+        return super().loss(*arguments)
+"""
+"""Its steps take long enough to be disturbed."""
 
 
 class Nodes:
@@ -341,3 +359,11 @@ def workers_of(run_dir: Path) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error, IndexError):
             found.append(psutil.Process(int(ids[-1])))
     return found
+
+
+def write_slow_job(folder: Path) -> Path:
+    """job.yaml, of two workers on the digits classifier, slowed down; its runs lie in `folder`/runs."""
+    (folder / "slow.py").write_text(SLOW_TASK)
+    path = folder / "job.yaml"
+    path.write_text(SLOW_JOB + f"output: {folder / 'runs'}\n")
+    return path

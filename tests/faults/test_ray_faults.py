@@ -11,27 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray_nodes import Program, hfdist, nodes, workers_of
+from ray_nodes import Program, hfdist, nodes, workers_of, write_slow_job
 
 from hfdist import api
-
-JOB = """
-name: digits
-task: slow.py:Slow
-launch: {workers: 2, threads_per_worker: 1, timeout_seconds: 30}
-checkpoint: {every: 1}
-tracking: {system_metrics: false, log_model: false}
-"""
-
-SLOW_TASK = """
-import time
-from hfdist.tasks.digits import DigitsClassifier
-
-class Slow(DigitsClassifier):
-    def loss(self, *arguments):
-        time.sleep(0.03)
-        return super().loss(*arguments)
-"""
 
 GREEDY_TASK = """
 import time
@@ -75,10 +57,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    path = tmp_path / "job.yaml"
-    path.write_text(JOB + f"output: {tmp_path / 'runs'}\n")
-    (tmp_path / "slow.py").write_text(SLOW_TASK)
-    return path
+    return write_slow_job(tmp_path)
 
 
 def steps_of(run_dir: Path) -> list[int]:

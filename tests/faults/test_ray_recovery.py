@@ -11,28 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray_nodes import Nodes, Program, hfdist, nodes, workers_of
+from ray_nodes import Nodes, Program, hfdist, nodes, workers_of, write_slow_job
 
 from hfdist import api
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-JOB = """
-name: digits
-task: slow.py:Slow
-launch: {workers: 2, threads_per_worker: 1, timeout_seconds: 30}
-checkpoint: {every: 1}
-tracking: {system_metrics: false, log_model: false}
-"""
-SLOW_TASK = """
-import time
-from hfdist.tasks.digits import DigitsClassifier
-
-class Slow(DigitsClassifier):
-    def loss(self, *arguments):
-        time.sleep(0.03)
-        return super().loss(*arguments)
-"""
 KILLS = 20
 LIMIT = 12.0
 """Seconds, in the median, from a worker's death to the end of the next step."""
@@ -46,9 +30,7 @@ def test_a_killed_worker_costs_seconds(tmp_path: Path) -> None:
     """A worker is killed whenever a spare process is ready on each node; the run ends as an undisturbed
     one, and leaves no process."""
     dice, costs = random.Random(1), []
-    job, run_dir = tmp_path / "job.yaml", tmp_path / "runs" / "killed"
-    job.write_text(JOB + f"output: {tmp_path / 'runs'}\n")
-    (tmp_path / "slow.py").write_text(SLOW_TASK)
+    job, run_dir = write_slow_job(tmp_path), tmp_path / "runs" / "killed"
     with nodes(tmp_path, {"num_cpus": 1}, {"num_cpus": 1}, settings=PRIORITY) as cluster:
         arguments = [
             *("train", str(job), "--json", "--run-id", "killed", "steps=100000"),

@@ -105,9 +105,8 @@ class StatisticsMemory:
         """Those of earlier steps, as long as they serve."""
         if correction is None or self._statistics is None:
             return {}
-        is_other = (
-            correction.is_metric != self._bases_are_metric
-        )  # (a run resumed with another solver)
+        # Those of a run that was resumed with another solver do not.
+        is_other = correction.is_metric != self._bases_are_metric
         if is_other or self._age_of_bases >= correction.refresh:
             return {}
         return {block: own.basis for block, own in self.moments.items()}

@@ -334,9 +334,8 @@ def build(system: System, options: KrylovOptions, shifts: Shifts | None = None) 
             space.b.append(0.0)
         space.T.append(column)
         space.to_last.append((with_Bd, with_Cd))
-        if (
-            shifts is not None and space.dim > 1
-        ):  # a vector behind: the next one has a part in its own
+        if shifts is not None and space.dim > 1:
+            # A vector behind: the next one has a part in its own.
             shifts.add(space, space.dim - 2, is_last=False)
         space.beta = math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else 0.0
         _follow(space, system.damping)

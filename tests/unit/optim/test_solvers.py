@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
+import dense
 import pytest
 import torch
 from torch import Tensor
@@ -55,37 +56,11 @@ def system(B: Tensor, b: Tensor, damping: float, **changes: Any) -> System:
     )
 
 
-class Residuals:
+def residuals(B: Tensor, b: Tensor) -> dense.Residuals:
     """r(x) = r + Jx, with a given J'J and J'r."""
-
-    weight_decay = 0.0
-    num_residuals = n
-
-    def __init__(self, B: Tensor, b: Tensor) -> None:
-        is_finite = bool(torch.isfinite(B).all())
-        self.J = torch.linalg.cholesky(B).T if is_finite else B
-        self.r = -torch.linalg.solve(self.J.T, b) if is_finite else b
-
-    def residuals(self) -> Tensor:
-        return self.r
-
-    def gram(self) -> Tensor:
-        return self.J.T @ self.J
-
-    def kernel(self) -> Tensor:
-        return self.J @ self.J.T
-
-    def kernel_times(self, w: Tensor) -> Tensor:
-        return self.J @ (self.J.T @ w)
-
-    def times(self, v: Tensor) -> Tensor:
-        return self.J @ v
-
-    def transposed_times(self, w: Tensor) -> Tensor:
-        return self.J.T @ w
-
-    def remainder(self, v: Tensor) -> Tensor:
-        return torch.zeros(n, dtype=torch.float64)
+    is_finite = bool(torch.isfinite(B).all())
+    J = torch.linalg.cholesky(B).T if is_finite else B
+    return dense.Residuals(J, -torch.linalg.solve(J.T, b) if is_finite else b)
 
 
 def solve(name: str, given: System, **options: Any) -> Solution:
@@ -96,7 +71,7 @@ def solve(name: str, given: System, **options: Any) -> Solution:
         B = torch.stack([A(e).clone() for e in torch.eye(n, dtype=torch.float64)])
         if bool(torch.isfinite(B).all()) and float(torch.linalg.eigvalsh(B).min()) <= 0.0:
             pytest.skip("residuals have a positive semi-definite matrix")
-        given = replace(given, least_squares=Residuals(B, given.b))
+        given = replace(given, least_squares=residuals(B, given.b))
     return SOLVERS[name](given, HFOptions(solver=name, **{**EXACT, **options}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dense
 import torch
 from torch import Tensor
 
@@ -19,35 +20,13 @@ def curve(theta: Tensor, bend: float) -> Tensor:
     return a * POINTS + b * POINTS**2 + bend * torch.sin(a * POINTS + c) * (1.0 + b) - POINTS**3
 
 
-class Explicit:
+class Explicit(dense.Residuals):
     """The residuals of `curve` at THETA."""
 
-    weight_decay = 0.0
-    num_residuals = len(POINTS)
-
     def __init__(self, bend: float) -> None:
+        super().__init__(torch.func.jacrev(lambda t: curve(t, bend))(THETA), curve(THETA, bend))
         self._bend = bend
-        self.r = curve(THETA, bend)
-        self.J: Tensor = torch.func.jacrev(lambda t: curve(t, bend))(THETA)
         self.passes = 0
-
-    def residuals(self) -> Tensor:
-        return self.r
-
-    def gram(self) -> Tensor:
-        return self.J.T @ self.J
-
-    def kernel(self) -> Tensor:
-        return self.J @ self.J.T
-
-    def kernel_times(self, w: Tensor) -> Tensor:
-        return self.kernel() @ w
-
-    def times(self, v: Tensor) -> Tensor:
-        return self.J @ v
-
-    def transposed_times(self, w: Tensor) -> Tensor:
-        return self.J.T @ w
 
     def remainder(self, v: Tensor) -> Tensor:
         self.passes += 1
