@@ -8,12 +8,13 @@ parameters alone, meets examples: also those that derivatives in the model's inp
 they have.
 
 Which element belongs to which example is found out, not assumed: the same backward pass with the outputs
-weighted by 1, 2, .., n has gradients that differ by just these factors. What does not fit in (batch norm,
-attention over examples) has its rows one after the other, by batched backward passes.
+weighted by powers of two has gradients that differ by just these factors, to the last bit. What does not fit
+in (batch norm, attention over examples) has its rows one after the other, by batched backward passes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,10 @@ from hfdist.devices import is_out_of_memory
 
 _LEAST_EXAMPLES = 4
 """Of fewer, rows one after the other are as fast."""
+_MANY = 8
+"""Products with one weight, time steps of a recurrent net, that are taken at once."""
+_NUMBERS = 16
+"""So many examples in turn are told apart, by factors up to 2^15."""
 
 
 class Interacts(Exception):
@@ -214,6 +219,8 @@ def per_example_rows(
     if len(known) < sum(1 for use in uses):
         raise Interacts("parameters are used where autograd does not see it")
     rows = out.view(n, z.shape[1], -1)
+    places = [_weight_of(use, tensors) for use in known]
+    counts = Counter(places)
     key = (n, z.shape[1], tuple((use.func, use.shape) for use in known))
     for k in range(z.shape[1]):
         column, seed = z[:, k], seeds[:, k]
@@ -224,39 +231,74 @@ def per_example_rows(
         ):
             layouts = _find_layouts(column, edges, G, seed)
             method.layouts[(key, k)] = layouts
-        for use, g, layout in zip(known, G, layouts):
-            if g is not None and layout is not None:
-                _add(rows[:, k], use, g, layout, tensors, spans, n)
+        steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for use, place, g, layout in zip(known, places, G, layouts):
+            if g is None or layout is None:
+                continue
+            is_step = place is not None and layout.axis == 0 and counts[place] >= _MANY
+            if place is not None and is_step:
+                pair = layout.split(g, n), layout.split(use.args[-2], n)
+                steps.setdefault(place, []).append(pair)
+            skipped = len(use.args) - 1 if is_step else None
+            _add(rows[:, k], use, g, layout, tensors, spans, n, skipped)
+        for place, pairs in steps.items():
+            a, b = spans[place]
+            _add_steps(rows[:, k, a:b], pairs)
     return out
+
+
+def _weight_of(use: Use, tensors: Sequence[Tensor]) -> int | None:
+    """Of a product x W' with a parameter W: its place."""
+    if use.func._schema.name not in ("aten::mm", "aten::addmm") or use.kwargs.get("alpha", 1) != 1:
+        return None
+    weight = use.args[-1]
+    return next((i for i, t in enumerate(tensors) if _is_transpose(weight, t)), None)
+
+
+def _is_transpose(weight: Tensor, t: Tensor) -> bool:
+    return weight._base is t and weight.ndim == t.ndim == 2 and weight.stride() == t.t().stride()
+
+
+@torch.no_grad()
+def _add_steps(rows: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """rows [n, out * in] += sum_t g_t a_t' of pairs g_t [n, s, out], a_t [n, s, in]: in one product, not a
+    matrix an example for every step."""
+    g, a = (torch.cat(parts, 1) for parts in zip(*pairs))
+    rows += torch.bmm(g.transpose(1, 2), a).flatten(1)
 
 
 def _find_layouts(
     column: Tensor, edges: Sequence[Any], G: Sequence[Tensor | None], seed: Tensor
 ) -> list[Layout | None]:
     n = len(column)
-    numbers = torch.arange(1, n + 1, dtype=column.dtype, device=column.device)
-    weighted = grad(column, edges, seed * numbers, retain_graph=True, allow_unused=True)
+    numbers = torch.arange(n, device=column.device) % _NUMBERS
+    factors = torch.exp2(numbers.to(column.dtype))
+    weighted = grad(column, edges, seed * factors, retain_graph=True, allow_unused=True)
     return [None if g is None or w is None else _layout(g, w, n) for g, w in zip(G, weighted)]
 
 
 def _layout(g: Tensor, weighted: Tensor, n: int) -> Layout | None:
-    """From gradients with equal and with numbered outputs."""
+    """From gradients with equal and with numbered outputs.
+
+    A power of two is no rounding: an example's small gradients, sums of large ones of both signs as after
+    many time steps, follow it as exactly as its others.
+    """
     size = g.abs()
     counts = size > 1e-8 * size.max()
     if not bool(counts.any()):
         return None
-    number = (weighted / g)[counts] - 1.0
+    number = torch.log2((weighted / g)[counts])
     for axis, length in enumerate(g.shape):
         if length % n or not length:
             continue
         s = length // n
         index = torch.arange(length, device=g.device)
         for inner in (True, False) if s > 1 else (True,):
-            example = (index // s if inner else index % n).to(g.dtype)
+            example = ((index // s if inner else index % n) % _NUMBERS).to(g.dtype)
             shape = [1] * g.ndim
             shape[axis] = length
             expected = example.view(shape).expand_as(g)[counts]
-            if float((number - expected).abs().max()) < 0.3:
+            if float((number - expected).abs().max()) < 0.3:  # not where one is NaN
                 return Layout(axis, inner)
     raise Interacts("outputs of examples depend on each other")
 
@@ -273,10 +315,12 @@ def _add(
     tensors: Sequence[Tensor],
     spans: Sequence[tuple[int, int]],
     n: int,
+    skipped: int | None,
 ) -> None:
+    """Rows of all weights of a use but the argument `skipped`."""
     for k in use.weights:
         weight = use.args[k]
-        if not weight.requires_grad:
+        if k == skipped or not weight.requires_grad:
             continue
         rule = _RULES.get(use.func._schema.name, _by_vmap)
         try:
@@ -299,9 +343,8 @@ def _add(
 
 def _pulled_back(weight: Tensor, of_weight: Tensor, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
     """From a function of parameters alone to the parameters."""
-    base = weight._base
     for i, t in enumerate(tensors):
-        if base is t and weight.ndim == t.ndim == 2 and weight.stride() == t.t().stride():
+        if _is_transpose(weight, t):
             return {i: of_weight.transpose(1, 2)}  # W', by far the most frequent one
     n, k = len(of_weight), weight.numel()
     # A function of few numbers: its Jacobian takes fewer backward passes than the examples.

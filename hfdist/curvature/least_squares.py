@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hfdist.comm import Communicator
 from hfdist.curvature.jacobian_rows import RowMethod, UseWatch, jacobian_rows
+from hfdist.curvature.kronecker.recurrent import StepByStep
 from hfdist.curvature.loss_hessian import LossHessian
 from hfdist.curvature.memory import memory_left
 from hfdist.curvature.microbatch import Evaluation, Microbatch
@@ -108,7 +109,8 @@ class ResidualSystem:
     def _rows(self, microbatch: Microbatch) -> tuple[Evaluation, Rows, list[Tensor]]:
         tensors = self._params.tensors
         watch = UseWatch(tensors, microbatch.num_examples)
-        e = self._evaluate(microbatch, watch)
+        with StepByStep():  # in one operation no example's rows are to be seen
+            e = self._evaluate(microbatch, watch)
         if len(e.outputs) != 1:
             raise TaskError(f"{microbatch.name}: residuals must be one tensor with a graph")
         z, leaf = e.outputs[0], e.loss_inputs[0]

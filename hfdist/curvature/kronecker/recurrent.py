@@ -1,7 +1,7 @@
 """Recurrent layers as the linear layers that they consist of, step by step.
 
-Torch computes them in one operation, in which no layer is to be seen. The statistics' pass goes through these
-instead: the same values up to rounding, more slowly.
+Torch computes them in one operation, in which no layer is to be seen. The statistics' pass and rows of
+Jacobians go through these instead: the same values up to rounding, more slowly.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 State = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM, each [n, hidden]
 Cell = Callable[[Tensor, State, Sequence[Tensor]], State]
@@ -167,3 +168,12 @@ PARTS: dict[Any, Callable[..., Any]] = {
     torch._VF.lstm_cell: _one_step(_lstm),
 }
 """Torch's functions, and what stands for them."""
+
+
+class StepByStep(TorchFunctionMode):
+    """Inside the context torch's recurrent layers run step by step, as the linear layers they consist of."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return PARTS.get(func, func)(*args, **(kwargs or {}))

@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from hfdist.curvature.jacobian_rows import RowMethod, UseWatch, jacobian_rows
+from hfdist.curvature.kronecker.recurrent import StepByStep
 
 
-def rows(model: nn.Module, f: Callable[[], Tensor], n: int) -> tuple[Tensor, Tensor, RowMethod]:
-    """What is computed, the truth, and how."""
+def rows(
+    model: nn.Module, f: Callable[[], Tensor], n: int, truth: bool = True
+) -> tuple[Tensor, Tensor, RowMethod]:
+    """What is computed, the truth (nothing, where it takes too long), and how."""
     tensors, method = list(model.parameters()), RowMethod()
     watch = UseWatch(tensors, n)
     with watch:
         z = f()
     J = jacobian_rows(z, watch.finish(), tensors, method)
-    return J, dense.jacobian(z, tensors), method
+    return J, dense.jacobian(z, tensors) if truth else torch.empty(0), method
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -120,3 +123,63 @@ def test_the_layouts_are_found_once() -> None:
             z = residual("func_jacrev", model, x)
         jacobian_rows(z, watch.finish(), tensors, method)
     assert len(method.layouts) == 1
+
+
+class Recurrent(nn.Module):
+    """A number from the last state of every sequence."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+        width = layer.proj_size or layer.hidden_size
+        self.head = nn.Linear(width * (2 if layer.bidirectional else 1), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.layer(x)
+        return self.head(states[:, -1])
+
+
+LAYERS: dict[str, Callable[[], nn.RNNBase]] = {
+    "tanh": lambda: nn.RNN(2, 3, batch_first=True),
+    "gru": lambda: nn.GRU(2, 3, batch_first=True),
+    "lstm": lambda: nn.LSTM(2, 3, batch_first=True),
+    "projected": lambda: nn.LSTM(2, 4, batch_first=True, proj_size=3),
+    "without biases": lambda: nn.LSTM(2, 3, batch_first=True, bias=False),
+    "two layers, both ways": lambda: nn.LSTM(2, 2, 2, batch_first=True, bidirectional=True),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("length", [3, 12])  # a few steps, and so many that they are taken at once
+def test_recurrent_layers(name: str, length: int) -> None:
+    torch.manual_seed(0)
+    model = Recurrent(LAYERS[name]()).double()
+    x = torch.randn(6, length, 2, dtype=torch.float64)
+
+    def stepwise() -> Tensor:
+        with StepByStep():
+            return model(x)
+
+    torch.testing.assert_close(stepwise(), model(x))
+    J, truth, method = rows(model, stepwise, 6)
+    assert method.per_example, method.reason
+    torch.testing.assert_close(J, truth, rtol=1e-10, atol=1e-12)
+
+
+def test_rounding_after_many_steps_hides_no_example() -> None:
+    """In float32, what is left of gradients after a hundred steps is mostly sums that cancel."""
+    torch.manual_seed(0)
+    model = Recurrent(nn.RNN(2, 16, batch_first=True))
+    nn.init.orthogonal_(model.layer.weight_hh_l0)
+    x = torch.rand(200, 80, 2)
+
+    def stepwise() -> Tensor:
+        with StepByStep():
+            return model(x)
+
+    J, _, method = rows(model, stepwise, 200, truth=False)
+    assert method.per_example, method.reason
+    model.double()
+    x = x.double()
+    exact, _, _ = rows(model, stepwise, 200, truth=False)
+    assert float((J - exact).norm() / exact.norm()) < 1e-4
