@@ -192,7 +192,7 @@ class ResidualTask(Task):
     def train_data(self) -> PointSets:
         return PointSets(self.terms(), torch.initial_seed() % 2**63)
 
-    def eval_data(self) -> ArrayData | None:
+    def eval_data(self) -> ArrayData | PointSets | None:
         points = self.evaluation_points()
         return None if points is None else ArrayData(points, self.solution(points))
 

@@ -183,7 +183,7 @@ class Multiplication(Addition):
 CELLS = {"lstm": nn.LSTM, "tanh": nn.RNN}
 
 
-class _Recurrent(nn.Module):
+class Recurrent(nn.Module):
     def __init__(self, hidden: int, cell: str) -> None:
         super().__init__()
         self.recurrent = CELLS[cell](2, hidden, batch_first=True)
@@ -229,7 +229,7 @@ class LSTMAddition(Task):
         self._cell = cell
 
     def model(self) -> nn.Module:
-        return _Recurrent(self._hidden, self._cell)
+        return Recurrent(self._hidden, self._cell)
 
     def train_data(self) -> Addition:
         return self.data(self._sizes[0], self._length)
