@@ -353,8 +353,8 @@ class HessianFree(torch.optim.Optimizer):
     def _structural(self, model: Any) -> StructuralDamping:
         """The term of a model that names its hidden units; `step` does not know the model."""
         named = getattr(model, "hidden_units", list)
-        coefficient = self.options.structural_damping * self.damping
-        return StructuralDamping(modules=hidden_modules(named()), coefficient=coefficient)
+        mu = self.options.structural_damping
+        return StructuralDamping(modules=hidden_modules(named()), mu=mu)
 
     @contextmanager
     def steps_as_gradients(self) -> Iterator[None]:

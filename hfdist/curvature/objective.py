@@ -157,6 +157,9 @@ class Problem:
         self._metric_work = 0.0
         self._has_damping_metric = False
         self._summed: SummedProduct | None = None
+        self._summed_with = 0.0  # of S
+        self._summed_structural: SummedProduct | None = None
+        self._hidden_products: list[Product] | None = None
         self._memory = self.memory or StepMemory(self.params.device)
 
     @property
@@ -357,18 +360,23 @@ class Problem:
     # -- curvature -------------------------------------------------------------------------------
 
     def curvature(self, damping: float = 0.0, exact: bool = False) -> Operator:
-        """v [n] -> (B + damping * D) v [n]: one vector reduction a product, in full precision if `exact`;
-        D is the damping metric."""
+        """v [n] -> (B + damping * (D + mu S)) v [n]: one vector reduction a product, in full precision if
+        `exact`; D is the damping metric, mu S structural damping."""
         if self.overrides.product is not None:
             return self._own_product(self.overrides.product, damping)
         if self._products is None:
             with self._memory.part(GRAPHS):
                 self._build_products()
-        if self._summed is None:
-            factor = self._scale(self._product_weight)
+        term = self.structural
+        coefficient = 0.0 if term is None else damping * term.mu
+        if self._summed is None or self._summed_with != coefficient:
+            hidden = self._structural_products() if coefficient else []
+            scaled: list[Product] = [Scaled(product=p, number=coefficient) for p in hidden]
             # The loss's products last: what comes last overlaps its reduction.
-            products = [*self._structural_products(), *(self._products or [])]
+            products = [*scaled, *(self._products or [])]
+            factor = self._scale(self._product_weight)
             self._summed = self._layout.summed(products, factor, self._abort_flag)
+            self._summed_with = coefficient
         # L2 and damping add the same kind of term: one diagonal, one pass over the vectors.
         shift = self.shift_part(damping)
         return self._observed(self._summed.damped(shift, exact), shift)
@@ -430,11 +438,22 @@ class Problem:
         self._products, self._product_weight = builder.products, float(weight)
         _check_weight(self._product_weight, "curvature")
 
+    @property
+    def structural_matrix(self) -> Operator | None:
+        if self.structural is None or self.overrides.product is not None:
+            return None
+        if self._summed_structural is None:
+            products = self._structural_products()
+            factor = self._scale(self._product_weight)
+            self._summed_structural = self._layout.summed(products, factor, self._abort_flag)
+        return self._summed_structural.damped(0.0)
+
     def _structural_products(self) -> list[Product]:
-        """This rank's products with lambda mu S; as with the loss's, their sum is divided by the weight."""
+        """This rank's products with S; as with the loss's, their sum is divided by the weight."""
+        if self._hidden_products is not None:
+            return self._hidden_products
         term = self.structural
-        if term is None or term.coefficient == 0.0:
-            return []
+        assert term is not None
         requested = DOUBLE_BACKWARD if self.engine.reported == DOUBLE_BACKWARD else LINEARIZE
         if self.engine.requested == RECOMPUTE:
             requested = RECOMPUTE
@@ -452,7 +471,8 @@ class Problem:
         builder = ProductBuilder(engine, self.params, self.comm, "ggn", evaluate, None, len(role))
         for microbatch in role:
             builder.add(hidden_microbatch(microbatch, term.modules))
-        return [Scaled(product=product, number=term.coefficient) for product in builder.products]
+        self._hidden_products = builder.products
+        return self._hidden_products
 
     @property
     def least_squares(self) -> LeastSquares | None:
@@ -508,6 +528,7 @@ class Problem:
     def release(self) -> None:
         with self._memory.part(GRAPHS):
             self._products = self._summed = self._system = self._gradient = None
+            self._hidden_products = self._summed_structural = None
 
     def preconditioner(self, damping: float | None) -> Operator | None:
         make = self.overrides.preconditioner

@@ -27,8 +27,8 @@ class StructuralDamping:
 
     modules: Sequence[nn.Module]
     """The first tensor that each returns is hidden states."""
-    coefficient: float
-    """lambda mu."""
+    mu: float
+    """The term's weight beside that of the damping metric."""
 
 
 def hidden_modules(named: Any) -> list[nn.Module]:

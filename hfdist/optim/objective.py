@@ -71,12 +71,18 @@ class Objective(Protocol):
         ...
 
     def curvature(self, damping: float = 0.0, exact: bool = False) -> Operator:
-        """A = B + damping * diag(damping_scale), B the curvature matrix at theta on the curvature batch.
+        """A = B + damping * (diag(damping_scale) + mu S), B the curvature matrix at theta on the curvature
+        batch, S that of structural damping, if there is any.
 
         Args:
             damping: lambda >= 0 [1, sec. 4.1].
             exact: Without the rounding that `reduction_dtype` adds.
         """
+        ...
+
+    @property
+    def structural_matrix(self) -> Operator | None:
+        """S of structural damping [2, sec. 8.4], once `curvature` was called."""
         ...
 
     @property

@@ -139,6 +139,16 @@ class HFOptions(
     its first name)."""
 
     def check(self) -> None:
+        if self.structural_damping and self.solver not in ("auto", "krylov", "cg"):
+            raise ValueError(
+                f"structural_damping is {self.structural_damping:g}: solver={self.solver} has no such term; "
+                "set it to 0, or take solver=krylov or cg"
+            )
+        if self.structural_damping and self.krylov_basis == "none":
+            raise ValueError(
+                f"structural_damping is {self.structural_damping:g}: krylov_basis=none has no space to "
+                "project it into; take another basis, or set it to 0"
+            )
         if self.shard_solver_state and self.solver in ("dense", "sample_space"):
             raise ValueError(
                 f"shard_solver_state is true: solver={self.solver} holds whole matrices and vectors; set it "

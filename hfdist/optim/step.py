@@ -149,13 +149,16 @@ def hf_step(
                 costs=lambda: problem.costs,
                 keep_path=options.use_cg_backtracking or options.reduction_ratio_at == "last",
                 damping_scale=problem.damping_scale,
+                structural=lambda: problem.structural_matrix,
                 least_squares=problem.least_squares,
                 space=space,
                 on_iteration=on_cg_iteration,
             ),
             options,
         )
-    if not solution.takes_first:
+    # Path solvers' models are freed of structural damping below.
+    keeps = solution.takes_first or (options.structural_damping > 0.0 and solution.is_path)
+    if not keeps:
         problem.release()
     if solution.iterations == 0 and solution.stop is not Stop.EXACT_START:
         return _no_step(state, options, clock, loss, grad_norm, solution.stop, solution)
@@ -354,13 +357,18 @@ def _reduction_ratios(
     from CG's start to its last iterate, (f(x_n) - f(x_0)) / (q(x_n) - q(x_0)).
     """
 
+    structural = problem.structural_matrix if solution.is_path else None
+
     def model(index: int) -> tuple[float, float]:  # damped, undamped
         candidate = solution.candidates[index]
         if candidate.undamped_model is not None:
             return candidate.model, candidate.undamped_model
         # Without lambda/2 |x|^2 in the damping metric.
         x, scale = solution.step(index), problem.damping_scale
-        x_squared = space.dots((x, x if scale is None else scale * x))[0]
+        metric = x if scale is None else scale * x
+        if structural is not None:
+            metric = metric + options.structural_damping * structural(x)
+        x_squared = space.dots((x, metric))[0]
         return candidate.model, candidate.model - 0.5 * candidate.damping * x_squared
 
     if options.reduction_ratio_at == "chosen" or not solution.is_path:

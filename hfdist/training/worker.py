@@ -547,7 +547,7 @@ class Worker:
                 damping_metric=make_damping_metric(context),
             ),
             structural=StructuralDamping(
-                modules=self._hidden_modules, coefficient=options.structural_damping * state.damping
+                modules=self._hidden_modules, mu=options.structural_damping
             )
             if options.structural_damping
             else None,
@@ -564,6 +564,8 @@ class Worker:
             return False
         options = self.config.optim
         name: str = options.solver
+        if options.structural_damping:
+            return False
         if name == "auto" and not isinstance(self._layout, Sharded):
             name = choice(self.num_examples, self.params.numel, options.sample_rank)
         return name in ("dense", "sample_space") and options.curvature_opt == "ggn"

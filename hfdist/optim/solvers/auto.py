@@ -21,6 +21,8 @@ def solve(system: System, options: Any) -> Solution:
     num_residuals = None if ls is None or system.space.is_sharded else ls.num_residuals
     P = system.space.numel(system.b)
     name = choice(num_residuals, P, options.sample_rank)
+    if options.structural_damping:
+        name = "krylov"  # the others have rows of the residuals alone
     is_even = ls is not None and not isinstance(ls.weight_decay, Tensor)
     if name == "sample_space" and (system.damping_scale is not None or not is_even):
         name = "krylov"  # it takes one lambda and one L2 coefficient for all parameters

@@ -6,6 +6,10 @@ lambda on its projection (see `subproblems`). The step's candidates are these so
 decide, and lambda follows. The last step joins as one more basis vector, as in Krylov subspace descent
 (Vinyals & Povey 2012).
 
+With structural damping the space is the same, and in it the damping's matrix C + mu S takes the place of C,
+for every candidate's own lambda: S is projected, too, and scaled so that with mu = 1 it damps the
+preconditioned gradient as much as C.
+
 lambda is dimensionless: it counts in units of the curvature along the preconditioned gradient, u'Bu / u'Cu
 for u = C^-1 g. Scaling the loss or (in a metric that follows it) a layer's weights changes no step.
 """
@@ -15,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -90,16 +94,17 @@ NOTHING = 1e-6
 """Part of the last step's curvature outside the space under which it has nothing outside."""
 SHIFT_RUNGS = 2
 """Candidates on each side of the step's lambda where there is no basis: each takes up to three vectors."""
+TINY = float(np.finfo(np.float64).tiny)
 SAME = 1e-2
 """Candidates whose steps differ by less, in the metric and relative to their length, are one."""
 
 
-def solve(system: System, options: KrylovOptions) -> Solution:
+def solve(system: System, options: Any) -> Solution:
     """Candidates of several lambda from one Krylov space.
 
     Args:
         system: Its start is the last step; `preconditioner(None)` gives C^-1, and None stands for C = I.
-        options: The `krylov_*` keys.
+        options: The `krylov_*` keys, and mu of structural damping.
     """
     shifts = None
     if options.krylov_basis == "none":
@@ -192,6 +197,10 @@ class LastStep:
     """d'Bd."""
     slope: float
     """-g'd."""
+    Sd: Tensor | None = None
+    """With structural damping."""
+    structural: float = 0.0
+    """d'Sd."""
 
 
 @dataclass(kw_only=True)
@@ -205,6 +214,10 @@ class KrylovSpace:
     """Column j: u_i'B u_j for i <= j."""
     to_last: list[tuple[float, float]] = field(default_factory=list)
     """u_j'Bd and u_j'Cd."""
+    mu: float = 0.0
+    """Structural damping's part."""
+    structural: list[list[float]] = field(default_factory=list)
+    """Column j: u_i'S u_j for i <= j, and then u_j'Sd."""
     b: list[float] = field(default_factory=list)
     """U'(-g)."""
     quadratic: list[float] = field(default_factory=list)
@@ -239,6 +252,27 @@ class KrylovSpace:
         d less what U has of it completes U. Its size in the metric is not known (that would be a product
         with C); it is given the one that makes its curvature the unit of lambda.
         """
+        projected, basis = self._projected()
+        if not self.mu or not self.dim:
+            return projected, basis
+        # Coordinates w = R y with R'R = 1 + mu S, in which that is the metric.
+        S = basis @ self._structural_matrix() @ basis.T
+        R = np.linalg.cholesky(np.eye(len(S)) + self.mu / max(S[0, 0], TINY) * S).T
+        inverse = np.linalg.inv(R)
+        T, b = inverse.T @ projected.T @ inverse, inverse.T @ projected.b
+        return Projected(T=0.5 * (T + T.T), b=b), inverse.T @ basis
+
+    def _structural_matrix(self) -> Matrix:
+        """S between u_1 .. u_k and d [k + 1, k + 1]."""
+        k = self.dim
+        S = np.zeros((k + 1, k + 1))
+        for j, column in enumerate(self.structural):
+            S[: j + 1, j] = S[j, : j + 1] = column[: j + 1]
+            S[j, k] = S[k, j] = column[j + 1]
+        S[k, k] = 0.0 if self.last is None else self.last.structural
+        return S
+
+    def _projected(self) -> tuple[Projected, Matrix]:
         k = self.dim
         T = np.zeros((k + 1, k + 1))
         for j, column in enumerate(self.T):
@@ -267,7 +301,7 @@ class KrylovSpace:
         return x
 
 
-def build(system: System, options: KrylovOptions, shifts: Shifts | None = None) -> KrylovSpace:
+def build(system: System, options: Any, shifts: Shifts | None = None) -> KrylovSpace:
     """Lanczos' process for C^-1 B from C^-1 b in the inner product of C, with full reorthogonalisation:
     one product with B and one with C^-1 a dimension.
 
@@ -286,7 +320,8 @@ def build(system: System, options: KrylovOptions, shifts: Shifts | None = None) 
             return Window(system.b, vectors)
         return Basis(system.b, options.krylov_basis, vectors)
 
-    space = KrylovSpace(U=basis(), V=basis())
+    S = system.structural()
+    space = KrylovSpace(U=basis(), V=basis(), mu=0.0 if S is None else options.structural_damping)
     lagged = system.b.device.type != "cpu"
     y = system.b.clone()  # [n]; this rank's part, as all vectors here
     u = y if M is None else M(y)
@@ -299,7 +334,7 @@ def build(system: System, options: KrylovOptions, shifts: Shifts | None = None) 
     space.V.append(y, norm)
     kept = space.U.append(u, norm)
     if system.start is not None and options.krylov_momentum:
-        _add_last_step(space, B, system)
+        _add_last_step(space, B, S, system)
     _follow(space, system.damping)
     space.b.append(math.sqrt(squared))
     exhausted = max(options.krylov_tol, 10.0 * torch.finfo(y.dtype).eps)
@@ -313,6 +348,10 @@ def build(system: System, options: KrylovOptions, shifts: Shifts | None = None) 
             to_last = torch.dot(kept, last.Bd), space.V.dot(-1, last.d)
         scalars = space.U.dots(w, *to_last, vectors.read_signal(w))
         h = scalars[: space.U.size]
+        of_hidden: list[Tensor] = []
+        if S is not None:
+            with_Sd = zero if last is None or last.Sd is None else torch.dot(kept, last.Sd)
+            of_hidden = [space.U.dots(S(kept), with_Sd)]
         y.copy_(w)
         space.V.subtract(y, h)
         space.V.subtract(y, space.U.dots(y))
@@ -326,14 +365,18 @@ def build(system: System, options: KrylovOptions, shifts: Shifts | None = None) 
             if lagged:
                 w = B(kept)
                 space.num_products += 1
-        *column, with_Bd, with_Cd, signal, squared = torch.cat((scalars, rest)).tolist()
-        if not all(map(math.isfinite, column)):
+        size = len(h)
+        found = torch.cat((scalars, rest, *of_hidden)).tolist()
+        column, hidden = found[:size], found[size + 4 :]
+        with_Bd, with_Cd, signal, squared = found[size : size + 4]
+        if not all(map(math.isfinite, column + hidden)):
             space.stop = Stop.NON_FINITE
             break
         if space.T:
             space.b.append(0.0)
         space.T.append(column)
         space.to_last.append((with_Bd, with_Cd))
+        space.structural.append(hidden)
         if shifts is not None and space.dim > 1:
             # A vector behind: the next one has a part in its own.
             shifts.add(space, space.dim - 2, is_last=False)
@@ -361,27 +404,32 @@ def build(system: System, options: KrylovOptions, shifts: Shifts | None = None) 
     return space
 
 
-def _add_last_step(space: KrylovSpace, B: Operator, system: System) -> None:
+def _add_last_step(space: KrylovSpace, B: Operator, S: Operator | None, system: System) -> None:
     """The last step's own product."""
     d = system.start
     assert d is not None
     Bd = B(d).clone()
     space.num_products += 1
     curvature, slope = system.space.dots((d, Bd), (d, system.b))
-    if math.isfinite(curvature) and curvature != 0.0 and math.isfinite(slope):
-        space.last = LastStep(d=d, Bd=Bd, curvature=curvature, slope=slope)
+    Sd = None if S is None else S(d).clone()
+    structural = 0.0 if Sd is None else system.space.dots((d, Sd))[0]
+    if all(map(math.isfinite, (curvature, slope, structural))) and curvature != 0.0:
+        space.last = LastStep(
+            d=d, Bd=Bd, curvature=curvature, slope=slope, Sd=Sd, structural=structural
+        )
 
 
 def _follow(space: KrylovSpace, damping: float) -> None:
     """The damped model's least value in the space so far, and the residual there."""
-    projected, _ = space.projected()
+    projected, basis = space.projected()
     if not projected.b.size:
         space.quadratic.append(0.0)
         return
     small = SUBPROBLEMS["damping"](projected, damping * space.unit, 1.0)
     space.quadratic.append(projected.model(small.y) + 0.5 * small.shift * float(small.y @ small.y))
     if space.dim:
-        space.residual = space.beta * abs(float(small.y[space.dim - 1])) / space.b[0]
+        along = small.y if not space.mu else small.y @ basis
+        space.residual = space.beta * abs(float(along[space.dim - 1])) / space.b[0]
 
 
 def _is_worth_it(space: KrylovSpace, costs: Costs) -> bool:

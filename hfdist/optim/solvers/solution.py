@@ -18,7 +18,7 @@ class System:
     """The step's model m(x) = x'Bx/2 - b'x, to be minimised approximately and with damping."""
 
     curvature: Callable[[float], Operator]
-    """lambda -> v -> (B + lambda D) v, D the damping metric."""
+    """lambda -> v -> (B + lambda (D + mu S)) v, D the damping metric, mu S structural damping."""
     exact_curvature: Callable[[float], Operator]
     """The same with less rounding; may share memory with it."""
     b: Tensor
@@ -34,6 +34,8 @@ class System:
     """Candidates on the way are wanted, not only the last."""
     damping_scale: Tensor | None = None
     """Diagonal of D [n]; None is the identity."""
+    structural: Callable[[], Operator | None] = lambda: None
+    """S, once `curvature` was called; None where there is no structural damping."""
     least_squares: LeastSquares | None = None
     """Where the objective is a sum of squares: its residuals."""
     space: Space = WHOLE

@@ -14,7 +14,11 @@ from hfdist import HessianFree
 from hfdist.comm import SerialCommunicator
 from hfdist.config.job import from_dict
 from hfdist.errors import TaskError
+from hfdist.optim.options import HFOptions
+from hfdist.optim.solvers import System, krylov
+from hfdist.optim.step import HFState
 from hfdist.rundir.stop import StopRequest
+from hfdist.training.coordinator import Progress
 from hfdist.training.display import QuietDisplay
 from hfdist.training.worker import Job, Worker
 
@@ -76,8 +80,104 @@ def test_the_term_is_that_of_the_hidden_states(
     without = worker(tmp_path, **common, optim={"preconditioner": "none", "damping": 2.0})
     J = hidden_jacobian(with_term)
     expected = 0.3 * 2.0 * J.T @ J / 6
-    torch.testing.assert_close(matrix(with_term) - matrix(without), expected, rtol=1e-6, atol=1e-9)
+    found = matrix(with_term, 2.0) - matrix(without, 2.0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
     assert float(expected.norm()) > 0.01
+
+
+@pytest.mark.parametrize("solver", ["krylov", "cg"])
+def test_it_damps_and_is_no_part_of_the_model(tmp_path: Path, solver: str) -> None:
+    """The undamped model, which the reduction ratio and the share of the examples go by, is the loss's."""
+    one = worker(
+        tmp_path, optim={"structural_damping": 3.0, "preconditioner": "none", "solver": solver}
+    )
+    B = matrix(one)
+    problem = one.problem(0)
+    loss, g = problem.loss_and_gradient()
+    g, before = g.clone(), one.params.read().clone()
+    report = one.step(Progress(state=HFState(damping=0.5)))
+    delta = (one.params.read() - before) / report.alpha
+    model = float(g @ delta + 0.5 * delta @ B @ delta)
+    assert report.alpha == 1.0
+    assert report.reduction_ratio_undamped == pytest.approx((report.final_loss - loss) / model)
+
+
+def test_every_candidate_of_a_krylov_space_has_its_own(tmp_path: Path) -> None:
+    """Each minimises the model with lambda (1 + mu S) in the space of -g, Bg, B^2 g, where lambda and mu
+    count by the curvatures of B and S along g."""
+    mu = 2.0
+    one = worker(tmp_path, optim={"preconditioner": "none"})
+    B, J = matrix(one), hidden_jacobian(one)
+    S = J.T @ J / 6
+    problem = one.problem(0)
+    g = problem.loss_and_gradient()[1].clone()
+    options = HFOptions(
+        preconditioner="none",
+        structural_damping=mu,
+        krylov_max_dim=3,
+        krylov_min_dim=3,
+        krylov_momentum=False,
+    )
+    system = System(
+        curvature=lambda damping: lambda v: B @ v,
+        exact_curvature=lambda damping: lambda v: B @ v,
+        b=-g,
+        damping=0.1,
+        structural=lambda: lambda v: S @ v,
+    )
+    solution = krylov.solve(system, options)
+    u = g / g.norm()
+    U = torch.linalg.qr(torch.stack((g, B @ g, B @ B @ g), 1))[0]
+    assert len(solution.candidates) > 5
+    for k, candidate in enumerate(solution.candidates):
+        shift = candidate.damping * (u @ B @ u)
+        A = B + shift * (torch.eye(len(g), dtype=g.dtype) + mu * S / (u @ S @ u))
+        expected = U @ torch.linalg.solve(U.T @ A @ U, -U.T @ g)
+        torch.testing.assert_close(solution.step(k), expected, rtol=1e-6, atol=1e-10)
+        undamped = g @ expected + 0.5 * expected @ B @ expected
+        assert candidate.undamped_model == pytest.approx(float(undamped), rel=1e-6)
+        assert candidate.model == pytest.approx(
+            float(undamped + 0.5 * expected @ (A - B) @ expected), rel=1e-6
+        )
+
+
+def test_the_last_step_has_its_part_of_it(tmp_path: Path) -> None:
+    """A last step in the space is damped as any other vector: the one inside the span changes nothing."""
+    one = worker(tmp_path, optim={"preconditioner": "none"})
+    B, J = matrix(one), hidden_jacobian(one)
+    S = J.T @ J / 6
+    g = one.problem(0).loss_and_gradient()[1].clone()
+    d = torch.randn(len(g), dtype=g.dtype, generator=torch.Generator().manual_seed(0))
+    options = HFOptions(
+        preconditioner="none", structural_damping=2.0, krylov_max_dim=2, krylov_min_dim=2
+    )
+    system = System(
+        curvature=lambda damping: lambda v: B @ v,
+        exact_curvature=lambda damping: lambda v: B @ v,
+        b=-g,
+        damping=0.1,
+        start=d,
+        structural=lambda: lambda v: S @ v,
+    )
+    space = krylov.build(system, options)
+    projected, basis = space.projected()
+    V = torch.stack([*(space.U.vector(k) for k in range(2)), d], 1) @ torch.tensor(basis.T)
+    torch.testing.assert_close(torch.tensor(projected.T), V.T @ B @ V, rtol=1e-8, atol=1e-10)
+    u = g / g.norm()
+    # In the coordinates of `projected` the damping's matrix is the identity.
+    metric = V.T @ S @ V * (2.0 / (u @ S @ u))
+    own = torch.eye(3, dtype=g.dtype) - metric  # what is left for the metric C
+    assert float(torch.linalg.eigvalsh(own).min()) > 0.0
+    first = V[:, :2].T @ V[:, :2]
+    torch.testing.assert_close(own[:2, :2], first, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"solver": "dense"}, {"solver": "metric"}, {"krylov_basis": "none"}]
+)
+def test_what_has_no_such_term_refuses_it(changes: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="structural_damping"):
+        HFOptions(structural_damping=0.1, **changes)  # type: ignore[arg-type]
 
 
 def test_it_counts_as_work_and_leaves_losses_alone(tmp_path: Path) -> None:
