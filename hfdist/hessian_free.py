@@ -353,8 +353,11 @@ class HessianFree(torch.optim.Optimizer):
     def _structural(self, model: Any) -> StructuralDamping:
         """The term of a model that names its hidden units; `step` does not know the model."""
         named = getattr(model, "hidden_units", list)
-        mu = self.options.structural_damping
-        return StructuralDamping(modules=hidden_modules(named()), mu=mu)
+        return StructuralDamping(
+            modules=hidden_modules(named()),
+            mu=self.options.structural_damping,
+            share=self.options.structural_examples,
+        )
 
     @contextmanager
     def steps_as_gradients(self) -> Iterator[None]:

@@ -30,7 +30,13 @@ from hfdist.curvature.microbatch import Evaluation, Microbatch, TryAgain
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.reverse import grad
 from hfdist.curvature.step_memory import GRAPHS, LOSSES, METRIC, StepMemory
-from hfdist.curvature.structural import Scaled, StructuralDamping, hidden_microbatch
+from hfdist.curvature.structural import (
+    LEAST_EXAMPLES,
+    Scaled,
+    StructuralDamping,
+    add_hidden,
+    count,
+)
 from hfdist.curvature.verify import Verifier
 from hfdist.errors import DataError
 from hfdist.optim.least_squares import LeastSquares
@@ -160,6 +166,7 @@ class Problem:
         self._summed_with = 0.0  # of S
         self._summed_structural: SummedProduct | None = None
         self._hidden_products: list[Product] | None = None
+        self._hidden_share = 0.0  # of the curvature's examples
         self._memory = self.memory or StepMemory(self.params.device)
 
     @property
@@ -468,11 +475,27 @@ class Problem:
                 return microbatch.evaluate(engine.traits, recorder)
 
         role = self.roles.curvature
-        builder = ProductBuilder(engine, self.params, self.comm, "ggn", evaluate, None, len(role))
-        for microbatch in role:
-            builder.add(hidden_microbatch(microbatch, term.modules))
-        self._hidden_products = builder.products
+        n = sum(count(microbatch) for microbatch in role)
+        num_examples = float(self.comm.all_reduce(self._number(n)))
+        share = max(term.share, LEAST_EXAMPLES / num_examples)
+        while True:
+            builder = ProductBuilder(
+                engine, self.params, self.comm, "ggn", evaluate, None, len(role)
+            )
+            kept = sum(add_hidden(builder, m, term.modules, share) for m in role)
+            num_kept = float(self.comm.all_reduce(self._number(kept)))
+            if num_kept:
+                break
+            share = 1.0  # by chance there was none
+        self._hidden_share = num_kept / num_examples
+        # As means of all examples, which is what they are divided by.
+        self._hidden_products = [
+            Scaled(product=product, number=1.0 / self._hidden_share) for product in builder.products
+        ]
         return self._hidden_products
+
+    def _number(self, value: float) -> Tensor:
+        return torch.full((1,), value, dtype=torch.float64, device=self.params.device)
 
     @property
     def least_squares(self) -> LeastSquares | None:
@@ -519,7 +542,7 @@ class Problem:
         of_loss = 2.0 if self.curvature_opt == "hessian" else 4 / 3
         return Costs(
             gradient=1.0 + (0.0 if shares_pass else curvature / 3),
-            product=curvature * (of_loss + (4 / 3 if self.structural is not None else 0.0)),
+            product=curvature * (of_loss + 4 / 3 * self._hidden_share),
             loss=loss / 3,
             curvature_share=curvature,
             metric=self._metric_work,

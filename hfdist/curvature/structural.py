@@ -4,6 +4,7 @@ A small change of a recurrent net's weights may change its hidden states altoget
 where the quadratic model of the loss says nothing of it. So the damped matrix gets one more term,
 lambda mu S: S is the Gauss-Newton matrix of the hidden units' matching loss, half the squared distance of the
 hidden states from what they are now, S = J_h' J_h with J_h their Jacobian. A step then pays for a change.
+S damps and is no part of the model, so that some of the examples are enough for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from hfdist.curvature.engines import ProductBuilder
 from hfdist.curvature.layout import Product
 from hfdist.curvature.microbatch import Microbatch, from_parts
 from hfdist.errors import TaskError
@@ -29,6 +31,12 @@ class StructuralDamping:
     """The first tensor that each returns is hidden states."""
     mu: float
     """The term's weight beside that of the damping metric."""
+    share: float = 1.0
+    """Of the curvature's examples, that S is taken from."""
+
+
+LEAST_EXAMPLES = 64
+"""S is taken from at least so many, or from all."""
 
 
 def hidden_modules(named: Any) -> list[nn.Module]:
@@ -50,8 +58,8 @@ def hidden_modules(named: Any) -> list[nn.Module]:
 
 
 def hidden_microbatch(microbatch: Microbatch, modules: Sequence[nn.Module]) -> Microbatch:
-    """A microbatch whose outputs are the hidden states of another one, and whose loss is their "
-    "matching loss."""
+    """A microbatch whose outputs are the hidden states of another one, and whose loss is their matching
+    loss."""
 
     def forward() -> list[Tensor]:
         seen: list[Tensor] = []
@@ -74,6 +82,33 @@ def hidden_microbatch(microbatch: Microbatch, modules: Sequence[nn.Module]) -> M
         return sum(losses[1:], start=losses[0]), 1.0
 
     return from_parts(forward, matching, microbatch.seed, "the hidden units' matching loss")
+
+
+def count(microbatch: Microbatch) -> int:
+    """Its examples, where they are known one by one."""
+    seeds = microbatch.example_seeds
+    return microbatch.num_examples if seeds is None else len(seeds)
+
+
+def add_hidden(
+    builder: ProductBuilder, microbatch: Microbatch, modules: Sequence[nn.Module], share: float
+) -> int:
+    """Append the product of a share of a microbatch's examples.
+
+    Returns:
+        How many they are.
+    """
+    part = microbatch if microbatch.part is None else microbatch.part(share)
+    if part is None:
+        return 0
+    try:
+        builder.add(hidden_microbatch(part, modules))
+    except (RuntimeError, ValueError, IndexError):
+        if part is microbatch or not microbatch.part_may_fail:
+            raise
+        part = microbatch
+        builder.add(hidden_microbatch(part, modules))
+    return count(part)
 
 
 @dataclass(kw_only=True)

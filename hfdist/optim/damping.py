@@ -21,6 +21,7 @@ class DampingOptions(OptionGroup):
         "damping_decrease": (0.0, 1.0),
         "damping_decay": (0.0, 1.0),
         "structural_damping": (0.0, math.inf),
+        "structural_examples": (1e-6, 1.0),
     }
 
     damping: float = 1.0
@@ -34,14 +35,16 @@ class DampingOptions(OptionGroup):
     a half (trials) [Transtrum & Sethna 2012]. auto: chosen for the solver krylov, trials for dense and
     sample_space, lm for the others."""
     damping_metric: Literal["identity", "diagonal"] = "identity"
-    """D in the damping term lambda D of the solver cg: the identity, or a diagonal estimate of the "
-    "curvature,
-    which makes lambda a number without a unit (scale-sensitive damping [2, sec. 8.3]). The solver krylov
-    damps in its preconditioner's metric."""
+    """D in the damping term lambda D of the solver cg: the identity, or a diagonal estimate of the
+    curvature, which makes lambda a number without a unit (scale-sensitive damping [2, sec. 8.3]). The solver
+    krylov damps in its preconditioner's metric."""
     structural_damping: float = 0.0
-    """mu >= 0: adds lambda mu S to the curvature, S the Gauss-Newton matrix of the distance of the "
-    "hidden units
-    from where they are: for recurrent nets, which name them by a method `hidden_units` [2, sec. 8.4]."""
+    """mu >= 0: adds lambda mu S to the damped curvature, S the Gauss-Newton matrix of the distance of the
+    hidden units from where they are: for recurrent nets, which name them by a method `hidden_units` [2, sec.
+    8.4]. For the solver krylov mu has no unit: with 1 it damps the preconditioned gradient as much as the
+    metric does."""
+    structural_examples: float = 0.25
+    """Share of the curvature's examples that S is taken from, of 64 at least."""
     damping_min: float = 1e-12
     """Lower bound of the adapted lambda."""
     damping_max: float = 1e12

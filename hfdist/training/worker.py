@@ -547,7 +547,9 @@ class Worker:
                 damping_metric=make_damping_metric(context),
             ),
             structural=StructuralDamping(
-                modules=self._hidden_modules, mu=options.structural_damping
+                modules=self._hidden_modules,
+                mu=options.structural_damping,
+                share=options.structural_examples,
             )
             if options.structural_damping
             else None,

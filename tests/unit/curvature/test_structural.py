@@ -13,6 +13,8 @@ import hfdist
 from hfdist import HessianFree
 from hfdist.comm import SerialCommunicator
 from hfdist.config.job import from_dict
+from hfdist.curvature.microbatch import chosen
+from hfdist.data.plan import MicrobatchPlan
 from hfdist.errors import TaskError
 from hfdist.optim.options import HFOptions
 from hfdist.optim.solvers import System, krylov
@@ -46,10 +48,10 @@ def matrix(worker: Worker, damping: float = 0.0) -> Tensor:
     return torch.stack([B(v).clone() for v in torch.eye(problem.numel, dtype=torch.float64)])
 
 
-def hidden_jacobian(worker: Worker) -> Tensor:
-    """[examples * time * hidden, P], of the whole training data."""
+def hidden_jacobian(worker: Worker, batch: Any = None) -> Tensor:
+    """[examples * time * hidden, P], by default of the whole training data."""
     model = worker.model
-    batch = worker._loader.first(6)
+    batch = worker._loader.first(6) if batch is None else batch
     params = list(model.parameters())
     states, _ = model.recurrent(batch["sequence"])
     rows = []
@@ -83,6 +85,31 @@ def test_the_term_is_that_of_the_hidden_states(
     found = matrix(with_term, 2.0) - matrix(without, 2.0)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
     assert float(expected.norm()) > 0.01
+
+
+@pytest.mark.parametrize("microbatch", [None, 30])
+def test_some_of_many_examples_are_enough(tmp_path: Path, microbatch: int | None) -> None:
+    """A quarter, however they are cut into microbatches, and cheaper by that."""
+    one = worker(
+        tmp_path,
+        task_args={**SMALL, "examples": 300, "length": 2, "hidden": 2},
+        batches={"microbatch": microbatch, "curvature": None},
+        optim={"structural_damping": 0.3, "preconditioner": "none"},
+    )
+    problem = one.problem(0)
+    problem.loss_and_gradient()
+    S = problem.structural_matrix
+    assert S is not None
+    plan = one._plan(0).gradient.microbatches
+    kept = [m.indices[chosen(b.example_seeds, 0.25)] for m, b in zip(plan, problem.roles.curvature)]
+    indices = torch.cat(kept)
+    assert 55 < len(indices) < 95
+    batch = one._loader.load(MicrobatchPlan(number=0, indices=indices))
+    J = hidden_jacobian(one, batch)
+    found = torch.stack([S(v).clone() for v in torch.eye(problem.numel, dtype=torch.float64)])
+    torch.testing.assert_close(found, J.T @ J / len(indices), rtol=1e-6, atol=1e-10)
+    share = len(indices) / 300
+    assert problem.costs.product == pytest.approx(4 / 3 * (1 + share))
 
 
 @pytest.mark.parametrize("solver", ["krylov", "cg"])
@@ -186,7 +213,7 @@ def test_it_counts_as_work_and_leaves_losses_alone(tmp_path: Path) -> None:
     for one in (with_term, without):
         problem = one.problem(0)
         problem.loss_and_gradient()
-        problem.curvature()
+        problem.curvature(1.0)
         costs.append((problem.costs.product, problem.start_loss()))
     assert costs[0][0] == pytest.approx(2 * costs[1][0])
     assert costs[0][1] == costs[1][1]
