@@ -541,7 +541,7 @@ class Problem:
         shares_pass = self.roles.curvature is self.roles.gradient and self.autocast is None
         of_loss = 2.0 if self.curvature_opt == "hessian" else 4 / 3
         return Costs(
-            gradient=1.0 + (0.0 if shares_pass else curvature / 3),
+            gradient=1.0 + curvature / 3 * ((not shares_pass) + self._hidden_share),
             product=curvature * (of_loss + 4 / 3 * self._hidden_share),
             loss=loss / 3,
             curvature_share=curvature,

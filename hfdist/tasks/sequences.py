@@ -211,6 +211,7 @@ class LSTMAddition(Task):
     """
 
     target_keys = ("target",)
+    sum_of_squares = True
     data: type[Addition] = Addition
 
     def __init__(

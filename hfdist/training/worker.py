@@ -159,6 +159,7 @@ class Worker:
                 f"{comm.world_size} workers but {self.num_examples} training examples: lower "
                 f"launch.workers to at most {self.num_examples}"
             )
+        self._outputs_per_example = 1  # known once the task was tried
         self._plan(0)
         self.first_batch = self._try_task()
         """Of a few examples."""
@@ -313,7 +314,8 @@ class Worker:
         ):
             try:
                 for batch in batches:
-                    from_task(self.task, self.model, batch, seed=0).evaluate(None, None)
+                    e = from_task(self.task, self.model, batch, seed=0).evaluate(None, None)
+                    self._outputs_per_example = sum(z.numel() for z in e.outputs) // max(n, 1)
             except TaskError as error:
                 if n:
                     raise
@@ -444,7 +446,11 @@ class Worker:
     def _curvature_share(self, state: HFState) -> float:
         """Of the gradient's examples, where `batches.curvature` is auto."""
         is_fixed = self.config.batches.loaders > 0  # processes that load know the plans beforehand
-        grows = self.config.optim.solver in ("auto", "krylov") and self._terms is None
+        grows = (
+            self.config.optim.solver in ("auto", "krylov")
+            and self._terms is None
+            and not self._solves_rows()
+        )
         if not grows or self.num_examples is None or is_fixed:
             return 1.0
         return state.curvature_share.at(self.config.batches.gradient or self.num_examples)
@@ -539,7 +545,7 @@ class Worker:
             layout=self._layout,
             engine=self._engine,
             autocast=autocast_dtype(options),
-            residuals=self._terms is not None,
+            residuals=self._terms is not None or self.task.sum_of_squares,
             row_solver=self._solves_rows(),
             abandon=self._asks_to_abandon,
             overrides=Overrides(
@@ -560,16 +566,24 @@ class Worker:
             return _STOP
         return _LEAVE if self._coordinator.is_in_a_hurry() else 0.0
 
+    @property
+    def _num_residuals(self) -> int | None:
+        """Of a step."""
+        if self._terms is not None or self.num_examples is None:
+            return self.num_examples
+        n = self.config.batches.gradient or self.num_examples
+        return min(n, self.num_examples) * self._outputs_per_example
+
     def _solves_rows(self) -> bool:
         """Whether the solver works on rows of the Jacobian."""
-        if self._terms is None:
+        if self._terms is None and not self.task.sum_of_squares:
             return False
         options = self.config.optim
         name: str = options.solver
         if options.structural_damping:
             return False
         if name == "auto" and not isinstance(self._layout, Sharded):
-            name = choice(self.num_examples, self.params.numel, options.sample_rank)
+            name = choice(self._num_residuals, self.params.numel, options.sample_rank)
         return name in ("dense", "sample_space") and options.curvature_opt == "ggn"
 
     def _stoppable(self, microbatch: Microbatch) -> Microbatch:
