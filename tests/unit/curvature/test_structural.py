@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from torch import Tensor, nn
 
 import hfdist
 from hfdist import HessianFree
-from hfdist.comm import SerialCommunicator
+from hfdist.comm import Communicator, SerialCommunicator
 from hfdist.config.job import from_dict
 from hfdist.curvature.microbatch import chosen
 from hfdist.data.plan import MicrobatchPlan
@@ -28,7 +29,7 @@ TASK = "hfdist.tasks.sequences:LSTMAddition"
 SMALL = {"examples": 6, "evaluation": 0, "hidden": 3, "length": 5}
 
 
-def worker(tmp_path: Path, **changes: Any) -> Worker:
+def worker(tmp_path: Path, comm: Communicator | None = None, **changes: Any) -> Worker:
     values = {
         "task": TASK,
         "task_args": SMALL,
@@ -38,7 +39,7 @@ def worker(tmp_path: Path, **changes: Any) -> Worker:
         **changes,
     }
     job = Job(config=from_dict(values), run_dir=tmp_path)
-    return Worker(job, SerialCommunicator("cpu"), QuietDisplay(), StopRequest())
+    return Worker(job, comm or SerialCommunicator("cpu"), QuietDisplay(), StopRequest())
 
 
 def matrix(worker: Worker, damping: float = 0.0) -> Tensor:
@@ -110,6 +111,28 @@ def test_some_of_many_examples_are_enough(tmp_path: Path, microbatch: int | None
     torch.testing.assert_close(found, J.T @ J / len(indices), rtol=1e-6, atol=1e-10)
     share = len(indices) / 300
     assert problem.costs.product == pytest.approx(4 / 3 * (1 + share))
+
+
+def after_steps(comm: Communicator, folder: Path, solver: str) -> Tensor:
+    one = worker(
+        folder,
+        comm,
+        task_args={**SMALL, "examples": 300, "length": 2},
+        batches={"microbatch": 20},
+        optim={"structural_damping": 1.0, "solver": solver, "cg_max_iter": 6, "krylov_max_dim": 6},
+    )
+    progress = Progress(state=HFState(damping=1.0))
+    for _ in range(3):
+        one.step(progress)
+    return one.params.read().clone()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["krylov", "cg"])
+def test_ranks_take_the_serial_step(tmp_path: Path, solver: str) -> None:
+    serial = after_steps(SerialCommunicator("cpu"), tmp_path, solver)
+    for found in on_ranks(2, after_steps, tmp_path, solver):
+        torch.testing.assert_close(found, serial, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("solver", ["krylov", "cg"])
