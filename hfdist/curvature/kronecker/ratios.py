@@ -6,8 +6,8 @@ space shows it for nothing. For its directions u_j, and the part u_jl of block l
 
     r_l = sum_j u_jl'(B u_j)_l / sum_j u_jl'(C u_j)_l
 
-Blocks above the median get that much more damping, those below it that much less. Neither the loss's scale nor
-a layer's units change r_l.
+Blocks above the median get that much more damping, those below it that much less. Neither the loss's scale
+nor a layer's units change r_l.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from hfdist.curvature.objective import Problem
 from hfdist.curvature.preconditioners.context import Builder, Context
 from hfdist.optim.objective import Operator
 
-RELATIVE_DAMPING = 0.3
+RELATIVE_DAMPING = 0.2
 """What a metric adds to each factor, and to each block without factors, in units of its mean diagonal
 element, times the root of the step's lambda: two factors add a part of lambda's own to their product. Early
 steps, of a large lambda, have no use for what the metric says of flat directions; late ones need it. Blocks
