@@ -144,6 +144,8 @@ class Problem:
     """Above 0 if this rank asks to abandon the step; summed over ranks with every product."""
     on_product: Callable[[Tensor, Tensor], None] | None = None
     """Called with v and Bv, without damping and L2, of every product; this rank's parts."""
+    on_direction: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    """Called with u, Bu and Cu of every direction of a Krylov space in the metric C; this rank's parts."""
     memory: StepMemory | None = None
     """What the step's parts take of a device; None: begun here."""
 
@@ -219,6 +221,14 @@ class Problem:
     def part_numel(self) -> int:
         """Length of this rank's parts."""
         return self._layout.part(self.params.zeros()).numel()
+
+    @property
+    def part_spans(self) -> list[tuple[int, int]]:
+        """Of each parameter: which numbers of this rank's parts are its own; none may be."""
+        n = self.part_numel
+        first = self.comm.rank * n if self.is_sharded else 0
+        clipped = ((start - first, stop - first) for start, stop in self.params.spans)
+        return [(min(max(a, 0), n), min(max(b, 0), n)) for a, b in clipped]
 
     def whole(self, part: Tensor) -> Tensor:
         """The whole vector of the ranks' parts; do not write into it. Collective."""
@@ -425,6 +435,11 @@ class Problem:
 
     def total(self, scalars: Tensor) -> Tensor:
         return self._layout.total(scalars)
+
+    def see(self, u: Tensor, Bu: Tensor, Cu: Tensor) -> None:
+        # Groups with a damping of their own scale the metric: C is another there.
+        if self.on_direction is not None and self.damping_scale is None:
+            self.on_direction(u, Bu, Cu)
 
     def _own_product(self, product: Operator, damping: float) -> Operator:
         out = torch.zeros_like(self._layout.part(self.params.zeros()))

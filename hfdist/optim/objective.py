@@ -108,6 +108,11 @@ class Objective(Protocol):
         """
         ...
 
+    def see(self, u: Tensor, Bu: Tensor, Cu: Tensor) -> None:
+        """Note what a direction u of a Krylov space says of the metric C that it was built in [n]; it may
+        serve the next one. Vectors must not be kept."""
+        ...
+
     @property
     def damping_scale(self) -> Tensor | None:
         """Diagonal [P] of the damping metric (parameter groups); None is the identity."""

@@ -34,6 +34,10 @@ has no curvature on these examples (a recurrence whose state dies at once), and 
 far."""
 
 
+MOST_RELATIVE = 3.0
+"""The most that a metric adds to a factor, in units of its mean diagonal element."""
+
+
 class Part(Protocol):
     """A block: a product with it, or with its inverse."""
 
@@ -139,6 +143,7 @@ class BlockDiagonal:
         damping: lambda; None: C is a metric.
         relative: What a metric adds to each factor, and to each block without factors, in units of its mean
             diagonal element.
+        ratios: What that is multiplied by [parameters]; None: by 1.
 
     Collective: each rank inverts some of the matrices.
     """
@@ -150,9 +155,10 @@ class BlockDiagonal:
         statistics: Statistics,
         damping: float | None,
         relative: float = 0.0,
+        ratios: Tensor | None = None,
     ) -> None:
         self._params = problem.params
-        self._parts = _Damping(problem, damping, relative).parts(plan, statistics)
+        self._parts = _Damping(problem, damping, relative, ratios).parts(plan, statistics)
         self._inverses = _inverted(problem, [part.matrices for part in self._parts])
         self._out: Tensor | None = None
         if damping is None:
@@ -193,13 +199,15 @@ class _Damping:
     Scalars are float64 tensors on the device, of shape [] or [groups].
     """
 
-    def __init__(self, problem: Problem, damping: float | None, relative: float) -> None:
+    def __init__(
+        self, problem: Problem, damping: float | None, relative: float, ratios: Tensor | None
+    ) -> None:
         self._params = problem.params
         shift = problem.regularisation.shift(damping or 0.0)
         self._shift = shift
         self._pieces = self._params.pieces(shift) if isinstance(shift, Tensor) else None
         self._is_metric = damping is None
-        self._of_metric = relative
+        self._of_metric, self._ratios = relative, ratios
         self._typical = self._scalar(1.0)
 
     def _scalar(self, value: float) -> Tensor:
@@ -238,8 +246,9 @@ class _Damping:
     def _layer(self, layer: LayerBlock, G: Factor, A: Factor) -> list[Tensor]:
         """Factored Tikhonov damping (Martens & Grosse 2015, section 6.3): the shift s of the block adds
         sqrt(s) / pi to G and pi sqrt(s) to A, with pi^2 the ratio of A's mean to G's."""
-        shift = self._shift_of([layer.keys[0].rows.index])
-        relative = self._relative(shift)
+        index = layer.keys[0].rows.index
+        shift = self._shift_of([index])
+        relative = self._relative(shift, index)
         g, a = G.means(), A.means()  # [groups]
         pi = torch.where((g > 0) & (a > 0), (a / g).sqrt(), 1.0)
         root = shift.sqrt()
@@ -263,8 +272,9 @@ class _Damping:
         """S, damped [groups, out, in]: the shift exactly and, in units of S's mean, what factored damping
         adds to a product of the factors' values."""
         basis, S = moments.basis, moments.values
-        shift = self._shift_of([layer.keys[0].rows.index])
-        relative = self._relative(shift).to(S)
+        index = layer.keys[0].rows.index
+        shift = self._shift_of([index])
+        relative = self._relative(shift, index).to(S)
         g, a = (_in_units_of_mean(values) for values in basis.values(G, A))
         mean = S.mean((1, 2), keepdim=True)  # [groups, 1, 1]
         damped = S + relative * mean * (g[:, :, None] + a[:, None, :] + relative)
@@ -275,7 +285,7 @@ class _Damping:
     def _vector(self, params: tuple[int, ...], blocks: Tensor) -> Tensor:
         shift = self._shift_of(params)
         mean = _diagonal(blocks).double().mean()
-        shift = self._or_typical(shift + self._relative(shift) * mean)
+        shift = self._or_typical(shift + self._relative(shift, params[0]) * mean)
         found = blocks.clone()
         _diagonal(found).add_(shift.to(found))
         return found
@@ -284,10 +294,14 @@ class _Damping:
         """The value; where it is 0, the typical scale."""
         return torch.where(value == 0.0, self._typical, value)
 
-    def _relative(self, shift: Tensor) -> Tensor:
-        """What is added relative to a block's own scale, where so much is added otherwise."""
+    def _relative(self, shift: Tensor, index: int) -> Tensor:
+        """What is added relative to a block's own scale, where so much is added otherwise; `index` is that of
+        its first parameter."""
         if self._is_metric:
-            return self._scalar(self._of_metric)
+            relative = self._scalar(self._of_metric)
+            if self._ratios is not None:
+                relative = (relative * self._ratios[index]).clamp(max=MOST_RELATIVE)
+            return relative
         return (shift == 0.0) * self._scalar(LEAST_DAMPING)
 
     def _shift_of(self, params: Sequence[int]) -> Tensor:

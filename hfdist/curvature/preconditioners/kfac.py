@@ -10,6 +10,8 @@ derivatives; a parameter of no known layer has a multiple of the identity.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from hfdist.curvature.kronecker.blocks import BlockDiagonal
 from hfdist.curvature.kronecker.keys import BlockPlan
 from hfdist.curvature.kronecker.memory import Correction
@@ -18,10 +20,11 @@ from hfdist.curvature.objective import Problem
 from hfdist.curvature.preconditioners.context import Builder, Context
 from hfdist.optim.objective import Operator
 
-RELATIVE_DAMPING = 0.1
+RELATIVE_DAMPING = 0.2
 """What a metric adds to each factor, and to each block without factors, in units of its mean diagonal
 element, times the root of the step's lambda: two factors add a part of lambda's own to their product. Early
-steps, of a large lambda, have no use for what the metric says of flat directions; late ones need it."""
+steps, of a large lambda, have no use for what the metric says of flat directions; late ones need it. Blocks
+that were seen to be further from the curvature than others get more (see `kronecker.ratios`)."""
 
 
 def kfac(context: Context) -> Builder:
@@ -42,8 +45,19 @@ def block_diagonal(
     damping: float | None,
 ) -> Operator:
     """The inverse of the blocks, damped."""
-    relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5
-    return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping, relative))
+    relative, ratios = 0.0, None
+    if damping is None:
+        relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5
+        ratios = _ratios(context, problem)
+    return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping, relative, ratios))
+
+
+def _ratios(context: Context, problem: Problem) -> Tensor | None:
+    """Of this step, whatever its solves."""
+    if "ratios" not in context.of_step:
+        context.of_step["ratios"] = context.memory.ratios.begin(problem)
+    ratios: Tensor | None = context.of_step["ratios"]
+    return ratios
 
 
 def statistics_of(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hfdist.curvature.kronecker.memory import StatisticsMemory
+from hfdist.curvature.kronecker.ratios import CurvatureRatios
 
 Vectors = Callable[[Tensor], Tensor]
 
@@ -18,6 +19,7 @@ class PreconditionerMemory:
 
     def __init__(self) -> None:
         self.statistics = StatisticsMemory()
+        self.ratios = CurvatureRatios()
         self.diagonal = MovingAverage()
         self.pairs = PairMemory()
         self.knows_layers: bool | None = None
@@ -27,7 +29,7 @@ class PreconditionerMemory:
         """For going back to when a step is abandoned; shares tensors where steps replace them."""
         kept = copy.copy(self)
         kept.statistics, kept.diagonal = copy.copy(self.statistics), copy.copy(self.diagonal)
-        kept.pairs = self.pairs.copy()
+        kept.pairs, kept.ratios = self.pairs.copy(), self.ratios.copy()
         return kept
 
     def state_dict(self, whole: Vectors = lambda part: part) -> dict[str, Any]:
@@ -38,6 +40,7 @@ class PreconditionerMemory:
         """
         found = {
             "statistics": self.statistics.state_dict(),
+            "ratios": self.ratios.state_dict(),
             "diagonal": self.diagonal.state_dict(),
             "pairs": self.pairs.state_dict(whole),
         }
@@ -47,6 +50,7 @@ class PreconditionerMemory:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; from nothing, as at the start of a run."""
         self.statistics.load_state_dict(state.get("statistics", {}))
+        self.ratios.load_state_dict(state.get("ratios", {}))
         self.diagonal.load_state_dict(state.get("diagonal", {}))
         self.pairs.load_state_dict(state.get("pairs", {}))
         self.knows_layers = state.get("knows_layers")

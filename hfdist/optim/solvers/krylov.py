@@ -342,6 +342,8 @@ def build(system: System, options: Any, shifts: Shifts | None = None) -> KrylovS
     w = B(kept)
     space.num_products += 1
     while True:
+        if system.see is not None:
+            system.see(kept, w, space.V.vector(space.V.size - 1))
         # h = U'Bu: a column of T, and the coefficients of Gram and Schmidt; twice is enough.
         to_last = (zero, zero)
         if last is not None:
