@@ -14,7 +14,6 @@ in (batch norm, attention over examples) has its rows one after the other, by ba
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,10 +32,11 @@ from hfdist.devices import is_out_of_memory
 
 _LEAST_EXAMPLES = 4
 """Of fewer, rows one after the other are as fast."""
-_MANY = 8
-"""Products with one weight, time steps of a recurrent net, that are taken at once."""
 _NUMBERS = 16
 """So many examples in turn are told apart, by factors up to 2^15."""
+_DIRECT = 1024
+"""Numbers of a parameter from which on batched products are written straight into the rows: of smaller
+matrices they are slower than their detour through memory of their own."""
 
 
 class Interacts(Exception):
@@ -205,7 +205,7 @@ def per_example_rows(
     out: Tensor,
     scales: Tensor | None = None,
 ) -> Tensor:
-    """out [n * m, P] += scales dz/dtheta for outputs z [n, ..], m numbers an example; its graph is kept.
+    """out [n * m, P] = scales dz/dtheta for outputs z [n, ..], m numbers an example; its graph is kept.
 
     Raises:
         Interacts: Examples are not independent, or an operation is not understood.
@@ -213,14 +213,11 @@ def per_example_rows(
     n = len(outputs)
     z = outputs.reshape(n, -1)
     seeds = torch.ones_like(z) if scales is None else scales.reshape(n, -1)
-    spans = _spans(tensors)
     edges = [GradientEdge(*use.edge) for use in uses if use.edge[0] is not None]
     known = [use for use in uses if use.edge[0] is not None]
     if len(known) < sum(1 for use in uses):
         raise Interacts("parameters are used where autograd does not see it")
     rows = out.view(n, z.shape[1], -1)
-    places = [_weight_of(use, tensors) for use in known]
-    counts = Counter(places)
     key = (n, z.shape[1], tuple((use.func, use.shape) for use in known))
     for k in range(z.shape[1]):
         column, seed = z[:, k], seeds[:, k]
@@ -231,40 +228,12 @@ def per_example_rows(
         ):
             layouts = _find_layouts(column, edges, G, seed)
             method.layouts[(key, k)] = layouts
-        steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for use, place, g, layout in zip(known, places, G, layouts):
-            if g is None or layout is None:
-                continue
-            is_step = place is not None and layout.axis == 0 and counts[place] >= _MANY
-            if place is not None and is_step:
-                pair = layout.split(g, n), layout.split(use.args[-2], n)
-                steps.setdefault(place, []).append(pair)
-            skipped = len(use.args) - 1 if is_step else None
-            _add(rows[:, k], use, g, layout, tensors, spans, n, skipped)
-        for place, pairs in steps.items():
-            a, b = spans[place]
-            _add_steps(rows[:, k, a:b], pairs)
+        of_column = _Rows(rows[:, k], tensors)
+        for use, g, layout in zip(known, G, layouts):
+            if g is not None and layout is not None:
+                _add(of_column, use, g, layout, n)
+        of_column.close()
     return out
-
-
-def _weight_of(use: Use, tensors: Sequence[Tensor]) -> int | None:
-    """Of a product x W' with a parameter W: its place."""
-    if use.func._schema.name not in ("aten::mm", "aten::addmm") or use.kwargs.get("alpha", 1) != 1:
-        return None
-    weight = use.args[-1]
-    return next((i for i, t in enumerate(tensors) if _is_transpose(weight, t)), None)
-
-
-def _is_transpose(weight: Tensor, t: Tensor) -> bool:
-    return weight._base is t and weight.ndim == t.ndim == 2 and weight.stride() == t.t().stride()
-
-
-@torch.no_grad()
-def _add_steps(rows: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """rows [n, out * in] += sum_t g_t a_t' of pairs g_t [n, s, out], a_t [n, s, in]: in one product, not a
-    matrix an example for every step."""
-    g, a = (torch.cat(parts, 1) for parts in zip(*pairs))
-    rows += torch.bmm(g.transpose(1, 2), a).flatten(1)
 
 
 def _find_layouts(
@@ -306,46 +275,101 @@ def _layout(g: Tensor, weighted: Tensor, n: int) -> Layout | None:
 # -- one use -----------------------------------------------------------------------------------------
 
 
+class _Rows:
+    """Rows [n, P] that uses add to, in memory that holds anything: what comes first to a parameter is
+    written, not added."""
+
+    def __init__(self, rows: Tensor, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self._rows, self._spans = rows, _spans(tensors)
+        self._written: set[int] = set()
+        self._outer: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def place(self, weight: Tensor) -> int | None:
+        """Number of the parameter that it is, or is the transpose of, as in a layer xW'."""
+        for i, t in enumerate(self.tensors):
+            if weight is t or (weight._base is t and _is_transpose(weight, t)):
+                return i
+        return None
+
+    def add(self, i: int, of_weight: Tensor) -> None:
+        """Derivatives [n, *shape] in a parameter."""
+        a, b = self._spans[i]
+        out, piece = self._rows[:, a:b], of_weight.reshape(len(of_weight), b - a)
+        if i in self._written:
+            out += piece
+        else:
+            out.copy_(piece)
+        self._written.add(i)
+
+    def add_outer(self, i: int, left: Tensor, right: Tensor) -> None:
+        """The sum over s of outer products of left [n, s, a] and right [n, s, b], in a parameter [a, b]."""
+        self._outer.setdefault(i, []).append((left, right))
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Nothing more is added: sums of outer products are taken, of all uses of a parameter at once."""
+        for i, pairs in self._outer.items():
+            left, right = (
+                side[0] if len(side) == 1 else torch.cat(side, 1) for side in zip(*pairs)
+            )
+            left, shape = left.transpose(1, 2), (left.shape[2], right.shape[2])
+            a, b = self._spans[i]
+            out = self._rows[:, a:b].unflatten(1, shape)
+            is_first = i not in self._written
+            if left.shape[2] == 1 and is_first:
+                torch.mul(left, right, out=out)
+            elif left.shape[2] == 1:
+                out.addcmul_(left, right)
+            elif b - a >= _DIRECT:
+                out.baddbmm_(left, right, beta=0 if is_first else 1)
+            else:
+                self.add(i, torch.bmm(left, right))
+            self._written.add(i)
+        for i, (a, b) in enumerate(self._spans):
+            if i not in self._written:
+                self._rows[:, a:b] = 0.0
+
+
+def _is_transpose(weight: Tensor, t: Tensor) -> bool:
+    return (
+        weight.ndim == t.ndim == 2
+        and weight.shape == t.t().shape
+        and weight.stride() == t.t().stride()
+    )
+
+
 @torch.no_grad()
-def _add(
-    rows: Tensor,
-    use: Use,
-    g: Tensor,
-    layout: Layout,
-    tensors: Sequence[Tensor],
-    spans: Sequence[tuple[int, int]],
-    n: int,
-    skipped: int | None,
-) -> None:
-    """Rows of all weights of a use but the argument `skipped`."""
+def _add(rows: _Rows, use: Use, g: Tensor, layout: Layout, n: int) -> None:
     for k in use.weights:
         weight = use.args[k]
-        if k == skipped or not weight.requires_grad:
+        if not weight.requires_grad:
             continue
-        rule = _RULES.get(use.func._schema.name, _by_vmap)
+        name, i = use.func._schema.name, rows.place(weight)
         try:
-            of_weight = rule(use, k, g, layout, n)  # [n, *weight.shape]
+            if i is not None and name in _MATRICES and k >= len(use.args) - 2:
+                left, right = _factors(use, k, g, layout, n)
+                if weight is not rows.tensors[i]:
+                    left, right = right, left
+                alpha = use.kwargs.get("alpha", 1)
+                rows.add_outer(i, left, right if alpha == 1 else right * alpha)
+                continue
+            of_weight = _RULES.get(name, _by_vmap)(use, k, g, layout, n)  # [n, *weight.shape]
         except Interacts:
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             raise Interacts(f"{use.func}: {type(error).__name__}: {error}") from error
-        place = next((i for i, t in enumerate(tensors) if t is weight), None)
-        if place is not None:
-            pieces = {place: of_weight}
-        else:
-            pieces = _pulled_back(weight, of_weight, tensors)
-        for i, piece in pieces.items():
-            a, b = spans[i]
-            rows[:, a:b] += piece.reshape(n, -1)
+        if i is not None:
+            rows.add(i, of_weight if weight is rows.tensors[i] else of_weight.transpose(1, 2))
+            continue
+        for i, piece in _pulled_back(weight, of_weight, rows.tensors).items():
+            rows.add(i, piece)
 
 
 def _pulled_back(weight: Tensor, of_weight: Tensor, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
     """From a function of parameters alone to the parameters."""
-    for i, t in enumerate(tensors):
-        if _is_transpose(weight, t):
-            return {i: of_weight.transpose(1, 2)}  # W', by far the most frequent one
     n, k = len(of_weight), weight.numel()
     # A function of few numbers: its Jacobian takes fewer backward passes than the examples.
     is_small = 4 * k <= n
@@ -365,19 +389,21 @@ def _pulled_back(weight: Tensor, of_weight: Tensor, tensors: Sequence[Tensor]) -
     return found
 
 
-def _mm(use: Use, k: int, g: Tensor, layout: Layout, n: int) -> Tensor:
+def _factors(use: Use, k: int, g: Tensor, layout: Layout, n: int) -> tuple[Tensor, Tensor]:
+    """Of a product of matrices: [n, s, a] and [n, s, b], whose outer products summed over s are the
+    derivative in the factor [a, b]."""
     A, B = use.args[-2:]
     is_left = (B if k == len(use.args) - 1 else A) is not B
     if not is_left and layout.axis == 0:  # A holds the examples in rows
-        # [n, out, in] in memory, as the weight of a layer is, whose transpose is used here.
-        a, rows = layout.split(A, n), layout.split(g, n)  # [n, s, in], [n, s, out]
-        if a.shape[1] == 1:
-            return torch.mul(rows.transpose(1, 2), a).transpose(1, 2)
-        return torch.bmm(rows.transpose(1, 2), a).transpose(1, 2)
+        return layout.split(A, n), layout.split(g, n)
     if is_left and layout.axis == 1:  # B holds them in columns: (AB)' = B'A'
-        b, gt = layout.split(B, n), layout.split(g, n)  # [n, in, s], [n, out, s]
-        return torch.bmm(gt, b.transpose(1, 2))
+        return layout.split(g, n).transpose(1, 2), layout.split(B, n).transpose(1, 2)
     raise Interacts("a matrix of examples is multiplied from an unusual side")
+
+
+def _mm(use: Use, k: int, g: Tensor, layout: Layout, n: int) -> Tensor:
+    left, right = _factors(use, k, g, layout, n)
+    return torch.bmm(left.transpose(1, 2), right)
 
 
 def _addmm(use: Use, k: int, g: Tensor, layout: Layout, n: int) -> Tensor:
@@ -452,6 +478,8 @@ _RULES: dict[str, Callable[[Use, int, Tensor, Layout, int], Tensor]] = {
     "aten::expand": _sum,
     "aten::mul": _mul,
 }
+_MATRICES = ("aten::mm", "aten::addmm")
+"""Whose derivatives in a weight are sums of outer products."""
 
 
 # -- rows one after the other --------------------------------------------------------------------------
@@ -510,14 +538,13 @@ def jacobian_rows(
         scales: Factors of the rows [n * m]; None: 1.
     """
     P = sum(t.numel() for t in tensors)
-    J = torch.zeros(outputs.numel(), P, dtype=outputs.dtype, device=outputs.device)
+    J = torch.empty(outputs.numel(), P, dtype=outputs.dtype, device=outputs.device)
     if method.per_example and uses is not None and len(outputs) >= _LEAST_EXAMPLES:
         try:
             return per_example_rows(outputs, uses, tensors, method, J, scales)
         except Interacts as reason:
             method.per_example, method.reason = False, str(reason)
-            J.zero_()
-    return rows_one_by_one(outputs, tensors, J, scales)
+    return rows_one_by_one(outputs, tensors, J.zero_(), scales)
 
 
 def _spans(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ from hfdist.curvature.memory import memory_left
 from hfdist.curvature.microbatch import Evaluation, Microbatch
 from hfdist.curvature.params import ParameterVector
 from hfdist.curvature.reverse import grad
-from hfdist.curvature.symmetric import add_upper, mirror
+from hfdist.curvature.symmetric import add_upper, mirror, product_of_parts
 from hfdist.errors import ConfigError, TaskError
 
 Evaluate = Callable[[Microbatch, UseWatch | None], Evaluation]
@@ -234,6 +234,8 @@ class ResidualSystem:
         matrix."""
         N, W = self.num_residuals, self._comm.world_size
         self._check_matrix(N, "residuals", "dense or krylov, or give optim.sample_rank")
+        if W == 1:
+            return product_of_parts([J for _, J in self._chunks()]).mul_(self._scale**2)
         n = self._comm.shard_size(self._params.numel)
         rows = torch.zeros(W, N, n, dtype=self._params.dtype, device=self._params.device)
         start = sum(self._counts[: self._comm.rank])

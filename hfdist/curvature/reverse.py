@@ -10,6 +10,7 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import has_torch_function
 
 try:
+    from torch._vmap_internals import _vmap
     from torch.autograd.graph import _engine_run_backward as _run
 except ImportError:  # torch's own, and may move
     _run = None  # type: ignore[assignment]
@@ -45,7 +46,7 @@ def grad(
     tensors = [x for x in (*heads, *leaves, *seeds) if isinstance(x, Tensor)]
     is_plain = (
         grad_outputs is not None
-        and not is_grads_batched
+        and not (is_grads_batched and any(isinstance(x, GradientEdge) for x in heads))
         and not (materialize_grads and any(isinstance(x, GradientEdge) for x in leaves))
         and bool(leaves)
         and len(seeds) == len(heads)
@@ -65,11 +66,18 @@ def grad(
             is_grads_batched=is_grads_batched,
         )
     for head, seed in zip(heads, seeds):
-        if isinstance(head, Tensor) and head.shape != seed.shape:  # the engine would expand it
-            raise RuntimeError(f"a cotangent of shape {seed.shape} for an output of {head.shape}")
+        shape = seed.shape[1:] if is_grads_batched else seed.shape
+        if isinstance(head, Tensor) and head.shape != shape:  # the engine would expand it
+            raise RuntimeError(f"a cotangent of shape {shape} for an output of {head.shape}")
     keep = create_graph if retain_graph is None else retain_graph
     unused = materialize_grads if allow_unused is None else allow_unused
-    found = _run(heads, seeds, keep, create_graph, leaves, unused, accumulate_grad=False)
+
+    def run(seeds: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _run(heads, seeds, keep, create_graph, leaves, unused, accumulate_grad=False)
+
+    if is_grads_batched:
+        run = _vmap(run, 0, 0, allow_none_pass_through=True)
+    found = run(seeds)
     if not materialize_grads:
         return found
     return tuple(

@@ -5,8 +5,10 @@ torch has no symmetric rank-k update (BLAS's syrk); blocks of it are ordinary pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 BLOCK = 256
@@ -29,6 +31,23 @@ def mirror(G: Tensor) -> Tensor:
     """Below the diagonal what is above it; in place."""
     for start, stop in _blocks(len(G)):
         G[stop:, start:stop] = G[start:stop, stop:].T
+    return G
+
+
+def product_of_parts(parts: Sequence[Tensor]) -> Tensor:
+    """AA' [n, n] of rows that lie apart.
+
+    Args:
+        parts: A in pieces [n_k, m]; at least one.
+    """
+    starts = [0, *itertools.accumulate(len(part) for part in parts)]
+    places = [slice(a, b) for a, b in itertools.pairwise(starts)]
+    G = parts[0].new_zeros(starts[-1], starts[-1])
+    for k, part in enumerate(parts):
+        mirror(add_upper(G[places[k], places[k]], part))
+        for other, place in zip(parts[k + 1 :], places[k + 1 :]):
+            torch.mm(part, other.T, out=G[places[k], place])
+            G[place, places[k]] = G[places[k], place].T
     return G
 
 

@@ -166,7 +166,7 @@ class Evolution(Equation):
             Term(
                 name="initial",
                 points=lambda generator: self.at(n, generator, 0, 0.0),
-                residuals=lambda model, x: model(x)[:, 0] - self.solution(x),
+                residuals=lambda model, x: model(x)[:, 0] - self.given(x),
                 weight=0.5,
                 every_step=self._every_step,
             ),
@@ -188,8 +188,12 @@ class Evolution(Equation):
         return x
 
     def boundary_residual(self, model: nn.Module, x: Tensor) -> Tensor:
-        """u as the solution has it."""
-        return model(x)[:, 0] - self.solution(x)
+        """u as it is given there."""
+        return model(x)[:, 0] - self.given(x)
+
+    def given(self, points: Tensor) -> Tensor:
+        """u at the start and on the boundary [n]."""
+        return self.solution(points)
 
 
 class Heat(Evolution):
@@ -299,6 +303,9 @@ class Burgers(Evolution):
         f = weights * torch.exp(exponent - exponent.amax(1, keepdim=True))
         u = -(f * torch.sin(pi * y)).sum(1) / f.sum(1)
         return u.to(points)
+
+    def given(self, points: Tensor) -> Tensor:
+        return -torch.sin(pi * points[:, 1])  # without the integral
 
     def residual(self, model: nn.Module, x: Tensor) -> Tensor:
         u, du, u_xx = laplacian(model, x, coordinates=[1])

@@ -143,6 +143,20 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
             0,
             "sympy",
         ),
+        # ... nor rows of a Jacobian.
+        (
+            [
+                "train",
+                ROOT / "deploy/jobs/heat1d.yaml",
+                "steps=1",
+                "tracking.enabled=false",
+                "task_args.interior=40",
+                "task_args.conditions=8",
+                "evaluate.every=0",
+            ],
+            0,
+            "sympy",
+        ),
     ],
 )
 def test_what_a_verb_does_not_need_is_not_loaded(

@@ -9,29 +9,27 @@ from torch import Tensor
 class Shifted:
     """Solves with a matrix that differs by a multiple of the identity from one that is given.
 
-    The first solves are Cholesky factorisations, of which one costs about a tenth of an eigendecomposition;
-    from `_CHOLESKY` on, or where rounding makes the matrix indefinite, one eigendecomposition serves all.
+    Each shift is a Cholesky factorisation, of which one costs a tenth (of some hundred rows) to a thirtieth
+    (of some thousand) of an eigendecomposition; the last one's is kept. Where rounding makes the matrix
+    indefinite, an eigendecomposition serves all shifts from then on.
 
     Args:
         S: [n, n]; finite.
     """
 
-    _CHOLESKY = 4
-
     def __init__(self, S: Tensor) -> None:
         self._S = S
-        self._factors: dict[float, Tensor] = {}
+        self._factor: tuple[float, Tensor] | None = None
         self._eigen: tuple[Tensor, Tensor] | None = None
 
     def solve(self, shift: float, b: Tensor) -> Tensor:
         """(S + shift I)^-1 b [n]; of an indefinite S, |S + shift I|^-1 b."""
         if self._eigen is None:
-            L = self._factors.get(shift)
-            if L is None and len(self._factors) < self._CHOLESKY:
-                L = self._factor(shift)
+            L = self._factor_of(shift)
             if L is not None:
                 x: Tensor = torch.cholesky_solve(b.unsqueeze(1), L).squeeze(1)
                 return x
+            self._factor = None
             values, vectors = torch.linalg.eigh(self._S)
             self._eigen = values, vectors
         values, vectors = self._eigen
@@ -40,7 +38,10 @@ class Shifted:
         coefficients: Tensor = (vectors.T @ b) / shifted.clamp(min=float(least))
         return vectors @ coefficients
 
-    def _factor(self, shift: float) -> Tensor | None:
+    def _factor_of(self, shift: float) -> Tensor | None:
+        if self._factor is not None and self._factor[0] == shift:
+            return self._factor[1]
+        self._factor = None  # its memory is needed
         A = self._S.clone()
         A.diagonal().add_(shift)
         L, failed = torch.linalg.cholesky_ex(A)
@@ -51,5 +52,5 @@ class Shifted:
         )
         if int(failed) or tiny:
             return None
-        self._factors[shift] = L
+        self._factor = shift, L
         return L

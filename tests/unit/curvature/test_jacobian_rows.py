@@ -51,6 +51,21 @@ class Scales(nn.Module):
         return self.layer(h / (1.0 + self.features.square())) + self.offset.expand(len(x), 3)
 
 
+class Parts(nn.Module):
+    """A weight that is used in parts, whole from both sides, and beside a layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.square = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sin(nn.functional.linear(x, self.weight))
+        top = nn.functional.linear(x, self.weight[:2])
+        bottom = torch.addmm(h[:, :1], h, self.weight, alpha=0.5)
+        return torch.cat((self.square(self.square(h)), top, bottom), 1)
+
+
 class Convolution(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +78,7 @@ class Convolution(nn.Module):
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "scales": Scales,
+    "parts": Parts,
     "deep": lambda: nn.Sequential(
         nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 2)
     ),

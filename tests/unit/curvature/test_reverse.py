@@ -49,6 +49,12 @@ def test_a_cotangent_of_another_shape_is_an_error(shape: tuple[int, ...]) -> Non
         grad(z, a, torch.ones(shape))
 
 
+def test_batched_cotangents_of_another_shape_are_an_error() -> None:
+    a, _, _, z = example()
+    with pytest.raises(RuntimeError, match="shape"):
+        grad(z, a, torch.ones(5, 3), is_grads_batched=True)
+
+
 def test_an_unused_input_is_an_error() -> None:
     _, _, unused, z = example()
     with pytest.raises(RuntimeError, match="not have been used"):

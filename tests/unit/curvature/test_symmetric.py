@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hfdist.curvature import symmetric
-from hfdist.curvature.symmetric import add_upper, mirror
+from hfdist.curvature.symmetric import add_upper, mirror, product_of_parts
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 20, 24, 25])
@@ -23,6 +23,15 @@ def test_blocks_make_the_whole_product(
     for part in parts:
         add_upper(G, part)
     torch.testing.assert_close(mirror(G), sum(part @ part.T for part in parts))
+
+
+@pytest.mark.parametrize("sizes", [(1,), (20,), (9, 1, 24), (3, 8)])
+def test_rows_that_lie_apart(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symmetric, "BLOCK", 8)
+    torch.manual_seed(0)
+    parts = [torch.randn(n, 5, dtype=torch.float64) for n in sizes]
+    whole = torch.cat(parts)
+    torch.testing.assert_close(product_of_parts(parts), whole @ whole.T)
 
 
 def test_blocks_are_of_nearly_equal_length_and_cover_all_rows() -> None:
