@@ -436,6 +436,11 @@ class Problem:
     def total(self, scalars: Tensor) -> Tensor:
         return self._layout.total(scalars)
 
+    @property
+    def total_of(self) -> Callable[[Tensor], Tensor]:
+        """`total` for longer than a step: it keeps none of the step's data alive."""
+        return self._layout.total
+
     def see(self, u: Tensor, Bu: Tensor, Cu: Tensor) -> None:
         # Groups with a damping of their own scale the metric: C is another there.
         if self.on_direction is not None and self.damping_scale is None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,10 @@ class CurvatureRatios:
     def __init__(self) -> None:
         self._log: Tensor | None = None  # [parameters]: moving average of log(r_l / median)
         self._sums: Tensor | None = None  # [2, parameters]: of the solve since then, this rank's
-        self._problem: Problem | None = None
+        # Of the step that they are from.
+        self._total: Callable[[Tensor], Tensor] = lambda sums: sums
+        self._spans: list[tuple[int, int]] = []
+        self._matrices: list[int] = []
 
     def copy(self) -> CurvatureRatios:
         """Shares tensors, which nothing writes to."""
@@ -44,37 +47,36 @@ class CurvatureRatios:
     def begin(self, problem: Problem) -> Tensor | None:
         """What the damping of each parameter's block is multiplied by [parameters]; None before the first
         solve. A new one begins, whose directions are looked at. Collective."""
-        if self._log is not None and len(self._log) != len(problem.params.tensors):
-            self._log = self._sums = None  # others are trained than before
         self._log, self._sums = self._averaged(), None
-        self._problem, problem.on_direction = problem, self._add
+        if self._log is not None and len(self._log) != len(problem.params.tensors):
+            self._log = None  # others are trained than before
+        self._total, self._spans = problem.total_of, problem.part_spans
+        self._matrices = [k for k, t in enumerate(problem.params.tensors) if t.ndim > 1]
+        problem.on_direction = self._add
         if self._log is None:
             return None
         self._log = self._log.to(problem.params.device)
         return self._log.exp()
 
     def _add(self, u: Tensor, Bu: Tensor, Cu: Tensor) -> None:
-        assert self._problem is not None
-        spans = self._problem.part_spans
         sums = torch.stack(
-            [torch.stack([torch.dot(u[a:b], w[a:b]) for a, b in spans]) for w in (Bu, Cu)]
+            [torch.stack([torch.dot(u[a:b], w[a:b]) for a, b in self._spans]) for w in (Bu, Cu)]
         ).double()
         self._sums = sums if self._sums is None else self._sums + sums
 
     def _averaged(self) -> Tensor | None:
-        if self._sums is None or self._problem is None:
+        if self._sums is None:
             return self._log
-        tensors = self._problem.params.tensors
-        seen, expected = self._problem.total(self._sums.clone())
+        seen, expected = self._total(self._sums.clone())
         ratio = seen / expected
         log = torch.where(
             (seen > 0.0) & (expected > 0.0) & ratio.isfinite(), ratio, torch.nan
         ).log()
-        weights = [log[k] for k, t in enumerate(tensors) if t.ndim > 1] or list(log)
+        weights = [log[k] for k in self._matrices] or list(log)
         # A block that says nothing is taken for one in the middle.
         distance = torch.nan_to_num(log - torch.stack(weights).nanmedian()).clamp(-MOST, MOST)
-        before = 0.0 if self._log is None else KEPT * self._log.to(distance)
-        return before + (1.0 - KEPT) * distance
+        average = (1.0 - KEPT) * distance
+        return average if self._log is None else average + KEPT * self._log.to(distance)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step begins with. Collective."""
@@ -82,4 +84,4 @@ class CurvatureRatios:
         return {} if log is None else {"log": log}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._log, self._sums, self._problem = state.get("log"), None, None
+        self._log, self._sums = state.get("log"), None
