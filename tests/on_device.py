@@ -204,6 +204,7 @@ def counted_step(
             overrides=Overrides(preconditioner=make_preconditioner(context)),
         )
         del parts, part, context
+        gc.collect()  # or the last step's memory is freed in the middle of this one
         held = torch.accelerator.memory_allocated()
         torch.accelerator.reset_peak_memory_stats()
         with standin.counted() as counts:
