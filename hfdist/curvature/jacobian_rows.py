@@ -8,8 +8,9 @@ parameters alone, meets examples: also those that derivatives in the model's inp
 they have.
 
 Which element belongs to which example is found out, not assumed: the same backward pass with the outputs
-weighted by powers of two has gradients that differ by just these factors, to the last bit. What does not fit
-in (batch norm, attention over examples) has its rows one after the other, by batched backward passes.
+weighted by powers of two has gradients that differ by just these factors, to the last bit, a pass for each
+digit of the examples' numbers. What does not fit in (batch norm, attention over examples) has its rows one
+after the other, by batched backward passes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from hfdist.devices import is_out_of_memory
 _LEAST_EXAMPLES = 4
 """Of fewer, rows one after the other are as fast."""
 _NUMBERS = 16
-"""So many examples in turn are told apart, by factors up to 2^15."""
+"""So many examples are told apart by a pass, by factors up to 2^15."""
 _DIRECT = 1024
 """Numbers of a parameter from which on batched products are written straight into the rows: of smaller
 matrices they are slower than their detour through memory of their own."""
@@ -240,14 +241,20 @@ def _find_layouts(
     column: Tensor, edges: Sequence[Any], G: Sequence[Tensor | None], seed: Tensor
 ) -> list[Layout | None]:
     n = len(column)
-    numbers = torch.arange(n, device=column.device) % _NUMBERS
-    factors = torch.exp2(numbers.to(column.dtype))
-    weighted = grad(column, edges, seed * factors, retain_graph=True, allow_unused=True)
-    return [None if g is None or w is None else _layout(g, w, n) for g, w in zip(G, weighted)]
+    digits = torch.arange(n, device=column.device)
+    passes: list[tuple[Tensor | None, ...]] = []
+    while not passes or bool(digits.any()):  # a digit of each example's number a pass
+        factors = torch.exp2((digits % _NUMBERS).to(column.dtype))
+        passes.append(grad(column, edges, seed * factors, retain_graph=True, allow_unused=True))
+        digits = digits // _NUMBERS
+    return [
+        None if g is None else _layout(g, [w for w in weighted if w is not None], n)
+        for g, weighted in zip(G, zip(*passes))
+    ]
 
 
-def _layout(g: Tensor, weighted: Tensor, n: int) -> Layout | None:
-    """From gradients with equal and with numbered outputs.
+def _layout(g: Tensor, passes: Sequence[Tensor], n: int) -> Layout | None:
+    """From gradients with equal and with numbered outputs, a digit of the numbers a pass.
 
     A power of two is no rounding: an example's small gradients, sums of large ones of both signs as after
     many time steps, follow it as exactly as its others.
@@ -256,14 +263,16 @@ def _layout(g: Tensor, weighted: Tensor, n: int) -> Layout | None:
     counts = size > 1e-8 * size.max()
     if not bool(counts.any()):
         return None
-    number = torch.log2((weighted / g)[counts])
+    number = torch.zeros_like(g[counts])
+    for k, weighted in enumerate(passes):
+        number += _NUMBERS**k * torch.log2((weighted / g)[counts])
     for axis, length in enumerate(g.shape):
         if length % n or not length:
             continue
         s = length // n
         index = torch.arange(length, device=g.device)
         for inner in (True, False) if s > 1 else (True,):
-            example = ((index // s if inner else index % n) % _NUMBERS).to(g.dtype)
+            example = (index // s if inner else index % n).to(g.dtype)
             shape = [1] * g.ndim
             shape[axis] = length
             expected = example.view(shape).expand_as(g)[counts]

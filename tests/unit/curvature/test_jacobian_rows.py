@@ -129,6 +129,20 @@ def test_custom_functions_of_examples() -> None:
     torch.testing.assert_close(J, truth, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("apart", [1, 16, 32, 48])
+def test_examples_that_depend_on_one_far_away(apart: int) -> None:
+    torch.manual_seed(0)
+    model, x = network(), torch.randn(64, 2, dtype=torch.float64)
+
+    def outputs() -> Tensor:
+        z: Tensor = model[:-1](x)
+        return model[-1](z + torch.tanh(z.roll(apart, 0)))  # type: ignore[no-any-return]
+
+    J, truth, method = rows(model, outputs, len(x))
+    torch.testing.assert_close(J, truth, rtol=1e-10, atol=1e-12)
+    assert not method.per_example
+
+
 def test_the_layouts_are_found_once() -> None:
     model, x = network(), points()
     method = RowMethod()
