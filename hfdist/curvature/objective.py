@@ -441,10 +441,10 @@ class Problem:
         """`total` for longer than a step: it keeps none of the step's data alive."""
         return self._layout.total
 
-    def see(self, u: Tensor, Bu: Tensor, Cu: Tensor) -> None:
+    @property
+    def see(self) -> Callable[[Tensor, Tensor, Tensor], None] | None:
         # Groups with a damping of their own scale the metric: C is another there.
-        if self.on_direction is not None and self.damping_scale is None:
-            self.on_direction(u, Bu, Cu)
+        return self.on_direction if self.damping_scale is None else None
 
     def _own_product(self, product: Operator, damping: float) -> Operator:
         out = torch.zeros_like(self._layout.part(self.params.zeros()))

@@ -108,9 +108,10 @@ class Objective(Protocol):
         """
         ...
 
-    def see(self, u: Tensor, Bu: Tensor, Cu: Tensor) -> None:
-        """Note what a direction u of a Krylov space says of the metric C that it was built in [n]; it may
-        serve the next one. Vectors must not be kept."""
+    @property
+    def see(self) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+        """Is told of u, Bu and Cu [n] of every direction of a Krylov space in the metric C, for the next
+        metric, once `preconditioner` was called; None: nobody is. Vectors must not be kept."""
         ...
 
     @property

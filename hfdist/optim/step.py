@@ -145,7 +145,7 @@ def hf_step(
                 b=g.neg(),
                 damping=state.damping,
                 preconditioner=lambda damping: _preconditioner(problem, damping),
-                see=problem.see,
+                see=lambda: problem.see,
                 start=x0,
                 costs=lambda: problem.costs,
                 keep_path=options.use_cg_backtracking or options.reduction_ratio_at == "last",

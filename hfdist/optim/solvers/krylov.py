@@ -338,12 +338,13 @@ def build(system: System, options: Any, shifts: Shifts | None = None) -> KrylovS
     _follow(space, system.damping)
     space.b.append(math.sqrt(squared))
     exhausted = max(options.krylov_tol, 10.0 * torch.finfo(y.dtype).eps)
+    see = system.see()
     last, zero = space.last, torch.zeros((), dtype=torch.float64, device=y.device)
     w = B(kept)
     space.num_products += 1
     while True:
-        if system.see is not None:
-            system.see(kept, w, space.V.vector(space.V.size - 1))
+        if see is not None:
+            see(kept, w, space.V.vector(space.V.size - 1))
         # h = U'Bu: a column of T, and the coefficients of Gram and Schmidt; twice is enough.
         to_last = (zero, zero)
         if last is not None:

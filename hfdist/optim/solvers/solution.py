@@ -28,8 +28,9 @@ class System:
     preconditioner: Callable[[float | None], Operator | None] = lambda damping: None
     """lambda -> M, an approximation of the inverse of B + lambda D; None -> the inverse of a metric, an
     approximation of B alone. The identity where it gives None."""
-    see: Callable[[Tensor, Tensor, Tensor], None] | None = None
-    """Told of u, Bu and Cu of every direction of a space in the metric C."""
+    see: Callable[[], Callable[[Tensor, Tensor, Tensor], None] | None] = lambda: None
+    """Who is told of u, Bu and Cu of every direction of a space in the metric C, once `preconditioner` was
+    called; None: nobody."""
     start: Tensor | None = None
     """What the last solution left for this one [n] (see `Solution.next_start`); None is zero."""
     keep_path: bool = True
