@@ -305,6 +305,10 @@ class HessianFree(torch.optim.Optimizer):
                 )
                 if M_func is None
                 else lambda _, __: _of_parts(M_func, layout),
+                # Steps that are left as gradients move nothing, and parts would be gathered every step.
+                secants=None
+                if self._leaves_gradient or layout.is_sharded
+                else self._memory.secants,
                 move=self._leave_gradient if self._leaves_gradient else None,
             ),
             frozen=FixedRandomness(params.device, _module(model)),

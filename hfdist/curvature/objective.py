@@ -41,6 +41,7 @@ from hfdist.curvature.verify import Verifier
 from hfdist.errors import DataError
 from hfdist.optim.least_squares import LeastSquares
 from hfdist.optim.objective import Costs, Operator
+from hfdist.optim.secants import Secants
 
 T = TypeVar("T")
 
@@ -68,6 +69,8 @@ class Overrides:
     damping: of the metric of a Krylov space."""
     damping_metric: Callable[[Problem], Tensor] | None = None
     """This objective -> this rank's part of the diagonal D of the damping term; see `damping_metric.py`."""
+    secants: Secants | None = None
+    """What earlier steps showed; None: every step is solved anew."""
     move: Callable[[float, Tensor], None] | None = None
     """(alpha, step [P]) -> what is done with an accepted step instead of moving the parameters by it."""
 
@@ -440,6 +443,11 @@ class Problem:
     def total_of(self) -> Callable[[Tensor], Tensor]:
         """`total` for longer than a step: it keeps none of the step's data alive."""
         return self._layout.total
+
+    @property
+    def secants(self) -> Secants | None:
+        kept = self.overrides.secants
+        return None if kept is None else kept.cut(self.part_of)
 
     @property
     def see(self) -> Callable[[Tensor, Tensor, Tensor], None] | None:

@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from hfdist.optim.least_squares import LeastSquares
+from hfdist.optim.secants import Secants
 
 T = TypeVar("T")
 
@@ -112,6 +113,11 @@ class Objective(Protocol):
     def see(self) -> Callable[[Tensor, Tensor, Tensor], None] | None:
         """Is told of u, Bu and Cu [n] of every direction of a Krylov space in the metric C, for the next
         metric, once `preconditioner` was called; None: nobody is. Vectors must not be kept."""
+        ...
+
+    @property
+    def secants(self) -> Secants | None:
+        """What earlier steps showed of the curvature, for steps without products; None: nobody keeps it."""
         ...
 
     @property

@@ -18,6 +18,7 @@ class Stop(enum.StrEnum):
     ZERO_GRADIENT = "zero_gradient"
     EXACT_START = "exact_start"
     BOUNDARY = "boundary"
+    SECANTS = "secants"
 
 
 @dataclass(frozen=True, kw_only=True)

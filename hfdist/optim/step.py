@@ -144,6 +144,8 @@ def hf_step(
                 exact_curvature=lambda damping: problem.curvature(damping, exact=True),
                 b=g.neg(),
                 damping=state.damping,
+                loss=loss,
+                secants=problem.secants,
                 preconditioner=lambda damping: _preconditioner(problem, damping),
                 see=lambda: problem.see,
                 start=x0,
@@ -219,7 +221,9 @@ def hf_step(
         accepted=accepted,
         candidate_damping=None if solution.is_path else chosen.damping,
     )
-    following = next_damping(outcome, options, _auto_damping_rule(solution))
+    following = state.damping
+    if not solution.is_of_secants:
+        following = next_damping(outcome, options, _auto_damping_rule(solution))
     accepted, alpha, following = problem.agree((accepted, found.alpha, following))
     if accepted:
         problem.move(alpha, delta)
@@ -260,9 +264,14 @@ def hf_step(
         quadratic=tuple(solution.quadratic),
         candidates=candidates.by_iteration(),
     )
+    gain = loss_0 - found.loss if accepted else 0.0
+    if solution.secants is not None:
+        solution.secants.after(gain, report.work, report.final_loss, accepted)
     keep_start = accepted or not options.reset_warm_start
     # d'Bd, from m(d) = g'd + d'Bd/2.
     curvature = 2.0 * ((chosen.undamped_model or math.nan) - slope)
+    if solution.is_of_secants:
+        curvature = math.nan  # not seen
     start = solution.next_start
     if solution.starts_from_step:
         start = delta.mul_(alpha) if accepted else x0
@@ -270,10 +279,12 @@ def hf_step(
         damping=following,
         x0=start if keep_start else None,
         step=state.step + 1,
-        explore=not accepted,
+        explore=state.explore if solution.is_of_secants else not accepted,
         curvature_seen=curvature * alpha**2 if accepted and math.isfinite(curvature) else None,
-        curvature_share=state.curvature_share.after(ratio, undamped_ratio, accepted, share),
-        kept_gain=kept_gain.after(loss, loss_0 - found.loss if accepted else 0.0),
+        curvature_share=state.curvature_share
+        if solution.is_of_secants
+        else state.curvature_share.after(ratio, undamped_ratio, accepted, share),
+        kept_gain=kept_gain.after(loss, gain),
     )
     return report, next_state
 

@@ -551,6 +551,7 @@ class Worker:
             overrides=Overrides(
                 preconditioner=make_preconditioner(context),
                 damping_metric=make_damping_metric(context),
+                secants=kept.secants,
             ),
             structural=StructuralDamping(
                 modules=self._hidden_modules,

@@ -13,6 +13,7 @@ from hfdist.curvature.objective import Problem
 from hfdist.curvature.preconditioners.memory import PreconditionerMemory
 from hfdist.optim.objective import Operator
 from hfdist.optim.options import HFOptions
+from hfdist.optim.secants import REFRESHED
 from hfdist.tasks.task import Batch, Task
 
 Builder = Callable[[Problem, float | None], Operator | None]
@@ -50,6 +51,11 @@ class Context:
 
     of_step: dict[str, Any] = field(default_factory=dict)
     """What was computed in this step, for its next solve."""
+
+    @property
+    def refresh(self) -> int:
+        """New statistics are taken every so many steps."""
+        return self.options.preconditioner_refresh * (REFRESHED if self.memory.secants.leads else 1)
 
     @property
     def decay(self) -> float:

@@ -26,6 +26,9 @@ element, times the root of the step's lambda: two factors add a part of lambda's
 steps, of a large lambda, have no use for what the metric says of flat directions; late ones need it. Blocks
 that were seen to be further from the curvature than others get more (see `kronecker.ratios`)."""
 
+BESIDE_SECANTS = 1e-3
+"""The same in steps without products, where pairs mend what the blocks say too little of."""
+
 
 def kfac(context: Context) -> Builder:
     """Blocks of layers; multiples of the identity elsewhere."""
@@ -48,6 +51,8 @@ def block_diagonal(
     relative, ratios = 0.0, None
     if damping is None:
         relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5
+        if context.memory.secants.leads:
+            relative = BESIDE_SECANTS
         ratios = _ratios(context, problem)
     return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping, relative, ratios))
 
@@ -72,7 +77,7 @@ def statistics_of(
             shared=options.kfac_shared,
         )
         step["kfac"] = context.memory.statistics.take(
-            problem, sampling, context.decay, options.preconditioner_refresh, correction
+            problem, sampling, context.decay, context.refresh, correction
         )
     plan, statistics = step["kfac"]
     return plan, statistics

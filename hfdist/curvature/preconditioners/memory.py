@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hfdist.curvature.kronecker.memory import StatisticsMemory
 from hfdist.curvature.kronecker.ratios import CurvatureRatios
+from hfdist.optim.secants import Secants
 
 Vectors = Callable[[Tensor], Tensor]
 
@@ -22,6 +23,7 @@ class PreconditionerMemory:
         self.ratios = CurvatureRatios()
         self.diagonal = MovingAverage()
         self.pairs = PairMemory()
+        self.secants = Secants()
         self.knows_layers: bool | None = None
         """What `auto` found."""
 
@@ -30,6 +32,7 @@ class PreconditionerMemory:
         kept = copy.copy(self)
         kept.statistics, kept.diagonal = copy.copy(self.statistics), copy.copy(self.diagonal)
         kept.pairs, kept.ratios = self.pairs.copy(), self.ratios.copy()
+        kept.secants = self.secants.copy()
         return kept
 
     def state_dict(self, whole: Vectors = lambda part: part) -> dict[str, Any]:
@@ -43,6 +46,7 @@ class PreconditionerMemory:
             "ratios": self.ratios.state_dict(),
             "diagonal": self.diagonal.state_dict(),
             "pairs": self.pairs.state_dict(whole),
+            "secants": self.secants.state_dict(lambda part: _whole(whole, part)),
         }
         found = {key: value for key, value in found.items() if value}
         return found if self.knows_layers is None else {**found, "knows_layers": self.knows_layers}
@@ -53,6 +57,7 @@ class PreconditionerMemory:
         self.ratios.load_state_dict(state.get("ratios", {}))
         self.diagonal.load_state_dict(state.get("diagonal", {}))
         self.pairs.load_state_dict(state.get("pairs", {}))
+        self.secants.load_state_dict(state.get("secants", {}))
         self.knows_layers = state.get("knows_layers")
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from hfdist.optim.objective import Costs, Operator
 from hfdist.optim.option_group import OptionGroup
 from hfdist.optim.report import Stop
+from hfdist.optim.solvers import secant
 from hfdist.optim.solvers.basis import Basis, Window
 from hfdist.optim.solvers.short_recurrence import Shifts, positive
 from hfdist.optim.solvers.solution import Candidate, Solution, System
@@ -49,6 +50,7 @@ class KrylovOptions(OptionGroup):
         "krylov_max_dim": (1, 1000),
         "krylov_min_dim": (1, 1000),
         "krylov_tol": (0.0, 1.0),
+        "secant_pairs": (0, 1000),
     }
 
     krylov_subproblem: Literal["damping", "trust_region", "cubic", "minres"] = "damping"
@@ -65,6 +67,10 @@ class KrylovOptions(OptionGroup):
     """The space is exhausted when a new direction is this small beside the product it comes from."""
     krylov_momentum: bool = True
     """The last step joins the space, at the price of a product."""
+    secant_pairs: int = 10
+    """Where the loss is the same in every step (whole batches): take steps without products, from the changes
+    of the gradient over so many of the last steps, as long as they gain more for their work than solves; 0:
+    solves alone."""
     krylov_basis: Literal["full", "bfloat16", "host", "none"] = "full"
     """How the basis (2 vectors a dimension) is kept: as it is, rounded to bfloat16, in the host's memory; or
     not at all: then the steps of five lambda, fourfold apart, are updated along a short recurrence, and
@@ -106,6 +112,13 @@ def solve(system: System, options: Any) -> Solution:
         system: Its start is the last step; `preconditioner(None)` gives C^-1, and None stands for C = I.
         options: The `krylov_*` keys, and mu of structural damping.
     """
+    secants = None
+    if options.secant_pairs and not options.structural_damping:
+        secants = system.secants
+    if secants is not None:
+        secants.begin(system.b, system.start, system.loss, options.secant_pairs, system.space)
+        if secants.leads:
+            return secant.solve(system)
     shifts = None
     if options.krylov_basis == "none":
         shifts = Shifts(system, [FACTOR**rung for rung in range(-SHIFT_RUNGS, SHIFT_RUNGS + 1)])
@@ -150,6 +163,7 @@ def solve(system: System, options: Any) -> Solution:
         num_products=space.num_products,
         num_bytes=space.num_bytes + (0 if shifts is None else shifts.num_bytes),
         start_curvature=None if space.last is None else space.last.curvature,
+        secants=secants,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from hfdist.optim.least_squares import LeastSquares
 from hfdist.optim.objective import Costs, Operator
 from hfdist.optim.report import Stop
+from hfdist.optim.secants import Secants
 from hfdist.optim.space import WHOLE, Space
 
 
@@ -25,6 +27,10 @@ class System:
     """Minus the gradient [n]; finite."""
     damping: float
     """lambda."""
+    loss: float = math.nan
+    """Before the step."""
+    secants: Secants | None = None
+    """What earlier steps showed of the curvature; None: nobody keeps it."""
     preconditioner: Callable[[float | None], Operator | None] = lambda damping: None
     """lambda -> M, an approximation of the inverse of B + lambda D; None -> the inverse of a metric, an
     approximation of B alone. The identity where it gives None."""
@@ -95,3 +101,7 @@ class Solution:
     """Where there is no path: the candidate of the step's own lambda."""
     start_curvature: float | None = None
     """d'Bd of the last step d, where it was computed."""
+    secants: Secants | None = None
+    """Who is told what the step came to."""
+    is_of_secants: bool = False
+    """The step says nothing of lambda or of the curvature's examples: both stay as they are."""
