@@ -1,7 +1,7 @@
 """Steps from steps: L-BFGS in the metric of the preconditioner, between the solves.
 
-A solve learns the curvature by products. A step that was taken shows it, too, for nothing: along s the gradient
-changed by y = g(theta + s) - g(theta), of the true loss. From the last few pairs (s, y), and the inverse
+A solve learns the curvature by products. A step that was taken shows it, too, for nothing: along s the
+gradient of the true loss changed by y = g(theta + s) - g(theta). From the last few pairs (s, y), and the inverse
 metric C^-1 where they say nothing, L-BFGS (Nocedal & Wright 2006, sec. 7.2) makes a step for one gradient and
 one loss. On a whole batch, which is the same in every step, many of these are often worth more than the
 products of one solve: each moves on, and sees the landscape change.
@@ -32,7 +32,8 @@ WINDOW = 4
 FIRST = 6
 """Solves that a run begins with: they find lambda, and what the metric's blocks are wrong by."""
 WORTH = 0.5
-"""Steps without products go on while they gain at least this part of what the last solve gained for its work."""
+"""Steps without products go on while they gain at least this part of what the last solve gained, for their
+work."""
 REFRESHED = 5
 """The metric's statistics are taken anew every so many steps without products: so cheap a step would mostly
 be statistics otherwise, and pairs build on a metric that stays."""
@@ -94,7 +95,7 @@ class Secants:
         gamma = s'y / y'C^-1 y of the last pair [sec. 7.2].
         """
         b, m = self._b, len(self._pairs)
-        assert b is not None and m
+        assert b is not None
         steps, changes = zip(*self._pairs)
         Sb = np.array(space.dots(*((s, b) for s in steps)))
         SY = self._products  # s_i'y_j
