@@ -32,6 +32,7 @@ def ggn_diagonal(context: Context) -> Builder:
         if not taken:
             average = context.memory.diagonal
             decay, refresh = context.decay, options.preconditioner_refresh
+            refresh = 1 if refresh == "auto" else refresh
             taken.append(average.take(lambda: estimate(problem), decay, refresh))
         if damping is None:
             diagonal = problem.part_of(floored(problem, taken[0]))
