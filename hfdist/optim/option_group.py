@@ -36,7 +36,8 @@ class OptionGroup:
                 continue
             if isinstance(value, bool) or not isinstance(value, kind):
                 what = "a number" if kind is Real else "a whole number"
-                raise ValueError(f"{key} is {value!r}: it must be {what}")
+                words = "".join(f" or {word!r}" for word in _words(options).get(key, ()))
+                raise ValueError(f"{key} is {value!r}: it must be {what}{words}")
             if not -math.inf < value < math.inf and (key, value) not in self.UNBOUNDED:  # type: ignore[operator]
                 raise ValueError(f"{key} is {value}: it must be finite")
         groups = options.__mro__[::-1]
