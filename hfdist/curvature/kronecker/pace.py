@@ -14,9 +14,9 @@ from typing import Literal
 from hfdist.curvature.kronecker.calls import LayerSums
 from hfdist.curvature.kronecker.keys import KroneckerKey
 
-SHARE = 0.1
-"""What a metric may take of the work of the steps that share it. One that takes less than twice as much of a
-single step is not shared."""
+SHARE = 0.075
+"""What a metric may take of the work of the steps that share it, and at most half as much again, since steps
+are whole. One that takes less than twice as much of a single step is not shared."""
 MOST = 20
 """The most steps that share a metric."""
 YOUNG = 5
