@@ -332,6 +332,7 @@ class HessianFree(torch.optim.Optimizer):
         except BaseException:
             self._memory = before  # of a step that was not taken
             raise
+        self._memory.after(report.work - problem.costs.metric, report.accepted)
         report = dataclasses.replace(report, communication=self._comm().take_counters())
         self._set_state(params, state, layout)
         self.report = report

@@ -32,18 +32,21 @@ class OptionGroup:
         options: Any = type(self)
         for key, kind in _numbers(options).items():
             value: Any = getattr(self, key)
-            if value is None:
+            if value is None or value in _words(options).get(key, ()):
                 continue
             if isinstance(value, bool) or not isinstance(value, kind):
                 what = "a number" if kind is Real else "a whole number"
-                raise ValueError(f"{key} is {value!r}: it must be {what}")
+                words = "".join(f" or {word!r}" for word in _words(options).get(key, ()))
+                raise ValueError(f"{key} is {value!r}: it must be {what}{words}")
             if not -math.inf < value < math.inf and (key, value) not in self.UNBOUNDED:  # type: ignore[operator]
                 raise ValueError(f"{key} is {value}: it must be finite")
         groups = options.__mro__[::-1]
         for group in groups:
             for key, (low, high) in vars(group).get("RANGES", {}).items():
                 value = getattr(self, key)
-                if value is not None and not low <= value <= high:
+                if value is None or value in _words(options).get(key, ()):
+                    continue
+                if not low <= value <= high:
                     raise ValueError(f"{key} is {value}: it must be {_range(low, high)}")
         for key, allowed in _choices(options).items():
             if getattr(self, key) not in allowed:
@@ -73,6 +76,18 @@ def _numbers(options: Any) -> dict[str, type]:
         for key, h in hints.items()
     }
     return {key: kinds[kind] for key, kind in found.items() if kind is not None}
+
+
+@cache
+def _words(options: Any) -> dict[str, tuple[Any, ...]]:
+    """What fields that are numbers may be instead."""
+    hints = get_type_hints(options)
+    return {
+        key: get_args(part)
+        for key, hint in hints.items()
+        for part in get_args(hint)
+        if get_origin(part) is Literal
+    }
 
 
 @cache

@@ -105,8 +105,11 @@ class PreconditionerOptions(OptionGroup):
     from."""
     preconditioner_samples: int = 1
     """Random vectors an example for these statistics; each is a backward pass, or a product."""
-    preconditioner_refresh: int = 1
-    """New statistics of `kfac`, `ekfac` and `ggn_diagonal` are taken every so many steps."""
+    preconditioner_refresh: int | Literal["auto"] = "auto"
+    """A metric of `kfac` or `ekfac` (statistics and inverses) serves so many steps; of `ggn_diagonal`, and
+    with `cg` and `steihaug`, the statistics do. auto: 1, but a metric whose counted work is more than 15% of
+    a step's serves as many, up to 20, as make it about a tenth of theirs. After a rejected step, or where
+    lambda has moved tenfold, there is a new one at once, as in the first five steps."""
     preconditioner_decay: float | None = None
     """Weight of what earlier steps saw in the moving average of these statistics, a factor a refresh; null:
     0.8 where a step sees all examples, 0.9 otherwise."""

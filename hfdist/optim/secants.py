@@ -35,8 +35,8 @@ WORTH = 0.5
 """Steps without products go on while they gain at least this part of what the last solve gained, for their
 work."""
 REFRESHED = 5
-"""The metric's statistics are taken anew every so many steps without products: so cheap a step would mostly
-be statistics otherwise, and pairs build on a metric that stays."""
+"""A diagonal metric is taken anew every so many steps without products: so cheap a step would mostly be
+statistics otherwise. That of layers is by its work (`curvature.kronecker.pace`)."""
 
 
 class Secants:

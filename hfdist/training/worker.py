@@ -420,7 +420,9 @@ class Worker:
             if signal > 0:
                 raise Leaving
 
-        return hf_step(problem, progress.state, options, on_cg_iteration=on_cg_iteration)
+        report, state = hf_step(problem, progress.state, options, on_cg_iteration=on_cg_iteration)
+        progress.memory.after(report.work - problem.costs.metric, report.accepted)
+        return report, state
 
     def _told_when_out_of_memory(
         self, memory: StepMemory, step: int, plan: StepPlan

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from hfdist.curvature.kronecker.factors import (
 from hfdist.curvature.kronecker.keys import BlockPlan, LayerBlock
 from hfdist.curvature.kronecker.statistics import Statistics
 from hfdist.curvature.objective import Problem
+from hfdist.curvature.params import ParameterVector
+from hfdist.optim.objective import Operator
 
 LEAST_DAMPING = 1e-4
 """What adds nothing else to a factor that is no metric's adds this, in units of its mean diagonal element."""
@@ -38,41 +40,40 @@ MOST_RELATIVE = 3.0
 """The most that a metric adds to a factor, in units of its mean diagonal element."""
 
 
-class Part(Protocol):
-    """A block: a product with it, or with its inverse."""
+@dataclass
+class Part(ABC):
+    """A block, or its inverse."""
 
     matrices: list[Tensor]
     """Symmetric, [.., m, m]; the inverse block has their inverses."""
 
-    def apply(self, matrices: Sequence[Tensor], v: list[Tensor], out: list[Tensor]) -> None:
+    @abstractmethod
+    def apply(self, v: list[Tensor], out: list[Tensor]) -> None:
         """Write the product into this block's pieces of `out`.
 
         Args:
-            matrices: `self.matrices`, or their inverses.
             v, out: Vectors in pieces shaped like the parameters.
         """
-        ...
 
+    @abstractmethod
     def pieces(self, v: Sequence[Tensor]) -> list[Tensor]:
         """What is this block's of a vector; views."""
-        ...
 
 
 @dataclass
-class LayerPart:
-    """V [out, in] -> G V A of a weight, with the bias as V's last column."""
+class LayerPart(Part):
+    """V [out, in] -> G V A of a weight, with the bias as V's last column; the matrices are G and A as damped,
+    [groups, number, m, m]."""
 
     block: LayerBlock
-    matrices: list[Tensor]
-    """G, A as damped: [groups, number, m, m]."""
 
-    def apply(self, matrices: Sequence[Tensor], v: list[Tensor], out: list[Tensor]) -> None:
+    def apply(self, v: list[Tensor], out: list[Tensor]) -> None:
         key, bias = self.block.keys[0], self.block.bias
         V = self._of_groups(v)
         if bias is not None:
             b = v[bias.index].reshape(-1)[bias.start : bias.stop]
             V = torch.cat((V, b.view(key.groups, -1, 1)), 2)
-        R = self._multiplied(matrices, V)
+        R = self._multiplied(V)
         if bias is not None:
             own = out[bias.index].view(-1)[bias.start : bias.stop]
             own.view(key.groups, -1).copy_(R[:, :, -1])
@@ -84,8 +85,8 @@ class LayerPart:
         own = [self._of_groups(v)]
         return own if bias is None else [*own, v[bias.index].reshape(-1)[bias.start : bias.stop]]
 
-    def _multiplied(self, matrices: Sequence[Tensor], V: Tensor) -> Tensor:
-        G, A = matrices
+    def _multiplied(self, V: Tensor) -> Tensor:
+        G, A = self.matrices
         return multiply_right(multiply_left(G, V), A)
 
     def _of_groups(self, pieces: Sequence[Tensor]) -> Tensor:
@@ -103,22 +104,21 @@ class EigenPart(LayerPart):
 
     basis: EigenBasis
 
-    def _multiplied(self, matrices: Sequence[Tensor], V: Tensor) -> Tensor:
-        S, D = (matrix[..., 0] for matrix in matrices)
+    def _multiplied(self, V: Tensor) -> Tensor:
+        S, D = (matrix[..., 0] for matrix in self.matrices)
         D = D[:, None, :]
         return self.basis.back(self.basis.into(V * D) * S) * D
 
 
 @dataclass
-class VectorPart:
-    """A full matrix over the numbers of some parameters, or one for the k numbers of each channel."""
+class VectorPart(Part):
+    """A full matrix [1, m, m] over the numbers of some parameters, or one for the k numbers of each channel
+    [C, k, k]."""
 
     params: tuple[int, ...]
-    matrices: list[Tensor]
-    """[1, m, m], or [C, k, k]."""
 
-    def apply(self, matrices: Sequence[Tensor], v: list[Tensor], out: list[Tensor]) -> None:
-        (M,) = matrices
+    def apply(self, v: list[Tensor], out: list[Tensor]) -> None:
+        (M,) = self.matrices
         parts = [v[k].reshape(-1) for k in self.params]
         if M.shape[-1] == 1:
             results = [(M.view(-1) * part) for part in parts]
@@ -133,8 +133,62 @@ class VectorPart:
         return [v[k] for k in self.params]
 
 
-class BlockDiagonal:
-    """The damped matrix C and its inverse, of whole vectors [P].
+@dataclass(frozen=True)
+class Inverse:
+    """C^-1, of whole vectors [P], in its blocks; nothing writes to it, so that later steps may use it."""
+
+    parts: Sequence[Part]
+    limits: Tensor
+    """What each block was enlarged by, at least 1, [parts] float64: see `limited`."""
+
+    def operator(self, params: ParameterVector) -> Operator:
+        """v -> C^-1 v; the next call overwrites the result."""
+        out: Tensor | None = None
+
+        def apply(v: Tensor) -> Tensor:
+            nonlocal out
+            if out is None:
+                out = torch.empty_like(v)
+            given, results = params.pieces(v), params.pieces(out)
+            for part in self.parts:
+                part.apply(given, results)
+            return out
+
+        return apply
+
+    def limited(self, problem: Problem) -> Inverse:
+        """With blocks enlarged where C^-1 g is more than MOST_MOVED times the parameters, which it is
+        compared with since that needs no unit. Parameters that are all 0 say nothing. The host looks at none
+        of it."""
+        params = problem.params
+        moved = params.pieces(self.operator(params)(problem.whole(problem.gradient)))
+        factors = []
+        for part in self.parts:
+            size, step = (_norm(part.pieces(v)) for v in (params.tensors, moved))
+            factor = torch.where(size > 0.0, step / (MOST_MOVED * size), 1.0).clamp(min=1.0)
+            factors.append(torch.where(factor < torch.inf, factor, 1.0))  # and not NaN
+        return self.divided(torch.stack(factors))
+
+    def divided(self, limits: Tensor) -> Inverse:
+        """Each block by a number, [parts]."""
+        parts = [
+            replace(
+                part, matrices=[part.matrices[0] / limit.to(part.matrices[0]), *part.matrices[1:]]
+            )
+            for part, limit in zip(self.parts, limits)
+        ]
+        return Inverse(parts, self.limits * limits)
+
+
+def inverted(
+    problem: Problem,
+    plan: BlockPlan,
+    statistics: Statistics,
+    damping: float | None,
+    relative: float = 0.0,
+    ratios: Tensor | None = None,
+) -> Inverse:
+    """The inverse of the damped matrix C. Collective: each rank inverts some of the blocks.
 
     Args:
         problem: Its parameters, L2 term and damping metric count.
@@ -144,53 +198,12 @@ class BlockDiagonal:
         relative: What a metric adds to each factor, and to each block without factors, in units of its mean
             diagonal element.
         ratios: What that is multiplied by [parameters]; None: by 1.
-
-    Collective: each rank inverts some of the matrices.
     """
-
-    def __init__(
-        self,
-        problem: Problem,
-        plan: BlockPlan,
-        statistics: Statistics,
-        damping: float | None,
-        relative: float = 0.0,
-        ratios: Tensor | None = None,
-    ) -> None:
-        self._params = problem.params
-        self._parts = _Damping(problem, damping, relative, ratios).parts(plan, statistics)
-        self._inverses = _inverted(problem, [part.matrices for part in self._parts])
-        self._out: Tensor | None = None
-        if damping is None:
-            self._limit(problem.params.tensors, problem.whole(problem.gradient))
-
-    def _limit(self, parameters: Sequence[Tensor], gradient: Tensor) -> None:
-        """Enlarge the blocks where C^-1 g is more than MOST_MOVED times the parameters, which it is compared
-        with since that needs no unit. Parameters that are all 0 say nothing. The host looks at none of it."""
-        moved = self._params.pieces(self(gradient))
-        for part, own in zip(self._parts, self._inverses):
-            size, step = (_norm(part.pieces(v)) for v in (parameters, moved))
-            factor = torch.where(size > 0.0, step / (MOST_MOVED * size), 1.0).clamp(min=1.0)
-            factor = torch.where(factor < torch.inf, factor, 1.0)  # and not NaN
-            part.matrices[0] = part.matrices[0] * factor.to(part.matrices[0])
-            own[0] = own[0] / factor.to(own[0])
-
-    def __call__(self, v: Tensor) -> Tensor:
-        """C^-1 v; the next call overwrites it."""
-        return self._apply(self._inverses, v)
-
-    def product(self, v: Tensor) -> Tensor:
-        """C v; the next call overwrites it."""
-        return self._apply([part.matrices for part in self._parts], v)
-
-    def _apply(self, matrices: Sequence[Sequence[Tensor]], v: Tensor) -> Tensor:
-        if self._out is None:
-            self._out = torch.empty_like(v)
-        out = self._out
-        given, results = self._params.pieces(v), self._params.pieces(out)
-        for part, own in zip(self._parts, matrices):
-            part.apply(own, given, results)
-        return out
+    damped = _Damping(problem, damping, relative, ratios).parts(plan, statistics)
+    inverses = _inverted(problem, [part.matrices for part in damped])
+    parts = [replace(part, matrices=own) for part, own in zip(damped, inverses)]
+    limits = torch.ones(len(parts), dtype=torch.float64, device=problem.params.device)
+    return Inverse(parts, limits)
 
 
 class _Damping:
@@ -230,17 +243,17 @@ class _Damping:
         for layer, (G, A) in zip(plan.layers, factors):
             moments = statistics.moments.get(layer)
             if moments is None:
-                parts.append(LayerPart(layer, self._layer(layer, G, A)))
+                parts.append(LayerPart(self._layer(layer, G, A), layer))
             else:
                 S = self._moments(layer, G, A, moments)
                 scale = moments.basis.scale[..., None]
-                parts.append(EigenPart(layer, [S[..., None], scale], moments.basis))
+                parts.append(EigenPart([S[..., None], scale], layer, moments.basis))
         for params, blocks in vectors:
-            parts.append(VectorPart(params, [self._vector(params, blocks)]))
+            parts.append(VectorPart([self._vector(params, blocks)], params))
         for k in plan.others:
             mean = self._or_typical(others[k] + self._shift_of([k]))
             blocks = statistics.others[k].view(1, 1, 1)
-            parts.append(VectorPart((k,), [mean.to(blocks).expand_as(blocks)]))
+            parts.append(VectorPart([mean.to(blocks).expand_as(blocks)], (k,)))
         return parts
 
     def _layer(self, layer: LayerBlock, G: Factor, A: Factor) -> list[Tensor]:

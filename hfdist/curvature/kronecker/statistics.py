@@ -21,6 +21,7 @@ from hfdist.curvature.kronecker.keys import (
     VectorKey,
     plan_blocks,
 )
+from hfdist.curvature.kronecker.pace import cost_of
 from hfdist.curvature.kronecker.passes import Pulled, WatchedPass
 from hfdist.curvature.kronecker.watch import Shared
 from hfdist.curvature.microbatch import Microbatch
@@ -51,6 +52,8 @@ class Statistics:
     """Of a parameter of no known layer, the mean of the diagonal [1]."""
     moments: dict[LayerBlock, Moments] = field(default_factory=dict)
     """Of weights, where eigenvalues are corrected."""
+    cost: float = 0.0
+    """Counted work of taking them and inverting the factors, in gradients (see `pace`)."""
 
     def averaged(self, old: Statistics, mass: float) -> Statistics:
         """The mean of this and an older one that counts `mass` times; what only one of them has stays."""
@@ -69,6 +72,7 @@ class Statistics:
             layers={key: factors(key) for key in self.layers},
             vectors={k: mean(t, old.vectors.get(k, t)) for k, t in self.vectors.items()},
             others={k: mean(t, old.others.get(k, t)) for k, t in self.others.items()},
+            cost=self.cost,
         ).with_moments(self.moments, old, mass)
 
     def with_moments(
@@ -169,7 +173,9 @@ def _reduced(
     tensors = [t for layer in layers for t in layer.tensors] + vectors + others + squares + [ends]
     if problem.comm.world_size > 1:
         tensors = unpacked(problem.comm.all_reduce(packed(tensors)), tensors)
-    weight, num_new = tensors[-1].tolist()
+    # The host looks once.
+    uses = tensors[2 : 3 * len(layers) : 3]
+    weight, num_new, *numbers = torch.cat([tensors[-1], *uses]).tolist()
     if num_new > 0:
         return "new"
     if weight == 0.0 and may_be_nothing:
@@ -177,11 +183,18 @@ def _reduced(
     problem.count_statistics(weight, (8 if sums.bases else 5) / 3)
     scale = problem.scale(weight) / samples
     rest = iter(tensors)
-    result = Statistics(layers={}, vectors={}, others={})
+    cost = cost_of(
+        plan.keys,
+        layers,
+        [number / samples for number in numbers],
+        samples,
+        weight / problem.gradient_weight,
+    )
+    result = Statistics(layers={}, vectors={}, others={}, cost=cost)
     for key, layer in zip(plan.keys, layers):
-        A, G, uses = next(rest), next(rest), next(rest)
+        A, G, number = next(rest), next(rest), next(rest)
         result.layers[key] = (
-            Factor(blocks=A / uses.clamp(min=1.0), n=layer.A.n),
+            Factor(blocks=A / number.clamp(min=1.0), n=layer.A.n),
             Factor(blocks=G * scale, n=layer.G.n),
         )
     for vector in plan.vectors:

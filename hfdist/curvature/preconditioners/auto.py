@@ -22,7 +22,7 @@ def auto(context: Context) -> Builder:
 
     def build(problem: Problem, damping: float | None) -> Operator | None:
         if memory.knows_layers is None:  # found out in the first step, and kept
-            plan, _ = statistics_of(context, problem)
+            plan, _ = statistics_of(context, problem, damping)
             unknown = sum(problem.params.tensors[k].numel() for k in plan.others)
             memory.knows_layers = unknown <= (1.0 - LEAST_KNOWN) * problem.numel
         return (by_layers if memory.knows_layers else by_examples)(problem, damping)

@@ -53,9 +53,12 @@ class Context:
     """What was computed in this step, for its next solve."""
 
     @property
-    def refresh(self) -> int:
-        """New statistics are taken every so many steps."""
-        return self.options.preconditioner_refresh * (REFRESHED if self.memory.secants.leads else 1)
+    def refresh_of_diagonal(self) -> int:
+        """New statistics of a diagonal are taken every so many steps."""
+        refresh = self.options.preconditioner_refresh
+        if refresh != "auto":
+            return refresh
+        return REFRESHED if self.memory.secants.leads else 1
 
     @property
     def decay(self) -> float:

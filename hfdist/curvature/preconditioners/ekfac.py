@@ -15,7 +15,7 @@ def ekfac(context: Context) -> Builder:
 
     def build(problem: Problem, damping: float | None) -> Operator:
         correction = Correction(refresh=refresh, is_metric=damping is None)
-        plan, statistics = statistics_of(context, problem, correction)
+        plan, statistics = statistics_of(context, problem, damping, correction)
         return block_diagonal(context, problem, plan, statistics, damping)
 
     return build

@@ -31,7 +31,7 @@ def ggn_diagonal(context: Context) -> Builder:
     def build(problem: Problem, damping: float | None) -> Operator:
         if not taken:
             average = context.memory.diagonal
-            decay, refresh = context.decay, context.refresh
+            decay, refresh = context.decay, context.refresh_of_diagonal
             taken.append(average.take(lambda: estimate(problem), decay, refresh))
         if damping is None:
             diagonal = problem.part_of(floored(problem, taken[0]))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hfdist.curvature.kronecker.blocks import BlockDiagonal
+from hfdist.curvature.kronecker.blocks import inverted
 from hfdist.curvature.kronecker.keys import BlockPlan
 from hfdist.curvature.kronecker.memory import Correction
 from hfdist.curvature.kronecker.statistics import Sampling, Statistics
@@ -34,7 +34,7 @@ def kfac(context: Context) -> Builder:
     """Blocks of layers; multiples of the identity elsewhere."""
 
     def build(problem: Problem, damping: float | None) -> Operator:
-        plan, statistics = statistics_of(context, problem)
+        plan, statistics = statistics_of(context, problem, damping)
         return block_diagonal(context, problem, plan, statistics, damping)
 
     return build
@@ -48,13 +48,18 @@ def block_diagonal(
     damping: float | None,
 ) -> Operator:
     """The inverse of the blocks, damped."""
-    relative, ratios = 0.0, None
-    if damping is None:
+    if damping is not None:
+        inverse = inverted(problem, plan, statistics, damping)
+    else:
         relative = RELATIVE_DAMPING * min(context.damping, 1.0) ** 0.5
-        if context.memory.secants.leads:
+        of_secants = context.memory.secants.leads
+        if of_secants:
             relative = BESIDE_SECANTS
         ratios = _ratios(context, problem)
-    return problem.of_whole(BlockDiagonal(problem, plan, statistics, damping, relative, ratios))
+        inverse = context.memory.statistics.metric(
+            problem, plan, statistics, relative, ratios, of_secants
+        )
+    return problem.of_whole(inverse.operator(problem.params))
 
 
 def _ratios(context: Context, problem: Problem) -> Tensor | None:
@@ -66,7 +71,10 @@ def _ratios(context: Context, problem: Problem) -> Tensor | None:
 
 
 def statistics_of(
-    context: Context, problem: Problem, correction: Correction | None = None
+    context: Context,
+    problem: Problem,
+    damping: float | None,
+    correction: Correction | None = None,
 ) -> tuple[BlockPlan, Statistics]:
     """A step's statistics, taken once, whatever its dampings. Collective the first time."""
     options, step = context.options, context.of_step
@@ -76,8 +84,11 @@ def statistics_of(
             samples=options.preconditioner_samples,
             shared=options.kfac_shared,
         )
+        refresh = options.preconditioner_refresh
+        if refresh == "auto" and damping is not None:
+            refresh = 1  # the inverses of such solvers are of their own damping, in each step
         step["kfac"] = context.memory.statistics.take(
-            problem, sampling, context.decay, context.refresh, correction
+            problem, sampling, context.decay, refresh, correction, min(context.damping, 1.0)
         )
     plan, statistics = step["kfac"]
     return plan, statistics

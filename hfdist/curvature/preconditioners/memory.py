@@ -35,6 +35,15 @@ class PreconditionerMemory:
         kept.secants = self.secants.copy()
         return kept
 
+    def after(self, work: float, accepted: bool) -> None:
+        """A step was taken.
+
+        Args:
+            work: Of it without its metric, in gradients (see `Costs`).
+            accepted: Whether parameters moved.
+        """
+        self.statistics.pace = self.statistics.pace.after(work, accepted)
+
     def state_dict(self, whole: Vectors = lambda part: part) -> dict[str, Any]:
         """Plain data and tensors.
 

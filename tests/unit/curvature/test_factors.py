@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hfdist.curvature.kronecker.factors import inverse, inverses
 
@@ -16,6 +20,17 @@ def spd(condition: float, *batch: int, m: int = 5, dtype: torch.dtype = torch.fl
     values = condition ** -torch.linspace(0, 1, m, dtype=torch.float64)
     M = ((Q * values) @ Q.mT).to(dtype)
     return (M + M.mT) / 2
+
+
+class Float64(TorchDispatchMode):
+    """Whether a matrix of float64 came out of anything inside."""
+
+    any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.any |= any(t.dtype == torch.float64 for t in tree_leaves(out) if t is not None)
+        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -46,6 +61,21 @@ def test_one_without_an_inverse_leaves_the_others_alone() -> None:
     found = inverses([bad, good])
     assert torch.equal(found[0], torch.eye(2)[None])  # its diagonal's
     assert torch.equal(found[1], inverse(good))
+
+
+@pytest.mark.parametrize("relative", [0.2, 0.002])
+def test_wide_factors_are_not_inverted_in_float64_without_need(relative: float) -> None:
+    """Units that are on together: one great eigenvalue above many small ones."""
+    n, generator = 400, torch.Generator().manual_seed(0)
+    x = torch.sigmoid(torch.randn(900, n, generator=generator))
+    M = x.T @ x / 900
+    M += relative * M.diagonal().mean() * torch.eye(n)
+    with Float64() as seen:
+        raw = inverse(M[None])[0]
+    assert not seen.any
+    found, exact = raw.double(), torch.linalg.inv(M.double())
+    assert float((found - exact).norm() / exact.norm()) < 1e-3
+    assert float(torch.linalg.eigvalsh(found)[0]) > 0.0
 
 
 def test_of_none() -> None:

@@ -147,8 +147,13 @@ def test_a_run_leaves_what_it_should(job: Path) -> None:
 
 @pytest.mark.parametrize(
     ("first", "rules"),
-    [(5, []), pytest.param(6, [], marks=pytest.mark.slow), (5, CG_OVERRIDES)],
-    ids=["5", "6", "5-cg"],
+    [
+        (5, []),
+        pytest.param(6, [], marks=pytest.mark.slow),
+        (5, CG_OVERRIDES),
+        (6, ["optim.preconditioner_refresh=4"]),
+    ],
+    ids=["5", "6", "5-cg", "6-refresh"],
 )
 def test_resume_is_exact(job: Path, first: int, rules: list[str]) -> None:
     whole = hfdist.train(job, rules)
