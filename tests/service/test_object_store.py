@@ -30,7 +30,7 @@ from hfdist.errors import ConfigError, StorageError
 from hfdist.rundir.locations import scratch
 from hfdist.training.worker import evaluate_run
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("pictures")]
 
 OUTPUT = "s3://runs/team"
 JOB = """
