@@ -122,13 +122,14 @@ def test_the_token_is_nowhere_but_in_its_file(command: Command, dashboard: str, 
     assert token not in refused.stderr
 
 
+@pytest.mark.smoke
 def test_a_job_from_submission_to_its_continuation(
     command: Command, dashboard: str, project: Path
 ) -> None:
     at = ("--address", dashboard)
     began = time.monotonic()
     answer = command(
-        *("submit", str(project / "job.yaml"), "steps=200", SECRET),
+        *("submit", str(project / "job.yaml"), "steps=200", "launch.workers=1", SECRET),
         *("--run-id", "one", *at, "--json"),
     )
     assert answer.returncode == 0, answer.stderr

@@ -21,6 +21,7 @@ tracking: {system_metrics: false, log_model: false}
 
 
 @pytest.mark.ray
+@pytest.mark.smoke
 @pytest.mark.timeout(600)
 def test_a_grid_is_nested_in_one_run(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(JOB)
