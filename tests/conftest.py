@@ -16,6 +16,8 @@ HERE = Path(__file__).parent
 # Tests share the cores with the processes that some of them start.
 torch.set_num_threads(1)
 
+# Two clusters of one machine disturb each other; one MLflow server is enough.
+TOGETHER = ("test_ray_", "test_mlflow")
 FOLDERS = ("unit", "distributed", "service", "faults", "bench")
 
 
@@ -37,8 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2 --dist loadfile` a file stays in one process, and Ray's files do so together: two
-    clusters of one machine disturb each other."""
+    """With `-n 2 --dist loadfile` a file stays in one process, and some files do so together."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -46,7 +47,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return "ray" if Path(file).name.startswith("test_ray_") else file
+            return next((name for name in TOGETHER if Path(file).name.startswith(name)), file)
 
     return Files(config, log)
 

@@ -32,14 +32,6 @@ class Own(DigitsClassifier):
 """
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
-    server.start()
-    yield server
-    server.kill()
-
-
 @pytest.fixture
 def client(server) -> MlflowClient:
     return MlflowClient(server.uri)

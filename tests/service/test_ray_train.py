@@ -59,7 +59,6 @@ def steps_of(run_dir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
-@pytest.mark.smoke
 def test_the_same_run_as_on_this_machine(cluster: Nodes, job: Path) -> None:
     there = api.train(job, on(cluster), run_id="ray")
     here = api.train(job, run_id="local")
