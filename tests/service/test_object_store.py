@@ -71,6 +71,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv(
+        "AWS_EC2_METADATA_DISABLED", "true"
+    )  # nothing waits for credentials of a cloud
     monkeypatch.setenv("HFDIST_SCRATCH", str(tmp_path / "scratch"))
     s3fs.S3FileSystem.clear_instance_cache()  # another server than the test before
     client = boto3.client("s3")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from ray_nodes import ROOT, forget_cluster, own_cluster
+from ray_nodes import ROOT, forget_cluster, free_port, left_of, own_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -82,17 +81,11 @@ def dashboard(command: Command, home: Path) -> Iterator[str]:
         stopped = command("cluster", "stop")
         assert stopped.stdout.count("stopped") == 2, stopped.stderr
         forget_cluster(f"127.0.0.1:{port}")
-    assert not [p for p in psutil.process_iter(["cmdline"]) if str(port) in cmdline(p)]
+    assert left_of(f"127.0.0.1:{port}") == []
 
 
 def cmdline(process: psutil.Process) -> str:
     return " ".join(process.info["cmdline"] or [])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
