@@ -83,6 +83,7 @@ def test_a_cluster_of_this_machine_is_closed_to_others(tmp_path: Path, job: Path
         sockets = listening(cluster.nodes())
         assert len(sockets) > 6
         assert open_to_others(sockets) == {}
+        assert not [name for name in sockets if "ray.util.client.server" in name]
         stopped = cluster("jobs", "stop", "open", *at)
         assert stopped.returncode == 0, stopped.stderr
 
