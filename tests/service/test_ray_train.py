@@ -14,7 +14,7 @@ from ray_nodes import Nodes, hfdist, nodes, workers_of
 from hfdist import api
 from hfdist.errors import ConfigError, DataError
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]  # beside other tests
 
 JOB = """
 name: digits
