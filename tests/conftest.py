@@ -3,6 +3,7 @@ shares them out over processes."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,13 @@ def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Other tests' runs draw none: that takes a second, and the rest of a small run much less."""
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr("hfdist.training.coordinator.draw_plots", nothing_drawn)
+
+
+def pytest_sessionfinish() -> None:
+    """End the processes of ranks and devices: pytest-xdist's own end without what `atexit` was told."""
+    for name in ("ranks", "devices"):
+        if name in sys.modules:
+            sys.modules[name].end_all()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
