@@ -27,9 +27,11 @@ install: $(READY) ## make .venv and install hfdist in it
 train: $(READY) ## train the digits autoencoder and say where its results are
 	$(BIN)/hfdist train deploy/jobs/digits.yaml
 
-# Two files at a time, except Ray's: two clusters of one machine disturb each other.
-test: lint ## format, lint, types, import contracts, and every test without GPU or Docker engine
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not ray and $(FAST)'
+# Two files at a time; of Ray's tests a few, one cluster at a time (tests/conftest.py).
+test: lint ## what every change must pass: format, lint, types, import contracts, tests (15 minutes on 2 cores)
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m '(not ray or smoke) and $(FAST)'
+
+ray-test: $(READY) ## all tests on real Ray nodes but the long proofs (12 minutes on 2 cores)
 	$(PYTEST) -m 'ray and $(FAST)'
 
 lint: $(READY) ## format, lint, types, import contracts
@@ -84,4 +86,4 @@ clean: ## remove what the commands above made, except runs
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install train test lint format docs wheel bench soak gpu-test image image-test sbom audit clean
+.PHONY: help install train test ray-test lint format docs wheel bench soak gpu-test image image-test sbom audit clean

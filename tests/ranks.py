@@ -9,8 +9,9 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 _workers: dict[tuple[str, int], ProcessPoolExecutor] = {}  # by kind of device and rank
@@ -87,8 +88,10 @@ def _on_rank(
 
     from hfdist.comm.environment import join
     from hfdist.devices import use
+    from hfdist.training import coordinator
 
     torch.set_num_threads(1)
+    coordinator.draw_plots = nothing_drawn
     device = device_of(kind, rank)
     use(device)
     comm = join(
@@ -102,6 +105,11 @@ def _on_rank(
         return function(comm, *arguments)
     finally:
         comm.close()
+
+
+def nothing_drawn(records: Sequence[Any], folder: Path) -> list[Path]:
+    """In place of `draw_plots`, which takes longer than the steps of a small run."""
+    return []
 
 
 def end_all() -> None:

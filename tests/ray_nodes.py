@@ -248,8 +248,7 @@ def own_cluster(home: Path, **environment: str) -> Iterator[OwnCluster]:
         stopped = cluster("cluster", "stop")
         assert stopped.returncode == 0, stopped.stderr
         forget_cluster(cluster.address)
-    port = cluster.address.rpartition(":")[2]
-    assert not [p for p in psutil.process_iter(["cmdline"]) if port in _cmdline(p)]
+    assert left_of(cluster.address) == []
 
 
 def forget_cluster(address: str) -> None:
@@ -257,6 +256,17 @@ def forget_cluster(address: str) -> None:
     from hfdist.launch.ray.nodes import scratch
 
     shutil.rmtree(scratch(int(address.rpartition(":")[2])))
+
+
+def left_of(address: str, seconds: float = 60.0) -> list[str]:
+    """Processes of a cluster that are still there after so long: a worker that was just about to start sees
+    that its node is gone once it has imported what it needs."""
+    port, deadline = address.rpartition(":")[2], time.monotonic() + seconds
+    while True:
+        left = [_cmdline(p) for p in psutil.process_iter(["cmdline"]) if port in _cmdline(p)]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.5)
 
 
 def free_port() -> int:

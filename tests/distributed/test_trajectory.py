@@ -21,7 +21,7 @@ from hfdist.training.worker import Job, run
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
 
-STEPS = 12
+STEPS = 8
 CASES: dict[str, dict[str, Any]] = {
     "mlp": {"task": "rank_tasks:Mlp"},
     "mlp_default": {"task": "rank_tasks:Mlp", "optim": DEFAULT, "batches": {"curvature": "auto"}},
@@ -237,7 +237,7 @@ def test_a_run_goes_on_at_another_world_size(
     first: int, second: int, case: str, serial: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    half = config_of(case, str(tmp_path), steps=5)
+    half = config_of(case, str(tmp_path), steps=3)
     on_ranks(first, train, half, tmp_path / "run")
     whole = config_of(case, str(tmp_path))
     on_ranks(second, train, whole, tmp_path / "run", True)

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+from hfdist.tracking.client import connect
 from hfdist.tracking.ui import command, environment
 
 
@@ -34,6 +35,7 @@ class MlflowServer:
     def start(self, timeout: float = 240.0) -> None:
         """Start it and wait until it answers."""
         store = f"sqlite:///{self._folder}/server.db"
+        connect(store)  # makes it of a kept empty one: MLflow's migrations take seconds
         arguments = command(store, host="127.0.0.1", port=self.port)
         arguments += ["--artifacts-destination", str(self._folder / "artifacts"), *self._options]
         with (self._folder / "server.log").open("ab") as log:
@@ -57,6 +59,13 @@ class MlflowServer:
         text = (self._folder / "server.log").read_text()[-2000:]
         self.kill()
         raise RuntimeError(f"the MLflow server does not answer:\n{text}")
+
+    def revive(self) -> None:
+        """Have it answer, whether it hangs, is dead or was never started."""
+        if self._process is not None:
+            self.go_on()
+        if self._process is None or self._process.poll() is not None:
+            self.start()
 
     def pause(self) -> None:
         """It hangs: connections are taken and nothing is answered."""

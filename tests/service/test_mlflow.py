@@ -14,7 +14,6 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from proxy import Proxy
-from server import MlflowServer
 from torch import nn
 
 from hfdist.config.tracking import TrackingConfig
@@ -33,14 +32,6 @@ def _impatient():
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         yield
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from server import MlflowServer
 
 pytestmark = [pytest.mark.timeout(600)]
 
@@ -45,14 +44,6 @@ checkpoint: {{every: 4, asynchronous: false}}
 tracking: {{uri: "{uri}", experiment: kills, system_metrics: false, log_model: false}}
 output: {folder}/runs
 """
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
-    server.start()
-    yield server
-    server.kill()
 
 
 def write_job(folder: Path, task: str, uri: str) -> Path:

@@ -32,14 +32,6 @@ class Own(DigitsClassifier):
 """
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
-    server.start()
-    yield server
-    server.kill()
-
-
 @pytest.fixture
 def client(server) -> MlflowClient:
     return MlflowClient(server.uri)
@@ -65,6 +57,7 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_page_shows_what_the_run_was(
     server: MlflowServer, client: MlflowClient, job: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -91,6 +84,7 @@ def test_the_page_shows_what_the_run_was(
     assert len(run.data.tags["hfdist.source.sha256"]) == 64  # no git here
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.slow
 def test_a_resumed_run_has_each_picture_once_a_step_and_keeps_what_people_wrote(
     client: MlflowClient, job: Path

@@ -83,6 +83,8 @@ def test_a_cluster_of_this_machine_is_closed_to_others(tmp_path: Path, job: Path
         sockets = listening(cluster.nodes())
         assert len(sockets) > 6
         assert open_to_others(sockets) == {}
+        # Nor is there Ray's server for clients, whose port is one for all clusters of a machine.
+        assert not [a for each in sockets.values() for a in each if a.endswith(" 10001")]
         stopped = cluster("jobs", "stop", "open", *at)
         assert stopped.returncode == 0, stopped.stderr
 

@@ -21,7 +21,8 @@ tracking: {system_metrics: false, log_model: false}
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.smoke
+@pytest.mark.timeout(1200)
 def test_a_grid_is_nested_in_one_run(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(JOB)
     # The second point fails when it runs: the others go on.

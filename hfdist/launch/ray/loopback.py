@@ -70,9 +70,13 @@ def main() -> None:
     constants.ENABLE_RAY_CLUSTER = (
         True  # a second node may join, which Ray does not expect of such a cluster
     )
-    from ray.scripts.scripts import main as ray
+    from ray.scripts import scripts
 
-    ray()
+    commands: Any = scripts
+    # Without Ray's server for clients of other machines: it has one port for all clusters of a machine, and
+    # where the machine is busy it ends 30 s after its start, and the node with it.
+    commands.get_ray_client_dependency_error = lambda: "nobody comes from elsewhere"
+    commands.main()
 
 
 if __name__ == "__main__":

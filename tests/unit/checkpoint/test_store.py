@@ -76,7 +76,7 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.dictionaries(st.text(max_size=6), values, max_size=4))
 def test_any_state_comes_back(state: dict[str, Any]) -> None:
     place = f"memory://{uuid.uuid4().hex}"

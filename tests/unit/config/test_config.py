@@ -140,7 +140,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     name=texts.filter(bool),
     task_args=st.dictionaries(keys, values, max_size=4),

@@ -28,13 +28,13 @@ FAST = settings(SETTINGS, derandomize=True, phases=(Phase.generate,))
 SEED, LENGTH = st.integers(0, 2**32 - 1), st.integers(2, 8)
 
 
-@settings(FAST, max_examples=200)
+@settings(FAST, max_examples=100)
 @given(SEED, LENGTH)
 def test_random_programs(seed: int, length: int) -> None:
     check(program(seed, length))
 
 
-@settings(FAST, max_examples=60)
+@settings(FAST, max_examples=40)
 @given(SEED, LENGTH)
 def test_random_programs_whose_loss_reads_parameters(seed: int, length: int) -> None:
     check(program(seed, length, with_parameters=True))

@@ -15,7 +15,7 @@ from hfdist.tracking.client import connect
 CONNECT = "import sys; from hfdist.tracking.client import connect; connect(sys.argv[1])"
 
 
-@pytest.mark.parametrize("size", [1, 100_000, 300_000])
+@pytest.mark.parametrize("size", [1, pytest.param(100_000, marks=pytest.mark.slow), 300_000])
 def test_a_kill_while_the_store_is_made_leaves_none(tmp_path: Path, size: int) -> None:
     """Killed when so many bytes are written: the next run makes the store."""
     path = tmp_path / "mlflow.db"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import mlflow.pytorch
 import numpy as np
 import pytest
 import torch
-from mlflow.models import Model
 from torch import nn
 
 from hfdist.tracking.models import save_model
@@ -70,6 +68,9 @@ def call(model: nn.Module, inputs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_saved_model_predicts(name, tmp_path, monkeypatch):
+    import mlflow.pytorch  # here: it takes seconds, in every process that collects tests
+    from mlflow.models import Model
+
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     model, inputs = CASES[name]
     model.train()
@@ -93,6 +94,8 @@ def test_a_saved_model_predicts(name, tmp_path, monkeypatch):
 
 
 def test_a_single_tensor_model_serves(tmp_path):
+    import mlflow.pyfunc
+
     model, _ = CASES["mlp"]
     save_model(model, torch.zeros(1, 3), tmp_path / "model")
     served = mlflow.pyfunc.load_model(str(tmp_path / "model"))

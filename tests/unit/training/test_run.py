@@ -125,6 +125,7 @@ def records(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_leaves_what_it_should(job: Path) -> None:
     result = hfdist.train(job)
     run_dir = Path(result["run_dir"])
@@ -241,6 +242,7 @@ def test_rules_train(job: Path, change: list[str]) -> None:
 # -- extras
 
 
+@pytest.mark.usefixtures("pictures")
 def test_an_infinite_loss_at_every_step_ends_with_a_result(job: Path) -> None:
     with contextlib.suppress(UserError):
         hfdist.train(job, ["task=task.py:Overflowing", "steps=3"], run_id="inf")
@@ -271,6 +273,7 @@ def test_a_run_that_resumes_with_no_step_left_records_its_model_once(
     assert len(models_of(Path(again["run_dir"]), again["mlflow_run_id"])) == 1
 
 
+@pytest.mark.usefixtures("pictures")
 def test_no_plot_model_or_file_fails_a_run(job: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_dir = job.parent / "runs" / "poor"
     run_dir.mkdir(parents=True)

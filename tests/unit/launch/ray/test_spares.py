@@ -10,7 +10,7 @@ import pytest
 from hfdist.launch.ray import spares
 
 
-@pytest.mark.parametrize("with_mlflow", [True, False])
+@pytest.mark.parametrize("with_mlflow", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_process_of_these_variables_has_imported_what_a_worker_needs(with_mlflow: bool) -> None:
     from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR as HOOK
 
