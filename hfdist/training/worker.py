@@ -545,7 +545,7 @@ class Worker:
             layout=self._layout,
             engine=self._engine,
             autocast=autocast_dtype(options),
-            residuals=self._terms is not None or self.task.sum_of_squares,
+            residuals=self._solves_rows(),  # no other solver is to wait for them
             row_solver=self._solves_rows(),
             abandon=self._asks_to_abandon,
             overrides=Overrides(

@@ -4,6 +4,7 @@ a step, with geodesic acceleration [Transtrum & Sethna 2012, arXiv:1201.5885].""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,17 @@ _H = 0.1
 """Length of the difference for the second derivative, in steps [sec. 3.2]."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model at a step v."""
+
+    m: float
+    """Undamped."""
+    vDv: float
+    Jv: Tensor | None = None
+    """[N], where the model was computed from it."""
+
+
 class Trials(Sequence[Candidate]):
     """The candidates of rising lambda, and their steps: computed when they are asked for.
 
@@ -25,7 +37,7 @@ class Trials(Sequence[Candidate]):
         damping: The first lambda; the only one if it is 0.
         iteration: Of all candidates.
         solve: lambda -> v [P], the minimiser of the damped model.
-        models: v -> m(v), v'Dv.
+        models: v -> the model there.
         bent: lambda, w [N] -> (B + lambda D)^-1 J'w [P]; None: no acceleration.
         least_squares: For the acceleration.
         options: `geodesic_*`.
@@ -37,7 +49,7 @@ class Trials(Sequence[Candidate]):
         damping: float,
         iteration: int,
         solve: Callable[[float], Tensor],
-        models: Callable[[Tensor], tuple[float, float]],
+        models: Callable[[Tensor], Model],
         options: LeastSquaresOptions,
         least_squares: LeastSquares | None = None,
         bent: Callable[[float, Tensor], Tensor] | None = None,
@@ -47,6 +59,7 @@ class Trials(Sequence[Candidate]):
         self._options, self._least_squares, self._bent = options, least_squares, bent
         self._plain: dict[int, Tensor] = {}
         self._candidates: dict[int, Candidate] = {}
+        self._images: dict[int, Tensor | None] = {}  # Jv
         self._last: tuple[int, Tensor] | None = None
         self.last_plain: Tensor | None = None
         """The last v that was computed [P]; the same memory for all."""
@@ -58,11 +71,12 @@ class Trials(Sequence[Candidate]):
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
         if index not in self._candidates:
-            damping, (m, vDv) = self._dampings[index], self._models(self._v(index))
+            damping, model = self._dampings[index], self._models(self._v(index))
+            self._images = {index: model.Jv}
             self._candidates[index] = Candidate(
                 iteration=self._iteration,
-                model=m + 0.5 * damping * vDv,
-                undamped_model=m,
+                model=model.m + 0.5 * damping * model.vDv,
+                undamped_model=model.m,
                 damping=damping,
             )
         return self._candidates[index]
@@ -87,7 +101,10 @@ class Trials(Sequence[Candidate]):
         if ls is None or self._bent is None or not self._options.geodesic_acceleration:
             return v
         damping = self._dampings[index]
-        second = ls.remainder(_H * v).mul_(2.0 / _H**2)  # r_vv
+        self[index]  # its model may know Jv
+        Jv = self._images.get(index)
+        hJv = None if Jv is None else _H * Jv
+        second = ls.remainder(_H * v, hJv).mul_(2.0 / _H**2)  # r_vv
         if not bool(torch.isfinite(second).all()):
             return v
         a = -self._bent(damping, second)

@@ -223,6 +223,7 @@ def test_rows_are_those_of_the_objective() -> None:
     r = ls.residuals()
     assert 0.5 * float(r @ r) == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(ls.transposed_times(r), g, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ls.gradient(), g, rtol=1e-10, atol=1e-12)
     B = problem.curvature()
     G = torch.stack([B(e).clone() for e in torch.eye(problem.numel, dtype=torch.float64)])
     torch.testing.assert_close(ls.gram(), G, rtol=1e-9, atol=1e-11)
@@ -252,6 +253,8 @@ def test_what_is_not_linear_in_the_residuals() -> None:
         there = twin.least_squares.residuals()
     expected = there - ls.residuals() - ls.times(v)
     torch.testing.assert_close(ls.remainder(v), expected, rtol=1e-10, atol=1e-12)
+    same = ls.remainder(v, ls.times(v))
+    torch.testing.assert_close(same, expected, rtol=1e-10, atol=1e-12)
     small = 1e-4 * v
     assert float(ls.remainder(small).norm()) < 1e-6 * float(expected.norm())
 
@@ -284,6 +287,8 @@ def test_rows_that_do_not_fit_are_computed_anew() -> None:
         v = torch.linspace(-1, 1, problem.numel, dtype=torch.float64)
         results.append(torch.cat((ls.times(v), ls.transposed_times(ls.residuals()))))
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+    # Twice half of them: a forward pass, a backward pass and at most a third for J'r.
+    assert 1.0 <= again.costs.rows - kept.costs.rows < 1.34
 
 
 @pytest.mark.parametrize(

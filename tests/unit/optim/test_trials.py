@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hfdist.optim.least_squares import LeastSquaresOptions
-from hfdist.optim.solvers.trials import Trials
+from hfdist.optim.solvers.trials import Model, Trials
 
 LAMBDA = 0.7
 THETA = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
@@ -28,7 +28,7 @@ class Explicit(dense.Residuals):
         self._bend = bend
         self.passes = 0
 
-    def remainder(self, v: Tensor) -> Tensor:
+    def remainder(self, v: Tensor, Jv: Tensor | None = None) -> Tensor:
         self.passes += 1
         return curve(THETA + v, self._bend) - self.r - self.J @ v
 
@@ -41,7 +41,7 @@ def trials(ls: Explicit, damping: float = LAMBDA, **options: float) -> Trials:
         damping=damping,
         iteration=1,
         solve=lambda lam: solve(lam, -ls.J.T @ ls.r),
-        models=lambda v: (0.0, float(v @ v)),
+        models=lambda v: Model(m=0.0, vDv=float(v @ v)),
         options=LeastSquaresOptions(**options),  # type: ignore[arg-type]
         least_squares=ls,
         bent=lambda lam, w: solve(lam, ls.J.T @ w),
@@ -99,7 +99,7 @@ class Cubes(Explicit):
         self.r = -torch.ones(3, dtype=torch.float64)
         self.J = torch.eye(3, dtype=torch.float64)
 
-    def remainder(self, v: Tensor) -> Tensor:
+    def remainder(self, v: Tensor, Jv: Tensor | None = None) -> Tensor:
         return 3.0 * v**3
 
 
