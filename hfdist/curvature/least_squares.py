@@ -143,9 +143,11 @@ class ResidualSystem:
                 "by zero, a root or a logarithm at the edge of its domain, or points outside of the domain"
             )
         H: LossHessian | None = e.closed_form()
-        (dz,) = grad(e.loss_sum, [leaf], retain_graph=True)
         is_checked = self._method.is_to_be_checked(microbatch.name)
-        if H is None or (is_checked and not _is_diagonal(H, z)):
+        others = tensors if is_checked else []  # what else the loss may be a function of
+        dz, *of_others = grad(e.loss_sum, [leaf, *others], retain_graph=True, allow_unused=True)
+        is_plain = dz is not None and all(g is None for g in of_others)
+        if H is None or not is_plain or (is_checked and not is_diagonal(H, z)):
             raise TaskError(
                 f"{microbatch.name} is no sum of squares of what each output misses its target by: take "
                 "mse_loss, or let Task.sum_of_squares be False"
@@ -159,6 +161,7 @@ class ResidualSystem:
                 f"{_gib(size)} GiB, and {_gib(self._budget)} are free: give the term a smaller microbatch, "
                 "or take optim.solver=krylov, which needs no rows"
             )
+        assert dz is not None
         dz = dz.detach().reshape(-1)
         r = torch.where(root > 0, dz / root.clamp_min(1e-300), 0.0)
         uses = watch.finish()
@@ -194,12 +197,7 @@ class ResidualSystem:
         back = grad(z, tensors, (root * r).view_as(z), retain_graph=True, allow_unused=True)
         gradient = self._params.flatten(back)
 
-        def disagrees() -> bool:
-            sizes = J.abs().T @ r.abs()  # what rounding is measured by
-            allowed = _AGREES.get(z.dtype, 1e-2) * float(sizes.norm())
-            return not float((J.T @ r - gradient).norm()) <= allowed
-
-        if method.per_example and disagrees():
+        if method.per_example and not agrees(J, r, gradient):
             method.per_example = False
             method.reason = "their gradients do not add up to the gradient"
             J = jacobian_rows(z, None, tensors, method, root)
@@ -208,7 +206,7 @@ class ResidualSystem:
                 "rows of the Jacobian are computed one after the other, because examples interact or their "
                 f"rows cannot be told apart: {method.reason}"
             )
-        if disagrees():
+        if not agrees(J, r, gradient):
             raise TaskError(
                 f"{microbatch.name}: the rows of the Jacobian do not add up to the gradient: take "
                 "optim.solver=krylov, and look for a custom autograd.Function with a wrong backward()"
@@ -340,7 +338,14 @@ class ResidualSystem:
             )
 
 
-def _is_diagonal(H: LossHessian, z: Tensor) -> bool:
+def agrees(J: Tensor, r: Tensor, gradient: Tensor) -> bool:
+    """Whether J'r is the gradient, but for rounding."""
+    sizes = J.abs().T @ r.abs()  # what rounding is measured by
+    allowed = _AGREES.get(J.dtype, 1e-2) * float(sizes.norm())
+    return float((J.T @ r - gradient).norm()) <= allowed
+
+
+def is_diagonal(H: LossHessian, z: Tensor) -> bool:
     """Whether each output has a curvature of its own, told by a vector of random numbers."""
     generator = torch.Generator().manual_seed(0)
     v = torch.rand(z.shape, generator=generator, dtype=z.dtype).add_(0.5).to(z.device)

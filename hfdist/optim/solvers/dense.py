@@ -62,6 +62,7 @@ def solve(system: System, options: LeastSquaresOptions) -> Solution:
         step=trials.step,
         is_path=False,
         takes_first=True,
+        falling=trials.falling,
         next_start=None,
         quadratic=[0.0, first.model],
         iterations=iterations,

@@ -95,6 +95,7 @@ def solve(system: System, options: Options) -> Solution:
         step=trials.step,
         is_path=False,
         takes_first=True,
+        falling=() if options.momentum else trials.falling,
         next_start=trials.last_plain if options.momentum else None,
         quadratic=[0.0, first.model],
         iterations=iterations,

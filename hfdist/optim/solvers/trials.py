@@ -15,6 +15,9 @@ from hfdist.optim.solvers.solution import Candidate
 
 FACTORS = tuple(2.0**k for k in (0, 1, 2, 3, 5, 7, 10, 14, 19, 25, 32))
 """lambda of the trials, in the step's: doubled, and faster where that does not help."""
+FALLING = tuple(10.0**-k for k in range(1, 13))
+"""The same, where the first one helps and nothing is known of the right lambda; these steps are not bent, for
+which they would cost three times as much."""
 _H = 0.1
 """Length of the difference for the second derivative, in steps [sec. 3.2]."""
 
@@ -31,7 +34,8 @@ class Model:
 
 
 class Trials(Sequence[Candidate]):
-    """The candidates of rising lambda, and their steps: computed when they are asked for.
+    """The candidates of rising lambda, then those of falling lambda, and their steps: computed when they are
+    asked for.
 
     Args:
         damping: The first lambda; the only one if it is 0.
@@ -54,13 +58,16 @@ class Trials(Sequence[Candidate]):
         least_squares: LeastSquares | None = None,
         bent: Callable[[float, Tensor], Tensor] | None = None,
     ) -> None:
-        self._dampings = [factor * damping for factor in FACTORS] if damping > 0.0 else [0.0]
+        factors = (*FACTORS, *FALLING) if damping > 0.0 else (1.0,)
+        self._dampings = [factor * damping for factor in factors]
+        self.falling = range(len(FACTORS), len(factors))
+        """Indices of the candidates of falling lambda."""
         self._iteration, self._solve, self._models = iteration, solve, models
         self._options, self._least_squares, self._bent = options, least_squares, bent
         self._plain: dict[int, Tensor] = {}
         self._candidates: dict[int, Candidate] = {}
         self._images: dict[int, Tensor | None] = {}  # Jv
-        self._last: tuple[int, Tensor] | None = None
+        self._steps: dict[int, Tensor] = {}
         self.last_plain: Tensor | None = None
         """The last v that was computed [P]; the same memory for all."""
 
@@ -82,10 +89,12 @@ class Trials(Sequence[Candidate]):
         return self._candidates[index]
 
     def step(self, index: int) -> Tensor:
-        """v + a/2 [P], corrected further; v where a is large."""
-        if self._last is None or self._last[0] != index:
-            self._last = index, self._accelerated(index)
-        return self._last[1]
+        """v + a/2 [P], corrected further; v where a is large, and of falling lambda."""
+        if index not in self._steps:
+            before = [k for k in self._steps if k < index in self.falling][-1:]  # may be taken yet
+            self._steps = {k: self._steps[k] for k in before}
+            self._steps[index] = self._accelerated(index)
+        return self._steps[index]
 
     def _v(self, index: int) -> Tensor:
         if index not in self._plain:
@@ -98,7 +107,8 @@ class Trials(Sequence[Candidate]):
 
     def _accelerated(self, index: int) -> Tensor:
         v, ls = self._v(index), self._least_squares
-        if ls is None or self._bent is None or not self._options.geodesic_acceleration:
+        is_bent = self._options.geodesic_acceleration and index not in self.falling
+        if ls is None or self._bent is None or not is_bent:
             return v
         damping = self._dampings[index]
         self[index]  # its model may know Jv
