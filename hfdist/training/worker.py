@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hfdist import __version__
 from hfdist.checkpoint import CheckpointStore, check, mirror
@@ -603,7 +604,10 @@ class Worker:
         if not is_asked_for and not (options.solver == "auto" and self._suits_rows()):
             return False
         n = min(EXAMPLES, self.num_examples)
-        batch = self._first_batches(n)[0]
+        batch, again = self._first_batches(n)[0], self._first_batches(n)[0]
+        leaves = zip(tree_leaves(batch), tree_leaves(again), strict=True)
+        if not all(torch.equal(a, b) for a, b in leaves if isinstance(a, Tensor)):
+            return False  # examples are drawn anew whenever they are read
         self.model.train()
         found = is_sum_of_squares(
             lambda seed: from_task(self.task, self.model, batch, seed),

@@ -262,7 +262,10 @@ def test_what_is_not_linear_in_the_residuals() -> None:
 def test_acceleration_and_its_correction_save_steps() -> None:
     finals = []
     for options in ({"geodesic_acceleration": False}, {"geodesic_corrections": 0}, {}):
-        problem, state = problem_of(Equation(), SerialCommunicator()), HFState(damping=1.0, explore=False)
+        problem, state = (
+            problem_of(Equation(), SerialCommunicator()),
+            HFState(damping=1.0, explore=False),
+        )
         for _ in range(12):
             again = Problem(
                 params=problem.params, roles=problem.roles, residuals=True, row_solver=True

@@ -220,6 +220,25 @@ def test_jobs_that_keep_their_solver(tmp_path: Path, values: dict[str, Any]) -> 
     assert found(tmp_path, batches={"gradient": N, "microbatch": 7, "curvature": 1.0})
 
 
+class Noisy(Silent):
+    def train_data(self) -> Any:
+        data = super().train_data()
+
+        class Drawn(torch.utils.data.Dataset[Any]):
+            def __len__(self) -> int:
+                return len(data)
+
+            def __getitem__(self, k: int) -> Any:
+                x, y = data[k]
+                return x + 0.1 * torch.randn(2), y
+
+        return Drawn()
+
+
+def test_examples_that_are_drawn_whenever_they_are_read(tmp_path: Path) -> None:
+    assert not worker(tmp_path, "Noisy")._solves_rows()
+
+
 def test_too_many_rows(tmp_path: Path) -> None:
     """Of the matrix: 22 parameters, or twice the examples."""
     one = worker(tmp_path, "Silent", task_args={"examples": 3})
