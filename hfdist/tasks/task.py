@@ -31,7 +31,7 @@ class Task(abc.ABC):
     as of `mse_loss`: solvers of residuals may then take the task (`optim.solver` dense and sample_space), and
     `auto` does where their matrix has at most 6,000 rows. None: found out from the loss of a few examples;
     and `auto` then does so where every step sees all examples, the matrix has at most 1,000 rows, and there
-    are at most 8 outputs an example."""
+    are at most 8 outputs an example (docs/own-model.md, Squares)."""
 
     target_keys: tuple[str, ...] = ("labels", "label", "targets", "target")
     """Keys of dict batches that `forward` does not hand to the model."""

@@ -83,7 +83,7 @@ logger = logging.getLogger(__name__)
 
 _STOP, _LEAVE = 1.0, 2.0**-17
 """By which a rank asks to abandon a step; of all ranks that leave together it is less than one stop."""
-LARGEST_FOUND, MOST_OUTPUTS, MOST_BYTES = 1000, 8, 2**30
+LARGEST_FOUND, MOST_OUTPUTS, MOST_BYTES = 1000, 8, 2**28
 """Rows of a matrix, outputs an example, and bytes of rows up to which solvers of residuals take a loss that
 was found to be a sum of squares (docs/own-model.md)."""
 SMALL_BATCH = 256
