@@ -124,6 +124,9 @@ class Residuals:
     def residuals(self) -> Tensor:
         return self.r
 
+    def gradient(self) -> Tensor:
+        return self.J.T @ self.r
+
     def gram(self) -> Tensor:
         return self.J.T @ self.J
 
@@ -139,5 +142,5 @@ class Residuals:
     def transposed_times(self, w: Tensor) -> Tensor:
         return self.J.T @ w
 
-    def remainder(self, v: Tensor) -> Tensor:
+    def remainder(self, v: Tensor, Jv: Tensor | None = None) -> Tensor:
         return torch.zeros_like(self.r)

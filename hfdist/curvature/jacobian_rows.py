@@ -191,6 +191,10 @@ class RowMethod:
     layouts: dict[Any, list[Layout | None]] = field(default_factory=dict)
     _calls: dict[str, int] = field(default_factory=dict)
 
+    def sees_examples(self, outputs: Tensor) -> bool:
+        """Whether the rows of outputs [n, ..] are taken example by example."""
+        return self.per_example and len(outputs) >= _LEAST_EXAMPLES
+
     def is_to_be_checked(self, name: str) -> bool:
         """Whether the rows of something of this name are to be compared with the gradient: at first, and now
         and then."""
@@ -548,12 +552,24 @@ def jacobian_rows(
     """
     P = sum(t.numel() for t in tensors)
     J = torch.empty(outputs.numel(), P, dtype=outputs.dtype, device=outputs.device)
-    if method.per_example and uses is not None and len(outputs) >= _LEAST_EXAMPLES:
+    if uses is not None and method.sees_examples(outputs):
         try:
             return per_example_rows(outputs, uses, tensors, method, J, scales)
         except Interacts as reason:
             method.per_example, method.reason = False, str(reason)
     return rows_one_by_one(outputs, tensors, J.zero_(), scales)
+
+
+def of_products(
+    uses: Sequence[Use], num_rows: int, num_parameters: int, num_examples: int
+) -> float:
+    """Multiplications of rows with a vector over those of an example's pass: as many as rows where a layer
+    uses each weight once for an example, fewer where it does so several times."""
+    of_pass = 0
+    for use in uses:
+        is_matrix = use.func._schema.name in _MATRICES
+        of_pass += use.shape.numel() * (use.args[-1].shape[0] if is_matrix else 1)
+    return num_rows * min(1.0, num_parameters * num_examples / max(of_pass, 1))
 
 
 def _spans(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ products are of, and J'r the gradient.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hfdist.comm import Communicator
-from hfdist.curvature.jacobian_rows import RowMethod, UseWatch, jacobian_rows
+from hfdist.curvature.jacobian_rows import RowMethod, UseWatch, jacobian_rows, of_products
 from hfdist.curvature.kronecker.recurrent import StepByStep
 from hfdist.curvature.loss_hessian import LossHessian
 from hfdist.curvature.memory import memory_left
@@ -43,6 +44,10 @@ class Rows:
     """dL/dz / sqrt(d) [rows]."""
     J: Tensor | None
     """sqrt(d) dz/dtheta [rows, P]; None where it is computed anew for every use."""
+    work: float
+    """Of the forward pass, the rows and the gradient: in gradients of an example."""
+    work_of_product: float
+    """Of J with a vector."""
 
 
 class ResidualSystem:
@@ -55,6 +60,10 @@ class ResidualSystem:
         memory_budget: Bytes for this rank's rows and for matrices; None: what the device has left.
         weight_decay: Of the L2 term.
         at: Inside, the parameters have other values.
+
+    Attributes:
+        work: What its methods have taken so far, in gradients of all its examples (see
+            `hfdist.optim.objective.Costs`); once `close` was called.
 
     Raises:
         ConfigError: (from its methods) A matrix does not fit into the memory.
@@ -79,9 +88,12 @@ class ResidualSystem:
             self._budget = memory_budget
         self.weight_decay, self._at, self._warn = weight_decay, at, warn
         self._parts: list[Rows] = []
+        self._gradient = params.zeros()  # of this rank's parts
         self._kept = 0  # bytes
         self._weight: float | None = None
         self._counts: list[int] = []
+        self.work = 0.0
+        self._work_of_product = self._work_of_recomputation = 0.0
 
     # -- building --------------------------------------------------------------------------------
 
@@ -92,21 +104,31 @@ class ResidualSystem:
             The evaluation and the gradient of its loss sum.
         """
         e, part, gradient = self._rows(microbatch)
+        self._gradient += gradient
         if part.J is not None and self._kept + part.J.nbytes <= self._budget:
             self._kept += part.J.nbytes
         else:
-            part = Rows(microbatch=microbatch, z=part.z, root=part.root, r=part.r, J=None)
+            part = dataclasses.replace(part, J=None)
         self._parts.append(part)
-        return e, gradient
+        return e, list(self._params.views(gradient))
 
     def close(self, weight: float) -> None:
         """All microbatches are added, and the objective divides by `weight`. Collective."""
         self._weight = weight
-        counts = torch.zeros(self._comm.world_size, dtype=torch.float64, device=self._params.device)
-        counts[self._comm.rank] = sum(len(part.z) for part in self._parts)
-        self._counts = [int(count) for count in self._comm.all_reduce(counts).tolist()]
+        W, parts = self._comm.world_size, self._parts
+        sums = torch.zeros(W + 4, dtype=torch.float64, device=self._params.device)
+        sums[self._comm.rank] = sum(len(part.z) for part in parts)
+        sums[W] = sum(part.microbatch.num_examples for part in parts)
+        sums[W + 1] = sum(part.work for part in parts)
+        sums[W + 2] = sum(part.work for part in parts if part.J is None)
+        sums[W + 3] = sum(part.work_of_product for part in parts)
+        *counts, examples, work, recomputation, product = self._comm.all_reduce(sums).tolist()
+        self._counts = [int(count) for count in counts]
+        self.work = work / examples
+        self._work_of_recomputation = recomputation / examples
+        self._work_of_product = product / examples
 
-    def _rows(self, microbatch: Microbatch) -> tuple[Evaluation, Rows, list[Tensor]]:
+    def _rows(self, microbatch: Microbatch) -> tuple[Evaluation, Rows, Tensor]:
         tensors = self._params.tensors
         watch = UseWatch(tensors, microbatch.num_examples)
         with StepByStep():  # in one operation no example's rows are to be seen
@@ -121,9 +143,11 @@ class ResidualSystem:
                 "by zero, a root or a logarithm at the edge of its domain, or points outside of the domain"
             )
         H: LossHessian | None = e.closed_form()
-        (dz,) = grad(e.loss_sum, [leaf], retain_graph=True)
         is_checked = self._method.is_to_be_checked(microbatch.name)
-        if H is None or (is_checked and not _is_diagonal(H, z)):
+        others = tensors if is_checked else []  # what else the loss may be a function of
+        dz, *of_others = grad(e.loss_sum, [leaf, *others], retain_graph=True, allow_unused=True)
+        is_plain = dz is not None and all(g is None for g in of_others)
+        if H is None or not is_plain or (is_checked and not is_diagonal(H, z)):
             raise TaskError(
                 f"{microbatch.name} is no sum of squares of what each output misses its target by: take "
                 "mse_loss, or let Task.sum_of_squares be False"
@@ -137,15 +161,29 @@ class ResidualSystem:
                 f"{_gib(size)} GiB, and {_gib(self._budget)} are free: give the term a smaller microbatch, "
                 "or take optim.solver=krylov, which needs no rows"
             )
+        assert dz is not None
         dz = dz.detach().reshape(-1)
         r = torch.where(root > 0, dz / root.clamp_min(1e-300), 0.0)
-        J = jacobian_rows(z, watch.finish(), tensors, self._method, root)
+        uses = watch.finish()
+        J = jacobian_rows(z, uses, tensors, self._method, root)
         if is_checked:
             J = self._checked(microbatch, z, root, r, J)
         # Not the gradient of the check: a step's bits do not depend on which steps this process checks.
         gradient = J.T @ r
-        part = Rows(microbatch=microbatch, z=z.detach().reshape(-1), root=root, r=r, J=J)
-        return e, part, list(self._params.views(gradient))
+        # Forward pass, rows, J'r; one after the other, each row is a pass over all examples.
+        n = microbatch.num_examples
+        of_rows = len(J) * (1 if self._method.sees_examples(z) else n)
+        product = of_products(uses, len(J), self._params.numel, n) / 3
+        part = Rows(
+            microbatch=microbatch,
+            z=z.detach().reshape(-1),
+            root=root,
+            r=r,
+            J=J,
+            work=n / 3 + 2 / 3 * of_rows + product,
+            work_of_product=product,
+        )
+        return e, part, gradient
 
     def _checked(
         self, microbatch: Microbatch, z: Tensor, root: Tensor, r: Tensor, J: Tensor
@@ -159,12 +197,7 @@ class ResidualSystem:
         back = grad(z, tensors, (root * r).view_as(z), retain_graph=True, allow_unused=True)
         gradient = self._params.flatten(back)
 
-        def disagrees() -> bool:
-            sizes = J.abs().T @ r.abs()  # what rounding is measured by
-            allowed = _AGREES.get(z.dtype, 1e-2) * float(sizes.norm())
-            return not float((J.T @ r - gradient).norm()) <= allowed
-
-        if method.per_example and disagrees():
+        if method.per_example and not agrees(J, r, gradient):
             method.per_example = False
             method.reason = "their gradients do not add up to the gradient"
             J = jacobian_rows(z, None, tensors, method, root)
@@ -173,7 +206,7 @@ class ResidualSystem:
                 "rows of the Jacobian are computed one after the other, because examples interact or their "
                 f"rows cannot be told apart: {method.reason}"
             )
-        if disagrees():
+        if not agrees(J, r, gradient):
             raise TaskError(
                 f"{microbatch.name}: the rows of the Jacobian do not add up to the gradient: take "
                 "optim.solver=krylov, and look for a custom autograd.Function with a wrong backward()"
@@ -191,8 +224,9 @@ class ResidualSystem:
         assert self._weight is not None
         return float(self._weight**-0.5)
 
-    def _chunks(self) -> Iterator[tuple[Rows, Tensor]]:
-        """This rank's rows, part by part."""
+    def _chunks(self, products: int) -> Iterator[tuple[Rows, Tensor]]:
+        """This rank's rows, part by part, for so many products of all of them with a vector."""
+        self.work += self._work_of_recomputation + products * self._work_of_product
         for part in self._parts:
             J = part.J
             if J is None:
@@ -221,11 +255,14 @@ class ResidualSystem:
     def residuals(self) -> Tensor:
         return self._gathered([part.r for part in self._parts])
 
+    def gradient(self) -> Tensor:
+        return self._comm.all_reduce(self._gradient.clone()).mul_(self._scale**2)
+
     def gram(self) -> Tensor:
         P = self._params.numel
         self._check_matrix(P, "parameters", "sample_space or krylov")
         G = torch.zeros(P, P, dtype=self._params.dtype, device=self._params.device)
-        for _, J in self._chunks():
+        for _, J in self._chunks(0):
             add_upper(G, J.T)
         return self._comm.all_reduce(mirror(G)).mul_(self._scale**2)
 
@@ -235,11 +272,11 @@ class ResidualSystem:
         N, W = self.num_residuals, self._comm.world_size
         self._check_matrix(N, "residuals", "dense or krylov, or give optim.sample_rank")
         if W == 1:
-            return product_of_parts([J for _, J in self._chunks()]).mul_(self._scale**2)
+            return product_of_parts([J for _, J in self._chunks(0)]).mul_(self._scale**2)
         n = self._comm.shard_size(self._params.numel)
         rows = torch.zeros(W, N, n, dtype=self._params.dtype, device=self._params.device)
         start = sum(self._counts[: self._comm.rank])
-        for _, J in self._chunks():
+        for _, J in self._chunks(0):
             padded = torch.nn.functional.pad(J, (0, W * n - J.shape[1]))
             rows[:, start : start + len(J)] = padded.view(len(J), W, n).transpose(0, 1)
             start += len(J)
@@ -251,31 +288,37 @@ class ResidualSystem:
         """Two passes over the rows, whatever the number of columns: rows that were not kept are computed
         once for each."""
         columns = w.shape[1:]
+        number = columns[0] if columns else 1
         if columns:
-            self._check_sketch(len(w), columns[0])
+            self._check_sketch(len(w), number)
         JTw = torch.zeros(self._params.numel, *columns, dtype=w.dtype, device=w.device)
-        for (_, J), piece in zip(self._chunks(), self._own(w)):
+        for (_, J), piece in zip(self._chunks(number), self._own(w)):
             JTw += J.T @ piece
         self._comm.all_reduce(JTw).mul_(self._scale)
-        return self._gathered([J @ JTw for _, J in self._chunks()], columns)
+        return self._gathered([J @ JTw for _, J in self._chunks(number)], columns)
 
     def times(self, v: Tensor) -> Tensor:
-        return self._gathered([J @ v for _, J in self._chunks()])
+        return self._gathered([J @ v for _, J in self._chunks(1)])
 
     def transposed_times(self, w: Tensor) -> Tensor:
         out = self._params.zeros()
-        for (_, J), piece in zip(self._chunks(), self._own(w)):
+        for (_, J), piece in zip(self._chunks(1), self._own(w)):
             out.addmv_(J.T, piece)
         return self._comm.all_reduce(out).mul_(self._scale)
 
-    def remainder(self, v: Tensor) -> Tensor:
+    def remainder(self, v: Tensor, Jv: Tensor | None = None) -> Tensor:
         with self._at(self._params.read().add_(v)):
             moved = [self._evaluate(part.microbatch, None).outputs for part in self._parts]
-        pieces = []
-        for (part, J), outputs in zip(self._chunks(), moved):
-            change = part.root * (outputs[0].detach().reshape(-1) - part.z)
-            pieces.append(change.sub_(J @ v))
-        return self._gathered(pieces)
+        self.work += 1 / 3
+        changes = [
+            part.root * (outputs[0].detach().reshape(-1) - part.z)
+            for part, outputs in zip(self._parts, moved)
+        ]
+        if Jv is not None:
+            return self._gathered(changes).sub_(Jv)
+        return self._gathered(
+            [change.sub_(J @ v) for change, (_, J) in zip(changes, self._chunks(1))]
+        )
 
     def _check_matrix(self, n: int, what: str, others: str) -> None:
         size = 3 * n * n * self._params.dtype.itemsize  # with a factor and a copy
@@ -295,7 +338,14 @@ class ResidualSystem:
             )
 
 
-def _is_diagonal(H: LossHessian, z: Tensor) -> bool:
+def agrees(J: Tensor, r: Tensor, gradient: Tensor) -> bool:
+    """Whether J'r is the gradient, but for rounding."""
+    sizes = J.abs().T @ r.abs()  # what rounding is measured by
+    allowed = _AGREES.get(J.dtype, 1e-2) * float(sizes.norm())
+    return float((J.T @ r - gradient).norm()) <= allowed
+
+
+def is_diagonal(H: LossHessian, z: Tensor) -> bool:
     """Whether each output has a curvature of its own, told by a vector of random numbers."""
     generator = torch.Generator().manual_seed(0)
     v = torch.rand(z.shape, generator=generator, dtype=z.dtype).add_(0.5).to(z.device)

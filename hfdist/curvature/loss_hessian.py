@@ -78,6 +78,9 @@ class LossCall:
     is_loss: bool = True
     """Whether it is one of torch's losses, and its Hessian exact: the second term, the result's derivative
     times the function's, is not cut off at zero."""
+    is_squares: bool = False
+    """Whether the result is a positive multiple of the sum of the squares of what each number of the input
+    misses its target by."""
     result: Edge = (None, 0)
     """The result, as it was when the call returned."""
     argument: Edge = (None, 0)
@@ -130,6 +133,7 @@ class ClosedForm:
         terms: Of each call: (A as a program, the call's input, D).
         roots: Of each call: makes S with SS' = D, see `LossCall`.
         factors: Of each call: derivative of the loss in its result.
+        is_squares: Whether each call is a multiple of a sum of squares.
     """
 
     def __init__(
@@ -138,10 +142,12 @@ class ClosedForm:
         terms: Sequence[tuple[Program | None, Tensor, Diagonal]],
         roots: Sequence[Callable[[], Diagonal]] = (),
         factors: Sequence[Tensor] = (),
+        is_squares: bool = False,
     ) -> None:
         self.curved = list(range(len(inputs)))
         self._inputs, self._terms, self._roots = list(inputs), list(terms), list(roots)
         self._factors = list(factors)
+        self._has_squares = is_squares
         self.needs_graph = any(program is not None for program, _, _ in terms)
 
     def __call__(self, v: Sequence[Tensor | None]) -> list[Tensor]:
@@ -168,6 +174,11 @@ class ClosedForm:
                     for k, t in enumerate(back):
                         add(k, t)
         return [torch.zeros_like(z) if t is None else t for z, t in zip(self._inputs, totals)]
+
+    @property
+    def is_squares(self) -> bool:
+        """Whether the loss is a sum of squares, none with a minus."""
+        return self._has_squares and all(bool((f >= 0).all()) for f in self._factors)
 
     @property
     def size(self) -> float:
@@ -219,6 +230,7 @@ def closed_form(
     terms: list[tuple[Program | None, Tensor, Diagonal]] = []
     roots: list[Callable[[], Diagonal]] = []
     used: list[Tensor] = []
+    is_squares = True
     for call, factor in zip(calls, factors):
         if factor is None:
             continue
@@ -233,7 +245,8 @@ def closed_form(
         terms.append((program, call.input, call.diagonal(factor.detach())))
         roots.append(partial(call.root, factor.detach()))
         used.append(factor.detach())
-    return ClosedForm(inputs, terms, roots, used)
+        is_squares = is_squares and call.is_squares
+    return ClosedForm(inputs, terms, roots, used, is_squares)
 
 
 def derivatives_in(loss: Tensor, results: Sequence[Edge]) -> Sequence[Tensor | None]:
@@ -366,7 +379,9 @@ def _mse(
 
     if target.requires_grad:  # then the loss is a function of the difference
         return _element_wise(input - target, elements, is_loss=False)
-    return _element_wise(input, elements)
+    call = _element_wise(input, elements)
+    call.is_squares = True
+    return call
 
 
 def _element_wise(

@@ -165,7 +165,8 @@ class Problem:
         self._products: list[Product] | None = None
         self._product_weight = 0.0
         self._system: ResidualSystem | None = None
-        self._metric_work = 0.0
+        self._metric_work = self._row_work = 0.0
+        self._rows_make_gradient = False
         self._has_damping_metric = False
         self._summed: SummedProduct | None = None
         self._summed_with = 0.0  # of S
@@ -300,6 +301,7 @@ class Problem:
         system = None
         if share and self.row_solver:
             share, system = False, self._new_system()
+            self._rows_make_gradient = own_gradient is None
         g = self.params.zeros()
         sums = torch.zeros(2, dtype=torch.float64, device=self.params.device)  # loss, weight
         builder = self._builder(self.roles.gradient, record=True) if share else None
@@ -567,16 +569,22 @@ class Problem:
         curvature = self._product_weight / reference
         loss = 1.0 if self.roles.loss is self.roles.gradient else self._loss_weight / reference
         shares_pass = self.roles.curvature is self.roles.gradient and self.autocast is None
+        rows = self._row_work + (0.0 if self._system is None else self._system.work)
+        own_pass = not shares_pass and not rows
         of_loss = 2.0 if self.curvature_opt == "hessian" else 4 / 3
         return Costs(
-            gradient=1.0 + curvature / 3 * ((not shares_pass) + self._hidden_share),
+            gradient=(not self._rows_make_gradient)
+            + curvature / 3 * (own_pass + self._hidden_share),
             product=curvature * (of_loss + 4 / 3 * self._hidden_share),
             loss=loss / 3,
             curvature_share=curvature,
             metric=self._metric_work,
+            rows=curvature * rows,
         )
 
     def release(self) -> None:
+        if self._system is not None:
+            self._row_work += self._system.work
         with self._memory.part(GRAPHS):
             self._products = self._summed = self._system = self._gradient = None
             self._hidden_products = self._summed_structural = None

@@ -53,6 +53,16 @@ def first_descent(num_candidates: int, loss_of: LossOf, loss_0: float) -> Choice
     return Choice(index, loss)
 
 
+def further_descent(choice: Choice, indices: Iterable[int], loss_of: LossOf) -> Choice:
+    """From a choice on along the candidates while the loss falls."""
+    for index in indices:
+        loss = _ordered(loss_of([index])[0])
+        if not loss < choice.loss:
+            break
+        choice = Choice(index, loss)
+    return choice
+
+
 NEARLY = 0.1
 """Part of the best candidate's gain that is given up for a smaller lambda."""
 

@@ -32,8 +32,8 @@ class DampingOptions(OptionGroup):
     """How lambda changes from step to step: by the reduction ratio (lm: Levenberg-Marquardt [1, sec. 4.1]);
     not at all (fixed); by the factor `damping_decay` a step (schedule); to the lambda of the candidate with
     the lowest loss (chosen); to that of the trial that was taken, and a third of it where the ratio is above
-    a half (trials) [Transtrum & Sethna 2012]. auto: chosen for the solver krylov, trials for dense and
-    sample_space, lm for the others."""
+    a half (trials) [Transtrum & Sethna 2012]; the first step's trials go on to smaller ones. auto: chosen for
+    the solver krylov, trials for dense and sample_space, lm for the others."""
     damping_metric: Literal["identity", "diagonal"] = "identity"
     """D in the damping term lambda D of the solver cg: the identity, or a diagonal estimate of the
     curvature, which makes lambda a number without a unit (scale-sensitive damping [2, sec. 8.3]). The solver

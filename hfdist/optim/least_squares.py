@@ -33,6 +33,10 @@ class LeastSquares(Protocol):
         """r [N]."""
         ...
 
+    def gradient(self) -> Tensor:
+        """J'r [P], known from the rows' making."""
+        ...
+
     def gram(self) -> Tensor:
         """J'J [P, P]."""
         ...
@@ -53,8 +57,9 @@ class LeastSquares(Protocol):
         """J'w [P]."""
         ...
 
-    def remainder(self, v: Tensor) -> Tensor:
-        """r(theta + v) - r - Jv [N], what is not linear in v; weights of robust losses are those at theta."""
+    def remainder(self, v: Tensor, Jv: Tensor | None = None) -> Tensor:
+        """r(theta + v) - r - Jv [N], what is not linear in v; weights of robust losses are those at theta.
+        Jv may be given where it is known."""
         ...
 
 

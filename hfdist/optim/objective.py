@@ -23,20 +23,30 @@ class Costs:
     """Work of a step's parts in gradients of its gradient batch: matrix products of a layer are 3 in a
     gradient, 4 in a Gauss-Newton product on kept activations, 6 in a Hessian product, 1 in a loss; times the
     part's share of the examples. Counted, not measured, so that what follows from it is the same in every
-    run and on every rank."""
+    run and on every rank.
+
+    Of residuals, m an example: a row of the Jacobian is a backward pass that sums no weights' derivatives
+    up, 2 products of a layer, so all rows take 2m/3 of a gradient; a product with rows that are known, Jv or
+    J'w, multiplies each of their numbers once, as a layer does with its weights: m/3 (less where a weight is
+    used several times, as in recurrent nets). Matrices of rows and their factors are no passes, and what is
+    done once to learn how rows are computed, or to check them, is not counted."""
 
     gradient: float = 1.0
-    """The gradient, and forward passes of the curvature's own examples."""
+    """The gradient, and forward passes of the curvature's own examples; 0 where rows make it."""
     product: float = 4 / 3
     loss: float = 1 / 3
     curvature_share: float = 1.0
     """Of the gradient's examples, that the products are of."""
     metric: float = 0.0
     """Statistics of the preconditioner that this step took."""
+    rows: float = 0.0
+    """Rows of the Jacobian, their products and evaluations of residuals that this step took."""
 
     def step(self, products: int, losses: int) -> float:
         """A step of so many products and losses."""
-        return self.gradient + self.metric + products * self.product + losses * self.loss
+        return (
+            self.gradient + self.metric + self.rows + products * self.product + losses * self.loss
+        )
 
 
 class Objective(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfdist.optim.backtracking import Choice, backtrack, climb, first_descent
+from hfdist.optim.backtracking import Choice, backtrack, climb, first_descent, further_descent
 from hfdist.optim.curvature_share import CurvatureShare
 from hfdist.optim.damping import Outcome, next_damping, reduction_ratio, rule_of
 from hfdist.optim.kept_gain import KeptGain
@@ -172,7 +172,10 @@ def hf_step(
     with clock.phase("backtracking"):
         loss_0 = problem.start_loss()
         if solution.takes_first:
-            choice = first_descent(last + 1, candidates, loss_0)
+            choice = first_descent(last + 1 - len(solution.falling), candidates, loss_0)
+            adapts = rule_of(options, "trials") == "trials"
+            if adapts and state.explore and choice.index == 0 and choice.loss < loss_0:
+                choice = further_descent(choice, solution.falling, candidates)
         elif not solution.is_path:
             if climbed:
                 choice = _climb(solution, candidates, loss_0, state.explore, g.dtype)

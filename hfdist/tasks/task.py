@@ -26,10 +26,12 @@ class Task(abc.ABC):
     loss_reduction: Literal["mean", "sum"] = "mean"
     """How `loss` is normalised when it returns a scalar: a mean over the examples, or their sum."""
 
-    sum_of_squares: bool = False
+    sum_of_squares: bool | None = None
     """Whether the loss is a sum or mean of squares of what each number of the outputs misses its target by,
     as of `mse_loss`: solvers of residuals may then take the task (`optim.solver` dense and sample_space), and
-    `auto` does where their matrix has at most 6,000 rows."""
+    `auto` does where their matrix has at most 6,000 rows. None: found out from the loss of a few examples;
+    and `auto` then does so where every step sees all examples, the matrix has at most 1,000 rows, and there
+    are at most 8 outputs an example (docs/own-model.md, Squares)."""
 
     target_keys: tuple[str, ...] = ("labels", "label", "targets", "target")
     """Keys of dict batches that `forward` does not hand to the model."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hfdist import __version__
 from hfdist.checkpoint import CheckpointStore, check, mirror
@@ -29,6 +30,7 @@ from hfdist.curvature.objective import Overrides, Problem, Regularisation, Roles
 from hfdist.curvature.params import COMPLEX, ParameterVector
 from hfdist.curvature.preconditioners import Context, make_preconditioner
 from hfdist.curvature.preconditioners.memory import PreconditionerMemory
+from hfdist.curvature.squares import EXAMPLES, is_sum_of_squares
 from hfdist.curvature.step_memory import BATCHES, StepMemory, told_when_out_of_memory
 from hfdist.curvature.structural import StructuralDamping, hidden_modules
 from hfdist.curvature.verify import Verifier
@@ -81,6 +83,9 @@ logger = logging.getLogger(__name__)
 
 _STOP, _LEAVE = 1.0, 2.0**-17
 """By which a rank asks to abandon a step; of all ranks that leave together it is less than one stop."""
+LARGEST_FOUND, MOST_OUTPUTS, MOST_BYTES = 1000, 8, 2**28
+"""Rows of a matrix, outputs an example, and bytes of rows up to which solvers of residuals take a loss that
+was found to be a sum of squares (docs/own-model.md)."""
 SMALL_BATCH = 256
 """Examples of a gradient, drawn anew each step, under which a job is warned (docs/choosing.md)."""
 
@@ -164,6 +169,7 @@ class Worker:
         self.first_batch = self._try_task()
         """Of a few examples."""
         self._check_batch_norm()
+        self._is_sum_of_squares = self._finds_squares()
         self._hidden_modules: list[nn.Module] = []
         if optim.structural_damping:
             self._hidden_modules = hidden_modules(self.task.hidden_units(self.model))
@@ -547,7 +553,7 @@ class Worker:
             layout=self._layout,
             engine=self._engine,
             autocast=autocast_dtype(options),
-            residuals=self._terms is not None or self.task.sum_of_squares,
+            residuals=self._solves_rows(),  # no other solver is to wait for them
             row_solver=self._solves_rows(),
             abandon=self._asks_to_abandon,
             overrides=Overrides(
@@ -579,7 +585,7 @@ class Worker:
 
     def _solves_rows(self) -> bool:
         """Whether the solver works on rows of the Jacobian."""
-        if self._terms is None and not self.task.sum_of_squares:
+        if self._terms is None and not self._is_sum_of_squares:
             return False
         options = self.config.optim
         name: str = options.solver
@@ -588,6 +594,56 @@ class Worker:
         if name == "auto" and not isinstance(self._layout, Sharded):
             name = choice(self._num_residuals, self.params.numel, options.sample_rank)
         return name in ("dense", "sample_space") and options.curvature_opt == "ggn"
+
+    def _finds_squares(self) -> bool:
+        """Whether solvers of residuals may take the task's loss; decided before the first step, from what is
+        the same on every rank and in a resumed run."""
+        if self.task.sum_of_squares is not None:
+            return self.task.sum_of_squares
+        if self._terms is not None or self.num_examples is None or self.data is None:
+            return False
+        options = self.config.optim
+        is_asked_for = options.solver in ("dense", "sample_space")
+        if not is_asked_for and not (options.solver == "auto" and self._suits_rows()):
+            return False
+        n = min(EXAMPLES, self.num_examples)
+        batch, again = self._first_batches(n)[0], self._first_batches(n)[0]
+        leaves = zip(tree_leaves(batch), tree_leaves(again), strict=True)
+        if not all(torch.equal(a, b) for a, b in leaves if isinstance(a, Tensor)):
+            return False  # examples are drawn anew whenever they are read
+        self.model.train()
+        found = is_sum_of_squares(
+            lambda seed: from_task(self.task, self.model, batch, seed),
+            self.params.tensors,
+            FixedRandomness(self.comm.device, self.model),
+        )
+        if found and self.comm.is_rank_0:
+            logger.info(
+                "the loss is a sum of squares: solvers of residuals take it (docs/own-model.md, Squares)"
+            )
+        return found
+
+    def _suits_rows(self) -> bool:
+        """Whether a step by rows is better than one by products, where the task does not say so: the same
+        examples in every step (on new ones it would fit their noise), a matrix that costs no more than
+        products would, few rows an example, each a backward pass, and nothing set that needs products."""
+        options, batches, N = self.config.optim, self.config.batches, self.num_examples or 0
+        sees_all = all(
+            n is None or n >= N for n in (batches.gradient, batches.line_search)
+        ) and batches.curvature in ("auto", None, 1.0)
+        rows, P = N * self._outputs_per_example, self.params.numel
+        itemsize = self.params.dtype.itemsize
+        return (
+            sees_all
+            and self._outputs_per_example <= MOST_OUTPUTS
+            and choice(rows, P, largest=LARGEST_FOUND) != "krylov"
+            and rows * P * itemsize <= min(MOST_BYTES, options.memory_budget or MOST_BYTES)
+            and options.curvature_opt == "ggn"
+            and options.damping_metric == "identity"
+            and not options.structural_damping
+            and autocast_dtype(options) is None
+            and not isinstance(self._layout, Sharded)
+        )
 
     def _stoppable(self, microbatch: Microbatch) -> Microbatch:
         """A microbatch that abandons the step where a stop was asked for: a pass over many may take longer

@@ -18,6 +18,8 @@ class Fault(Task):
     """Args: kind: none, raise, kill, stop or drift; marker: a file that says it has happened;
     only worker `rank` is hit."""
 
+    sum_of_squares = False  # steps of many products
+
     def __init__(
         self,
         kind: str = "none",

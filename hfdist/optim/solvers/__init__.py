@@ -42,5 +42,5 @@ class SolverOptions(
     steihaug: the same with a trust region in place of damping, of radius |gradient| / lambda [8]; metric: the
     preconditioned gradient without products, cheap on small batches; dense: the whole matrix, of thousands of
     parameters at most; sample_space: for residuals, the system in their space, for fewer residuals than
-    parameters. auto: of residuals (a ResidualTask's, or a task's that says `sum_of_squares`), the cheapest of
-    dense, sample_space and krylov by their sizes; otherwise krylov."""
+    parameters. auto: of residuals (a ResidualTask's, or those of a loss of squares: `Task.sum_of_squares`),
+    the cheapest of dense, sample_space and krylov by their sizes; otherwise krylov."""

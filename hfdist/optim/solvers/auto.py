@@ -36,14 +36,19 @@ def solve(system: System, options: Any) -> Solution:
     return solvers[name](system, options)
 
 
-def choice(num_residuals: int | None, num_parameters: int, sample_rank: int | None = None) -> str:
+def choice(
+    num_residuals: int | None,
+    num_parameters: int,
+    sample_rank: int | None = None,
+    largest: int = LARGEST,
+) -> str:
     """dense costs N P^2 multiplications for its matrix and P^3 / 3 for a factor; sample_space N^2 P and N^3 /
     3. Where the smaller of N and P is too large for a matrix, or there are no residuals: krylov, or
     sample_space of a given rank."""
     N, P = num_residuals, num_parameters
     without = "krylov" if N is None or sample_rank is None else "sample_space"
-    if N is None or min(N, P) > LARGEST:
+    if N is None or min(N, P) > largest:
         return without
     costs = {"dense": N * P**2 + P**3 / 3, "sample_space": N**2 * P + N**3 / 3}
     name = min(costs, key=costs.__getitem__)
-    return name if (P if name == "dense" else N) <= LARGEST else without
+    return name if (P if name == "dense" else N) <= largest else without

@@ -9,7 +9,7 @@ from hfdist.optim.least_squares import LeastSquaresOptions
 from hfdist.optim.report import Stop
 from hfdist.optim.solvers.shifted import Shifted
 from hfdist.optim.solvers.solution import Solution, System
-from hfdist.optim.solvers.trials import Trials
+from hfdist.optim.solvers.trials import Model, Trials
 
 
 def solve(system: System, options: LeastSquaresOptions) -> Solution:
@@ -41,9 +41,9 @@ def solve(system: System, options: LeastSquaresOptions) -> Solution:
             return shifted.solve(damping, w)
         return shifted.solve(damping, w / root) / root
 
-    def models(v: Tensor) -> tuple[float, float]:
+    def models(v: Tensor) -> Model:
         m = 0.5 * torch.dot(v, B @ v) - torch.dot(b, v)
-        return float(m), float(torch.dot(v, v if D is None else D * v))
+        return Model(m=float(m), vDv=float(torch.dot(v, v if D is None else D * v)))
 
     trials = Trials(
         damping=system.damping,
@@ -62,12 +62,13 @@ def solve(system: System, options: LeastSquaresOptions) -> Solution:
         step=trials.step,
         is_path=False,
         takes_first=True,
+        falling=trials.falling,
         next_start=None,
         quadratic=[0.0, first.model],
         iterations=iterations,
         stop=Stop.RESIDUAL,
         residual=0.0,
-        num_products=iterations,
+        num_products=0 if ls is not None else iterations,
         num_bytes=2 * B.nbytes + 4 * b.nbytes,
     )
 
@@ -105,7 +106,7 @@ def nothing(system: System, stop: Stop) -> Solution:
         damping=0.0,
         iteration=0,
         solve=lambda damping: torch.zeros_like(b),
-        models=lambda v: (0.0, 0.0),
+        models=lambda v: Model(m=0.0, vDv=0.0),
         options=LeastSquaresOptions(),
     )
     return Solution(

@@ -19,7 +19,7 @@ from hfdist.optim.solvers.dense import nothing
 from hfdist.optim.solvers.nystrom import Nystrom, NystromOptions
 from hfdist.optim.solvers.shifted import Shifted
 from hfdist.optim.solvers.solution import Solution, System
-from hfdist.optim.solvers.trials import Trials
+from hfdist.optim.solvers.trials import Model, Trials
 
 
 class Options(LeastSquaresOptions, NystromOptions, CGOptions):
@@ -67,9 +67,10 @@ def solve(system: System, options: Options) -> Solution:
         start = options.cg_decay_x0 * start
     space = _SampleSpace(ls, inverse, r, b, start)
 
-    def models(v: Tensor) -> tuple[float, float]:
+    def models(v: Tensor) -> Model:
         Jv, vv = ls.times(v), float(torch.dot(v, v))
-        return float(0.5 * torch.dot(Jv, Jv) - torch.dot(b, v)) + 0.5 * decay * vv, vv
+        m = float(0.5 * torch.dot(Jv, Jv) - torch.dot(b, v)) + 0.5 * decay * vv
+        return Model(m=m, vDv=vv, Jv=Jv)
 
     trials = Trials(
         damping=system.damping,
@@ -82,24 +83,25 @@ def solve(system: System, options: Options) -> Solution:
     )
     first = trials[0]
     if isinstance(inverse, Nystrom):
-        iterations, products = max(inverse.iterations, 1), inverse.rank + inverse.iterations
+        iterations = max(inverse.iterations, 1)
         residual, num_bytes = inverse.residual, inverse.num_bytes
         is_solved = residual <= options.sample_tolerance
     else:
         told(1)
-        iterations, products, residual, is_solved = 1, 1, 0.0, True
+        iterations, residual, is_solved = 1, 0.0, True
         num_bytes = 2 * len(r) ** 2 * r.itemsize
     return Solution(
         candidates=trials,
         step=trials.step,
         is_path=False,
         takes_first=True,
+        falling=() if options.momentum else trials.falling,
         next_start=trials.last_plain if options.momentum else None,
         quadratic=[0.0, first.model],
         iterations=iterations,
         stop=Stop.RESIDUAL if is_solved else Stop.MAX_ITERATIONS,
         residual=residual,
-        num_products=products,
+        num_products=0,  # of rows, which the residuals count
         num_bytes=num_bytes + 4 * b.nbytes,
     )
 
@@ -128,7 +130,7 @@ class _SampleSpace:
     ) -> None:
         self._ls, self._inverse, self._r, self._start = ls, inverse, r, start
         # What is no combination of the rows of J: the L2 term, or the gradient of other examples.
-        rest = b + ls.transposed_times(r)
+        rest = b + ls.gradient()
         self._rest = rest if float(rest.norm()) > _SAME * float(b.norm()) else None
 
     def solve(self, mu: float, w: Tensor) -> Tensor:

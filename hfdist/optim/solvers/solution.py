@@ -95,6 +95,9 @@ class Solution:
     takes_first: bool = False
     """Candidates are tried in their order until one has a lower loss than no step; each is computed when it
     is asked for."""
+    falling: Sequence[int] = ()
+    """The last of them, of lambda ever smaller than the first one's: tried in their order while the loss
+    falls, where the first one helps and nothing is known of the right lambda."""
     starts_from_step: bool = False
     """The next solve is given the step that is taken, in place of `next_start`."""
     centre: int = 0

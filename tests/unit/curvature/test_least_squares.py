@@ -223,6 +223,7 @@ def test_rows_are_those_of_the_objective() -> None:
     r = ls.residuals()
     assert 0.5 * float(r @ r) == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(ls.transposed_times(r), g, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ls.gradient(), g, rtol=1e-10, atol=1e-12)
     B = problem.curvature()
     G = torch.stack([B(e).clone() for e in torch.eye(problem.numel, dtype=torch.float64)])
     torch.testing.assert_close(ls.gram(), G, rtol=1e-9, atol=1e-11)
@@ -252,6 +253,8 @@ def test_what_is_not_linear_in_the_residuals() -> None:
         there = twin.least_squares.residuals()
     expected = there - ls.residuals() - ls.times(v)
     torch.testing.assert_close(ls.remainder(v), expected, rtol=1e-10, atol=1e-12)
+    same = ls.remainder(v, ls.times(v))
+    torch.testing.assert_close(same, expected, rtol=1e-10, atol=1e-12)
     small = 1e-4 * v
     assert float(ls.remainder(small).norm()) < 1e-6 * float(expected.norm())
 
@@ -259,7 +262,10 @@ def test_what_is_not_linear_in_the_residuals() -> None:
 def test_acceleration_and_its_correction_save_steps() -> None:
     finals = []
     for options in ({"geodesic_acceleration": False}, {"geodesic_corrections": 0}, {}):
-        problem, state = problem_of(Equation(), SerialCommunicator()), HFState(damping=1.0)
+        problem, state = (
+            problem_of(Equation(), SerialCommunicator()),
+            HFState(damping=1.0, explore=False),
+        )
         for _ in range(12):
             again = Problem(
                 params=problem.params, roles=problem.roles, residuals=True, row_solver=True
@@ -284,6 +290,8 @@ def test_rows_that_do_not_fit_are_computed_anew() -> None:
         v = torch.linspace(-1, 1, problem.numel, dtype=torch.float64)
         results.append(torch.cat((ls.times(v), ls.transposed_times(ls.residuals()))))
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+    # Twice half of them: a forward pass, a backward pass and at most a third for J'r.
+    assert 1.0 <= again.costs.rows - kept.costs.rows < 1.34
 
 
 @pytest.mark.parametrize(
@@ -604,3 +612,44 @@ def test_momentum_on_ranks_is_the_serial_one() -> None:
     for path in on_ranks(2, steps_with_momentum):
         for theta, expected in zip(path, serial):
             torch.testing.assert_close(theta, expected, rtol=1e-8, atol=1e-10)
+
+
+def first_step(
+    comm: Communicator, solver: str, damping: float, options: dict[str, Any]
+) -> tuple[Tensor, float, float, list[float]]:
+    """Where it ends, its loss, lambda after it; and the loss after a plain step of each lambda."""
+    problem = problem_of(Equation(), comm)
+    problem.loss_and_gradient()
+    ls = problem.least_squares
+    assert ls is not None
+    A, b = ls.gram(), -ls.gradient()
+    eye = torch.eye(len(b), dtype=b.dtype)
+    steps = [torch.linalg.solve(A + damping * 10.0**-k * eye, b) for k in range(8)]
+    losses = problem.losses((1.0, step) for step in steps)
+    again = problem_of(Equation(), comm)
+    state = HFState(damping=damping)
+    report, state = hf_step(again, state, HFOptions(solver=solver, **options))  # type: ignore[arg-type]
+    return again.params.read().clone(), report.final_loss, state.damping, losses
+
+
+@pytest.mark.parametrize("solver", ["dense", "sample_space"])
+def test_the_first_step_goes_to_smaller_lambda_while_the_loss_falls(solver: str) -> None:
+    serial, options = SerialCommunicator(), {"geodesic_acceleration": False}
+    _, loss, following, losses = first_step(serial, solver, 1e4, options)
+    k = next(k for k in range(8) if k == 7 or not losses[k + 1] < losses[k])
+    assert 2 <= k < 7
+    assert loss == pytest.approx(losses[k], rel=1e-9)
+    assert 1e4 / following == pytest.approx(10.0**k, rel=1e-9) or 1e4 / following == pytest.approx(
+        3 * 10.0**k, rel=1e-9
+    )
+    # Fixed damping, and a lambda that is too small already, stay.
+    _, loss, following, _ = first_step(serial, solver, 1e4, {**options, "adapt_damping": False})
+    assert (loss, following) == (pytest.approx(losses[0], rel=1e-9), 1e4)
+
+
+@pytest.mark.ranks
+def test_ranks_find_the_same_first_lambda() -> None:
+    theta, loss, following, _ = first_step(SerialCommunicator(), "dense", 1e4, {})
+    for other, other_loss, other_following, _ in on_ranks(2, first_step, "dense", 1e4, {}):
+        torch.testing.assert_close(other, theta, rtol=1e-7, atol=1e-9)
+        assert (other_loss, other_following) == (pytest.approx(loss), pytest.approx(following))

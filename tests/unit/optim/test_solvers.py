@@ -105,7 +105,8 @@ def test_every_candidate_has_the_model_value_that_it_says(
             damped = undamped + 0.5 * candidate.damping * float(x @ x)
             assert candidate.model == pytest.approx(damped, rel=1e-9, abs=1e-12)
         assert undamped <= 1e-12, "no candidate is worse than standing still"
-    assert solution.num_products >= solution.iterations
+    if not name.startswith("sample_space"):  # of rows, which the residuals count
+        assert solution.num_products >= solution.iterations
     assert solution.num_bytes > 0
 
 

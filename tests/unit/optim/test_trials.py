@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import dense
+import pytest
 import torch
 from torch import Tensor
 
+from hfdist.optim.backtracking import Choice, further_descent
 from hfdist.optim.least_squares import LeastSquaresOptions
-from hfdist.optim.solvers.trials import Trials
+from hfdist.optim.solvers.trials import Model, Trials
 
 LAMBDA = 0.7
 THETA = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
@@ -28,7 +33,7 @@ class Explicit(dense.Residuals):
         self._bend = bend
         self.passes = 0
 
-    def remainder(self, v: Tensor) -> Tensor:
+    def remainder(self, v: Tensor, Jv: Tensor | None = None) -> Tensor:
         self.passes += 1
         return curve(THETA + v, self._bend) - self.r - self.J @ v
 
@@ -41,7 +46,7 @@ def trials(ls: Explicit, damping: float = LAMBDA, **options: float) -> Trials:
         damping=damping,
         iteration=1,
         solve=lambda lam: solve(lam, -ls.J.T @ ls.r),
-        models=lambda v: (0.0, float(v @ v)),
+        models=lambda v: Model(m=0.0, vDv=float(v @ v)),
         options=LeastSquaresOptions(**options),  # type: ignore[arg-type]
         least_squares=ls,
         bent=lambda lam, w: solve(lam, ls.J.T @ w),
@@ -99,7 +104,7 @@ class Cubes(Explicit):
         self.r = -torch.ones(3, dtype=torch.float64)
         self.J = torch.eye(3, dtype=torch.float64)
 
-    def remainder(self, v: Tensor) -> Tensor:
+    def remainder(self, v: Tensor, Jv: Tensor | None = None) -> Tensor:
         return 3.0 * v**3
 
 
@@ -121,3 +126,33 @@ def test_what_a_step_costs() -> None:
         ls = Explicit(0.5)
         trials(ls, **options).step(0)  # type: ignore[arg-type]
         assert ls.passes == passes
+
+
+def test_falling_lambda_comes_after_the_rising_one() -> None:
+    """Plain steps, each in turn; the one before may be taken, so that its solve is not repeated."""
+    ls = Explicit(0.5)
+    solves: list[float] = []
+    t = trials(ls, geodesic_limit=1e9)
+    solve = t._solve
+    t._solve = lambda lam: solves.append(lam) or solve(lam)  # type: ignore[func-returns-value]
+    assert t[0].damping == LAMBDA
+    t.step(0)
+    for index, damping in zip(t.falling, (LAMBDA / 10, LAMBDA / 100)):
+        assert t[index].damping == pytest.approx(damping)
+        torch.testing.assert_close(t.step(index), plain(ls, damping), rtol=1e-12, atol=0.0)
+    for index in t.falling[1::-1]:
+        t.step(index)
+    assert solves == pytest.approx([LAMBDA, LAMBDA / 10, LAMBDA / 100])
+
+
+def test_further_descent_ends_at_the_lowest_loss() -> None:
+    asked: list[int] = []
+
+    def loss_of(indices: Sequence[int]) -> list[float]:
+        asked.extend(indices)
+        return [{5: 3.0, 6: 2.0, 7: math.nan, 8: 1.0}[k] for k in indices]
+
+    assert further_descent(Choice(0, 4.0), range(5, 9), loss_of) == Choice(6, 2.0)
+    assert asked == [5, 6, 7]
+    assert further_descent(Choice(0, 3.0), range(5, 9), loss_of) == Choice(0, 3.0)
+    assert further_descent(Choice(0, 3.0), (), loss_of) == Choice(0, 3.0)
