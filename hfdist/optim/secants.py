@@ -3,8 +3,8 @@
 A solve learns the curvature by products. A step that was taken shows it, too, for nothing: along s the
 gradient of the true loss changed by y = g(theta + s) - g(theta). From the last few pairs (s, y), and the
 inverse metric C^-1 where they say nothing, L-BFGS (Nocedal & Wright 2006, sec. 7.2) makes a step for one
-gradient and one loss. On a whole batch, which is the same in every step, many of these are often worth more than the
-products of one solve: each moves on, and sees the landscape change.
+gradient and one loss. On a whole batch, which is the same in every step, many of these are
+often worth more than the products of one solve: each moves on, and sees the landscape change.
 
 A pair says nothing where the loss is another one in the next step (examples drawn anew, dropout): the loss
 before a step is then not what it was after the last one, and all pairs are forgotten.

@@ -1,4 +1,4 @@
-"""Steps without products: beside the BFGS matrix written out, on whole batches, and where they are of no use."""
+"""Steps without products: beside the BFGS matrix written out, on whole batches, and where they do not serve."""
 
 from __future__ import annotations
 
@@ -190,20 +190,20 @@ def test_any_metric_will_do(preconditioner: str) -> None:
 
 
 def test_a_loss_times_a_thousand_takes_the_same_steps() -> None:
-    found = []
-    for factor in (1.0, 1000.0):
+    def end(factor: float) -> Tensor:
         model, x, labels = problem()
         optimizer = HessianFree(model.parameters(), verbose=False)
 
-        def forward(factor: float = factor) -> tuple[Tensor, Tensor]:
+        def forward() -> tuple[Tensor, Tensor]:
             outputs = model(x)
             return factor * nn.functional.cross_entropy(outputs, labels), outputs
 
         for _ in range(FIRST + 4):
             optimizer.step(forward=forward)
         assert of_secants(optimizer)[FIRST]
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(end(1.0), end(1000.0), rtol=1e-6, atol=1e-8)
 
 
 def test_goes_on_from_a_state_dict_to_the_bit() -> None:
