@@ -1,4 +1,4 @@
-"""Steps without products: beside the BFGS matrix written out, on whole batches, and where they do not serve."""
+"""Steps without products: beside the BFGS matrix written out, on whole batches, and where none are taken."""
 
 from __future__ import annotations
 
