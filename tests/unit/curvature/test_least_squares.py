@@ -138,7 +138,7 @@ def step_of(
     )
     report, state = hf_step(
         problem,
-        HFState(damping=2.0),
+        HFState(damping=2.0, explore=False),
         HFOptions(solver=solver, weight_decay=weight_decay, **{**EXACT, **options}),
     )
     return problem.params.read(), report.final_loss, state.damping
@@ -576,7 +576,7 @@ def explicit(task: ResidualTask, step: int) -> tuple[Tensor, Tensor]:
 def steps_with_momentum(comm: Communicator, decay: float = 0.0) -> list[Tensor]:
     """Parameters before and after each of three steps."""
     task, options = Kept(), HFOptions(**MOMENTUM, weight_decay=decay)
-    state, path = HFState(damping=2.0), []
+    state, path = HFState(damping=2.0, explore=False), []
     for step in range(3):
         problem = problem_of(task, comm, step, regularisation=Regularisation(weight_decay=decay))
         path.append(problem.params.read().clone())
@@ -602,7 +602,7 @@ def test_momentum_is_the_minimiser_of_spring(decay: float) -> None:
         before = x
     plain = dataclasses.replace(HFOptions(**MOMENTUM, weight_decay=decay), momentum=False)
     problem = problem_of(Kept(), SerialCommunicator())
-    _, state = hf_step(problem, HFState(damping=2.0), plain)
+    _, state = hf_step(problem, HFState(damping=2.0, explore=False), plain)
     assert state.x0 is None
 
 
