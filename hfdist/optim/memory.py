@@ -6,7 +6,7 @@ import math
 
 from hfdist.optim.options import HFOptions
 from hfdist.optim.solvers.basis import ROWS, WINDOW
-from hfdist.optim.solvers.krylov import SHIFT_RUNGS
+from hfdist.optim.solvers.krylov import SHIFT_RUNGS, takes_secants
 
 WORKING = 8
 """Vectors that a solve works on: gradient, right-hand side, product, iterate, residual, direction, what a
@@ -24,8 +24,9 @@ def solver_vectors(options: HFOptions, numel: int, itemsize: int = 4) -> float:
         itemsize: Bytes of a number of these vectors.
 
     Returns:
-        cg: 8, and the iterates of the backtracking grid up to `cg_max_iter`. krylov: 8, and two for every
-        dimension of the space, 4 at a time; without a basis 30, or 24 without momentum. steihaug: 8.
+        cg: 8, and the iterates of the backtracking grid up to `cg_max_iter`. krylov: 8, two for every
+        dimension of the space, 4 at a time, and with a whole basis two for every pair of `secant_pairs` and
+        the last gradient; without a basis 30, or 24 without momentum. steihaug: 8.
         metric: 5. dense: 8, and two matrices.
         sample_space: 8; its matrices are as large as the residuals are many, and not in this number.
     """
@@ -36,7 +37,8 @@ def solver_vectors(options: HFOptions, numel: int, itemsize: int = 4) -> float:
             joins = options.krylov_momentum
             return WORKING + 2 * WINDOW + (2 + joins) * (2 * SHIFT_RUNGS + 1) + joins
         dim = min(options.krylov_max_dim, numel)
-        return WORKING + 2 * size * ROWS * -(-dim // ROWS)
+        kept = 2 * options.secant_pairs + 1 if takes_secants(options) else 0
+        return WORKING + 2 * size * ROWS * -(-dim // ROWS) + kept
     if options.solver == "cg":
         longest = numel if options.cg_max_iter is None else min(options.cg_max_iter, numel)
         keeps = options.use_cg_backtracking or options.reduction_ratio_at == "last"

@@ -69,8 +69,9 @@ class KrylovOptions(OptionGroup):
     """The last step joins the space, at the price of a product."""
     secant_pairs: int = 10
     """Where the loss is the same in every step (whole batches): take steps without products, from the changes
-    of the gradient over so many of the last steps, as long as they gain more for their work than solves; 0:
-    solves alone."""
+    of the gradient over so many of the last steps (L-BFGS in the metric), as long as they gain enough for
+    their work beside solves. 2 vectors each, kept where `krylov_basis` is full and there is no structural
+    damping; 0: solves alone."""
     krylov_basis: Literal["full", "bfloat16", "host", "none"] = "full"
     """How the basis (2 vectors a dimension) is kept: as it is, rounded to bfloat16, in the host's memory; or
     not at all: then the steps of five lambda, fourfold apart, are updated along a short recurrence, and
@@ -105,6 +106,14 @@ SAME = 1e-2
 """Candidates whose steps differ by less, in the metric and relative to their length, are one."""
 
 
+def takes_secants(options: Any) -> bool:
+    """Whether steps are kept for steps without products: not where memory is short, nor where a solve has
+    damping that the gradient's changes do not show."""
+    return bool(
+        options.secant_pairs and options.krylov_basis == "full" and not options.structural_damping
+    )
+
+
 def solve(system: System, options: Any) -> Solution:
     """Candidates of several lambda from one Krylov space.
 
@@ -112,9 +121,7 @@ def solve(system: System, options: Any) -> Solution:
         system: Its start is the last step; `preconditioner(None)` gives C^-1, and None stands for C = I.
         options: The `krylov_*` keys, and mu of structural damping.
     """
-    secants = None
-    if options.secant_pairs and not options.structural_damping:
-        secants = system.secants
+    secants = system.secants if takes_secants(options) else None
     if secants is not None:
         secants.begin(system.b, system.start, system.loss, options.secant_pairs, system.space)
         if secants.leads:

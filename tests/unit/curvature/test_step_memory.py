@@ -91,11 +91,13 @@ def test_the_solvers_vectors() -> None:
     kept = kept_iterates(1.3, 250)
     assert vectors(solver="cg") == WORKING + kept
     assert vectors(solver="cg", cg_iterates="bfloat16") == WORKING + kept / 2
-    assert vectors(krylov_max_dim=50) == WORKING + 104
+    assert vectors(krylov_max_dim=50) == WORKING + 104 + 21
+    assert vectors(krylov_max_dim=50, secant_pairs=0) == WORKING + 104
+    assert vectors(krylov_max_dim=50, structural_damping=1.0) == WORKING + 104
     assert vectors(krylov_basis="host") == WORKING
     assert vectors(krylov_basis="none") == WORKING + 22
     assert solver_vectors(HFOptions(solver="dense"), 100) == WORKING + 200
-    assert solver_vectors(HFOptions(krylov_max_dim=50), 3) == WORKING + 8
+    assert solver_vectors(HFOptions(krylov_max_dim=50, secant_pairs=0), 3) == WORKING + 8
 
 
 def test_reserved_bytes_of_a_layer() -> None:
