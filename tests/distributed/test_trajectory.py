@@ -25,6 +25,12 @@ STEPS = 8
 CASES: dict[str, dict[str, Any]] = {
     "mlp": {"task": "rank_tasks:Mlp"},
     "mlp_default": {"task": "rank_tasks:Mlp", "optim": DEFAULT, "batches": {"curvature": "auto"}},
+    # Whole batches: after the first solves steps are made of steps.
+    "mlp_secants": {
+        "task": "rank_tasks:Mlp",
+        "optim": DEFAULT,
+        "batches": {"gradient": None, "line_search": None},
+    },
     "conv_default": {"task": "rank_tasks:Conv", "optim": DEFAULT},
     "conv_ekfac": {
         "task": "rank_tasks:Conv",
@@ -127,6 +133,8 @@ def test_ranks_follow_the_serial_trajectory(
     # Ranks are bitwise equal (the worker compares them after every step, too).
     assert len({result["parameters_sha256"] for result in results}) == 1
     assert distance(serial(case), parameters(config, tmp_path / "run")) < 1e-10
+    without_products = [record["products"] == 0 for record in records(tmp_path / "run")]
+    assert any(without_products) == (case == "mlp_secants")
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
@@ -134,6 +142,7 @@ def test_ranks_follow_the_serial_trajectory(
     "case",
     [
         "mlp_default",
+        "mlp_secants",
         "conv",
         "mlp_preconditioned",
         "conv_ekfac",
