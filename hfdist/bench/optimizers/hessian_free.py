@@ -31,6 +31,7 @@ GRID: tuple[str, ...] = (
     *(f"optim.preconditioner_examples={value}" for value in (0.1, 1.0)),
     "optim.preconditioner_refresh=4",
     "optim.krylov_momentum=false",
+    *(f"optim.secant_pairs={value}" for value in (0, 5, 20)),
     "optim.krylov_subproblem=trust_region",
     "optim.preconditioner=none",
 )
