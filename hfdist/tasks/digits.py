@@ -114,16 +114,19 @@ class DigitsResNet18(_Digits):
 
     Args:
         side: Height and width of the images, at least 8.
+        width: Channels of the first stage; 64 as published.
     """
 
-    def __init__(self, side: int = 28) -> None:
+    def __init__(self, side: int = 28, width: int = 64) -> None:
         super().__init__()
         if side < 8:
             raise TaskError(f"task_args.side is {side}: it must be at least 8")
-        self._side = side
+        if width < 1:
+            raise TaskError(f"task_args.width is {width}: it must be at least 1")
+        self._side, self._width = side, width
 
     def model(self) -> nn.Module:
-        return small_resnet18(10)
+        return small_resnet18(10, self._width)
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         images = batch[0].unflatten(1, (1, 8, 8))

@@ -130,11 +130,40 @@ class ResNet18(_Images):
         return small_resnet18(self._classes)
 
 
-def small_resnet18(classes: int) -> nn.Module:
-    """The network for images of one channel: a first convolution of stride 1, no pooling after it."""
+def small_resnet18(classes: int, width: int = 64) -> nn.Module:
+    """The network for images of one channel: a first convolution of stride 1, no pooling after it.
+
+    Args:
+        classes: Number of outputs.
+        width: Channels of its first stage, doubled at each of the three others; 64 as published.
+    """
     from torchvision.models import resnet18
 
     model = resnet18(num_classes=classes)
     model.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
+    if width != 64:
+        _narrow(model, width / 64)
     return model
+
+
+def _narrow(model: nn.Module, part: float) -> None:
+    """Let every layer have this part of its channels, drawn anew as torchvision draws them."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Conv2d):
+                ends = (
+                    c if c == 1 else round(part * c)
+                    for c in (layer.in_channels, layer.out_channels)
+                )
+                new: nn.Module = nn.Conv2d(
+                    *ends, layer.kernel_size, layer.stride, layer.padding, bias=False
+                )
+                nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(layer, nn.BatchNorm2d):
+                new = nn.BatchNorm2d(round(part * layer.num_features))
+            elif isinstance(layer, nn.Linear):
+                new = nn.Linear(round(part * layer.in_features), layer.out_features)
+            else:
+                continue
+            setattr(parent, name, new)

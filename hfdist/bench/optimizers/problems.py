@@ -62,6 +62,18 @@ COMPARISONS: dict[str, Comparison] = {
         weight_decay=5e-4,
         microbatch=479,
     ),
+    "all-cnn-c-narrow": Comparison(
+        description="All-CNN-C of 12 and 24 channels on 1,000 patches of photographs, for machines without a GPU",
+        task="hfdist.tasks.photographs:PhotographsAllCNNC",
+        task_args={"examples": 1000, "widths": [12, 24]},
+        weight_decay=5e-4,
+    ),
+    "resnet-18-narrow": Comparison(
+        description="ResNet-18 of 8 to 64 channels on 1,437 real digits, 1 x 8 x 8, for machines without a GPU",
+        task="hfdist.tasks.digits:DigitsResNet18",
+        task_args={"side": 8, "width": 8},
+        weight_decay=5e-4,
+    ),
     "transformer": Comparison(
         description="causal transformer on 256 lines of the standard library's source",
         task="hfdist.tasks.sequences:TextTransformer",
