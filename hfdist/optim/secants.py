@@ -29,7 +29,7 @@ LEAST_CURVATURE = 1e-8
 """s'y in units of |s| |y| under which a pair is rounding, or bends the wrong way."""
 WINDOW = 4
 """The last steps of a kind whose gain for their work counts."""
-FIRST = 4
+FIRST = 6
 """Solves that a run begins with: they find lambda, and what the metric's blocks are wrong by."""
 WORTH = 0.5
 """Steps without products go on while they gain at least this part of what the last solve gained, for their

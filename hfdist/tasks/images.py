@@ -151,15 +151,19 @@ def _narrow(model: nn.Module, part: float) -> None:
     """Let every layer have this part of its channels, drawn anew as torchvision draws them."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
+            new: nn.Module
             if isinstance(layer, nn.Conv2d):
-                ends = (
-                    c if c == 1 else round(part * c)
-                    for c in (layer.in_channels, layer.out_channels)
+                inputs = 1 if layer.in_channels == 1 else round(part * layer.in_channels)
+                convolution = nn.Conv2d(
+                    inputs,
+                    round(part * layer.out_channels),
+                    layer.kernel_size,  # type: ignore[arg-type]
+                    layer.stride,  # type: ignore[arg-type]
+                    layer.padding,  # type: ignore[arg-type]
+                    bias=False,
                 )
-                new: nn.Module = nn.Conv2d(
-                    *ends, layer.kernel_size, layer.stride, layer.padding, bias=False
-                )
-                nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+                new = convolution
             elif isinstance(layer, nn.BatchNorm2d):
                 new = nn.BatchNorm2d(round(part * layer.num_features))
             elif isinstance(layer, nn.Linear):

@@ -63,13 +63,13 @@ COMPARISONS: dict[str, Comparison] = {
         microbatch=479,
     ),
     "all-cnn-c-narrow": Comparison(
-        description="All-CNN-C of 12 and 24 channels on 1,000 patches of photographs, for machines without a GPU",
+        description="All-CNN-C of 12 and 24 channels on 1,000 patches, for CPUs",
         task="hfdist.tasks.photographs:PhotographsAllCNNC",
         task_args={"examples": 1000, "widths": [12, 24]},
         weight_decay=5e-4,
     ),
     "resnet-18-narrow": Comparison(
-        description="ResNet-18 of 8 to 64 channels on 1,437 real digits, 1 x 8 x 8, for machines without a GPU",
+        description="ResNet-18 of 8 to 64 channels on 1,437 real digits, 1 x 8 x 8, for CPUs",
         task="hfdist.tasks.digits:DigitsResNet18",
         task_args={"side": 8, "width": 8},
         weight_decay=5e-4,

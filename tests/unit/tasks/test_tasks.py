@@ -14,7 +14,7 @@ from hfdist.data.loader import BatchLoader
 from hfdist.data.plan import MicrobatchPlan
 from hfdist.errors import TaskError
 from hfdist.tasks.curves import draw_curves
-from hfdist.tasks.digits import DigitsAutoencoder
+from hfdist.tasks.digits import DigitsAutoencoder, DigitsResNet18
 from hfdist.tasks.functions import Rosenbrock
 from hfdist.tasks.loading import load_task
 from hfdist.tasks.task import Task, num_examples
@@ -141,3 +141,16 @@ def test_the_digits_are_scikit_learns() -> None:
     assert torch.equal(ours, torch.tensor(pixels / 16.0, dtype=torch.float32))
     assert torch.equal(numbers, torch.tensor(labels))
     assert numbers.dtype == torch.int64
+
+
+def test_a_narrow_resnet18_has_the_same_layers_of_fewer_channels() -> None:
+    narrow, whole = (DigitsResNet18(side=8, width=width).model() for width in (8, 64))
+    assert [name for name, _ in narrow.named_parameters()] == [
+        name for name, _ in whole.named_parameters()
+    ]
+    assert [8 * a.shape[0] for a in narrow.parameters()][:-2] == [
+        b.shape[0] for b in whole.parameters()
+    ][:-2]
+    assert narrow(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(TaskError, match="width is 0"):
+        DigitsResNet18(width=0)
