@@ -95,7 +95,8 @@ class Moments:
             before = _turned(old, self.basis)
         is_empty = self.values.sum() == 0  # what no example went through says nothing
         mean = torch.where(is_empty, before, (self.values + mass * before) / (1.0 + mass))
-        return Moments(basis=self.basis, values=mean)
+        # As a checkpoint gives it back: sums over another layout round otherwise.
+        return Moments(basis=self.basis, values=mean.contiguous())
 
 
 def _turned(old: Moments, basis: EigenBasis) -> Tensor:
@@ -173,7 +174,8 @@ def eigenvectors(blocks: Tensor, n: int) -> tuple[Tensor, Tensor]:
         return identity.expand_as(blocks).clone(), torch.zeros_like(blocks[..., 0])
     largest = blocks.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
     flat = values <= 10.0 * m**0.5 * torch.finfo(dtype).eps * largest
-    return vectors.to(dtype), flat.to(dtype)
+    # As a checkpoint gives them back: products of another layout round otherwise.
+    return vectors.to(dtype).contiguous(), flat.to(dtype)
 
 
 def _scale(block: LayerBlock, A: Factor, is_metric: bool) -> Tensor:

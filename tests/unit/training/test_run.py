@@ -153,8 +153,10 @@ def test_a_run_leaves_what_it_should(job: Path) -> None:
         pytest.param(6, [], marks=pytest.mark.slow),
         (5, CG_OVERRIDES),
         (6, ["optim.preconditioner_refresh=4"]),
+        (6, ["optim.preconditioner=ekfac", "optim.solver=krylov"]),
+        (8, ["batches.gradient=null", "batches.line_search=null", "optim.solver=krylov"]),
     ],
-    ids=["5", "6", "5-cg", "6-refresh"],
+    ids=["5", "6", "5-cg", "6-refresh", "6-ekfac", "8-secants"],
 )
 def test_resume_is_exact(job: Path, first: int, rules: list[str]) -> None:
     whole = hfdist.train(job, rules)
