@@ -73,6 +73,19 @@ def test_without_a_metric_it_builds_on_the_identity() -> None:
     torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("most", [2, 10])
+def test_the_host_looks_three_times_a_step_however_many_pairs(most: int) -> None:
+    calls = []
+    counting = Space(total_of=lambda sums: (calls.append(len(sums)), sums)[1])
+    secants = walked(FIRST + 2, most, counting)
+    before = len(calls)
+    secants.direction(None, counting)
+    assert len(calls) == before + 2
+    secants.after(1.0, 1.0, secants._loss, moved=True)
+    secants.begin(torch.ones(n).double(), torch.ones(n).double(), secants._loss, most, counting)
+    assert len(calls) == before + 3
+
+
 def test_survives_a_checkpoint_to_the_bit_in_parts_too() -> None:
     C = spd(3)
     secants = walked(FIRST, 4)
