@@ -162,7 +162,7 @@ def solve(system: System, options: Any) -> Solution:
         is_path=False,
         centre=_nearest([candidate.damping for candidate in candidates], system.damping),
         next_start=None,
-        starts_from_step=options.krylov_momentum,
+        starts_from_step=options.krylov_momentum or secants is not None,
         quadratic=space.quadratic,
         iterations=space.dim,
         stop=space.stop,

@@ -195,6 +195,10 @@ def test_none_where_they_are_switched_off_or_examples_are_drawn_anew() -> None:
     assert not any(of_secants(run(12, per_step=30)[1]))
 
 
+def test_they_need_no_momentum_of_the_solves() -> None:
+    assert any(of_secants(run(10, krylov_momentum=False)[1]))
+
+
 @pytest.mark.parametrize("preconditioner", ["none", "ggn_diagonal", "nystrom", "ekfac", "kfac"])
 def test_any_metric_will_do(preconditioner: str) -> None:
     _, optimizer = run(12, preconditioner=preconditioner)
