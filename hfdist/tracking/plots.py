@@ -122,6 +122,7 @@ def _convergence(axes: Sequence[Any], records: Sequence[Record]) -> None:
                 linestyle="--",
                 marker="o",
                 markersize=3.5,
+                markevery=max(1, len(evaluated) // 40),  # so many that they stand apart
                 label="evaluation data",
             )
         axis.set_xlabel(label)
