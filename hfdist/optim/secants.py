@@ -147,8 +147,8 @@ class Secants:
         return gain > 0.0 and gain >= WORTH * self._solve_gain * work
 
     def _add(self, s: Tensor, y: Tensor, most: int, space: Space) -> None:
-        pairs = self._pairs[-(most - 1) :] if most > 1 else []
-        kept = self._products[len(self._pairs) - len(pairs) :, len(self._pairs) - len(pairs) :]
+        dropped = max(len(self._pairs) + 1 - most, 0)
+        pairs, kept = self._pairs[dropped:], self._products[dropped:, dropped:]
         k = len(pairs)
         found = space.dots(
             (s, s), (y, y), (s, y), *((s, v) for _, v in pairs), *((u, y) for u, _ in pairs)
@@ -186,12 +186,11 @@ class Secants:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; from nothing, as at the start of a run."""
-        self.__init__()  # type: ignore[misc]
-        if state:
-            self._pairs = [(s, y) for s, y in state["pairs"]]
-            k = len(self._pairs)
-            self._products = np.array(state["products"], dtype=float).reshape(k, k)
-            self._b, self._loss = state["b"], float(state["loss"])
-            self._solves, self._solve_gain = int(state["solves"]), float(state["solve_gain"])
-            self._recent = [(float(gain), float(work)) for gain, work in state["recent"]]
-            self._moved, self._is_whole = bool(state["moved"]), True
+        self._pairs = [(s, y) for s, y in state.get("pairs", [])]
+        k = len(self._pairs)
+        self._products = np.array(state.get("products", []), dtype=float).reshape(k, k)
+        self._b, self._loss = state.get("b"), float(state.get("loss", math.nan))
+        self._moved = bool(state.get("moved", False))
+        self._solves, self._solve_gain = state.get("solves", 0), state.get("solve_gain", 0.0)
+        self._recent = [(gain, work) for gain, work in state.get("recent", [])]
+        self._is_whole, self.leads = True, False

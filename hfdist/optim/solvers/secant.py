@@ -25,15 +25,11 @@ def solve(system: System) -> Solution:
         stop, parts, slope = Stop.NON_FINITE, (0.0,), 0.0
     if system.on_iteration is not None:
         system.on_iteration(1, float(system.space.read_signal(x)))
+    models = [(-t + 0.5 * t * t) * slope for t in parts]
     return Solution(
         candidates=[
-            Candidate(
-                iteration=int(slope > 0.0),
-                model=(-t + 0.5 * t * t) * slope,
-                damping=system.damping,
-                undamped_model=(-t + 0.5 * t * t) * slope,
-            )
-            for t in parts
+            Candidate(iteration=int(slope > 0.0), model=m, damping=system.damping, undamped_model=m)
+            for m in models
         ],
         step=lambda index: x * parts[index],
         is_path=False,
